@@ -1,0 +1,1 @@
+"""Analysis: from an ATen graph to a Plan, by data flow alone."""

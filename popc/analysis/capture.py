@@ -1,0 +1,127 @@
+"""Bring any traced program to popc's one IR: a pre-dispatch ATen graph with fake values.
+
+In that IR ``aten.linear``, ``aten.silu`` and ``aten.scaled_dot_product_attention`` are still whole,
+every parameter is a graph input, and ``node.meta["val"]`` holds a fake tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from popc import compat
+from popc.errors import GraphError
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Captured:
+    """An ATen graph and the real parameters behind its inputs.
+
+    ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation.
+    """
+
+    gm: fx.GraphModule
+    parameters: dict[fx.Node, torch.Tensor]
+    fake_mode: Any
+
+
+def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Re-trace a Dynamo graph; call it inside a Dynamo backend, where its fake mode is known."""
+    mode = compat.dynamo_fake_mode()
+    fakes = [compat.fakify(mode, value) for value in example_inputs]
+    return _trace(gm, fakes, example_inputs, mode)
+
+
+def capture_module(
+    gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> Captured:
+    """Re-trace a plain ``fx.GraphModule`` or the module of an exported program.
+
+    Raises:
+        GraphError: the graph does not run on ``args``.
+    """
+    state = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+    names = list(state)
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+
+    class Lifted(torch.nn.Module):
+        """``gm`` with its parameters and inputs as one flat argument list."""
+
+        def forward(self, *values: Any) -> Any:
+            held, rest = values[: len(names)], values[len(names) :]
+            call_args, call_kwargs = pytree.tree_unflatten(list(rest), spec)
+            out = torch.func.functional_call(
+                gm, dict(zip(names, held, strict=True)), call_args, call_kwargs
+            )
+            return tuple(pytree.tree_leaves(out))
+
+    mode = compat.new_fake_mode()
+    inputs = [*state.values(), *flat]
+    fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
+    return _trace(Lifted(), fakes, inputs, mode)
+
+
+def _trace(
+    program: torch.nn.Module, fakes: Sequence[Any], reals: Sequence[Any], mode: Any
+) -> Captured:
+    # An Interpreter (not the module itself) carries each node's stack trace and module path over.
+    if isinstance(program, fx.GraphModule):
+
+        def run(*values: Any) -> Any:
+            return fx.Interpreter(program).run(*values)
+    else:
+
+        def run(*values: Any) -> Any:
+            return program(*values)
+
+    try:
+        with mode, preserve_node_meta():
+            gm = make_fx(run, pre_dispatch=True)(*fakes)
+    except Exception as error:
+        raise GraphError(f"the graph could not be traced to ATen ops: {error}") from error
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    parameters = {
+        node: real
+        for node, real in zip(placeholders, reals, strict=True)
+        if isinstance(real, torch.nn.Parameter)
+    }
+    _drop_inplace(gm)
+    return Captured(gm, parameters, mode)
+
+
+def _drop_inplace(gm: fx.GraphModule) -> None:
+    """Make ``relu_`` and its like out of place where nothing else reads the overwritten value."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        if not schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        name = schema.name.removeprefix("aten::")
+        source = node.args[0]
+        packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+        overload = getattr(packet, node.target._overloadname, None) if packet else None
+        is_view = source.op == "call_function" and _may_alias(source)
+        if (
+            overload is None
+            or source.op == "placeholder"
+            or list(source.users) != [node]
+            or is_view
+        ):
+            continue
+        node.target = overload
+    gm.recompile()
+
+
+def _may_alias(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(ret.alias_info is not None for ret in schema.returns)

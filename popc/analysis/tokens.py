@@ -1,0 +1,89 @@
+"""Which axis is the token's, and which tokens are real rather than padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from popc.analysis.plan import Region
+from popc.analysis.rules import shape
+
+aten = torch.ops.aten
+
+# An additive mask hides a key by this or less; position biases such as ALiBi stay above it.
+HIDDEN = -1e4
+
+
+def is_decode(region: Region) -> bool:
+    """True if the graph runs this region on one token per sequence.
+
+    The token axis is the last but one of h; where tokens and batch are one axis (``h [N, F]``)
+    only ``N = 1`` is known to be a single token.
+    """
+    return len(shape(region.hidden)) >= 2 and bool(
+        statically_known_true(shape(region.hidden)[-2] == 1)
+    )
+
+
+def attention_masks(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Pairs of attention node and its mask ``[B or 1, 1, T, S]`` (bool, or added to the scores)."""
+    for node in graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        elif node.target in (aten.softmax.int, aten._softmax.default):
+            mask = _added_mask(node.args[0])  # type: ignore[arg-type]
+        else:
+            continue
+        if isinstance(mask, fx.Node) and len(shape(mask)) == 4:
+            yield node, mask
+
+
+def _added_mask(scores: fx.Node) -> fx.Node | None:
+    """The operand of ``scores = q kᵀ + mask`` that is the same for every head."""
+    while scores.target in (aten.to.dtype, aten._to_copy.default, aten.dropout.default):
+        scores = scores.args[0]  # type: ignore[assignment]
+    if scores.target is not aten.add.Tensor or len(shape(scores)) != 4:
+        return None
+    for operand in scores.args[:2]:
+        if isinstance(operand, fx.Node) and len(shape(operand)) == 4 and shape(operand)[1] == 1:
+            return operand
+    return None
+
+
+def mask_of(region: Region, graph: fx.Graph) -> fx.Node | None:
+    """The mask of the attention nearest before ``region`` with the same token axis, or after it."""
+    hidden = shape(region.hidden)
+    if len(hidden) != 3:
+        return None
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    fitting = [
+        (attention, mask)
+        for attention, mask in attention_masks(graph)
+        if _equal(shape(mask)[-2], hidden[-2])
+        and (_equal(shape(mask)[0], hidden[0]) or _equal(shape(mask)[0], 1))
+    ]
+    before = [pair for pair in fitting if order[pair[0]] < order[region.hidden]]
+    if before:
+        return before[-1][1]
+    return fitting[0][1] if fitting else None
+
+
+def valid_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """``[B, T]`` bool: tokens that attend to something and that something attends to.
+
+    A left-padding token's row hides every key; a right-padding token is hidden from every query.
+    The second can be read off the mask only where queries and keys are the same tokens (T = S).
+    """
+    seen = mask if mask.dtype is torch.bool else mask > HIDDEN
+    seen = seen.any(1)
+    valid = seen.any(-1)
+    if statically_known_true(mask.shape[-1] == mask.shape[-2]):
+        valid = valid & seen.any(-2)
+    return valid
+
+
+def _equal(a: object, b: object) -> bool:
+    return bool(statically_known_true(a == b))  # type: ignore[arg-type]

@@ -1,0 +1,171 @@
+"""popc's entry points: ``compile`` and ``analyze``."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from popc import state
+from popc.analysis.capture import capture_dynamo, capture_module
+from popc.analysis.plan import Plan
+from popc.analysis.regions import find_regions
+from popc.backend import popc_backend
+from popc.config import Config
+from popc.errors import GraphError, ModelError
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def compile(model: Model, config: Config | None = None, **options: Any) -> Model:
+    """A compiled twin of ``model`` that prunes while it decodes.
+
+    The twin is used like the model: same forward signature, ``generate`` with any cache, the same
+    config, device and parameters (shared, not copied). ``model`` itself behaves as before. In eval
+    mode the twin runs without gradients; inputs that require grad run dense, with a warning.
+
+    Args:
+        model: any ``nn.Module``.
+        config: a :class:`popc.Config`; ``options`` are its fields by name and override it.
+
+    Returns:
+        The twin, with ``popc_plan``: the :class:`popc.Plan` of all graphs compiled so far.
+
+    Raises:
+        ConfigError: an option is unknown or has a value that is not allowed.
+        ModelError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"popc.compile takes an nn.Module, not {type(model).__name__}")
+    config = Config.of(config, options)
+    twin = copy.copy(model)
+    forward = model.forward
+    plan = Plan()
+    backend = functools.partial(popc_backend, config=config, on_plan=plan.extend)
+    compiled = torch.compile(forward, backend=_named(backend))
+    warned = False
+
+    @functools.wraps(forward)
+    def pruned_forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal warned
+        before = len(plan.regions), len(plan.skipped)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)):
+            out = _in_session(compiled, args, kwargs)
+        if not warned and not plan.regions and (len(plan.regions), len(plan.skipped)) != before:
+            warned = True
+            warnings.warn(
+                "popc found nothing to prune in this model; it runs dense. "
+                "popc.analyze(model) says why.",
+                stacklevel=2,
+            )
+        return out
+
+    # object.__setattr__ and the instance dict: the class, and so the original, stays as it is.
+    twin.__dict__["forward"] = pruned_forward
+    twin.__dict__["popc_plan"] = plan
+    twin.__dict__["popc_config"] = config
+    if hasattr(model, "get_compiled_call"):
+        # transformers' generate would compile the call once more.
+        twin.__dict__["get_compiled_call"] = lambda *_: twin.__call__
+    return twin
+
+
+def _named(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` wants a backend with a ``__name__``."""
+    backend.__name__ = "popc"  # type: ignore[attr-defined]
+    return backend
+
+
+def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    values = (*args, *kwargs.values())
+    asks = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+    return model.training or asks
+
+
+def _in_session(
+    call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run ``call`` under the session of the KV cache among its arguments, or in a new one."""
+    caches = list(_caches((*args, *kwargs.values())))
+    session = next((s for s in map(state.of_cache, caches) if s is not None), None)
+    if session is None or all(_is_empty(cache) for cache in caches):
+        session = state.Session()
+    with state.use(session):
+        out = call(*args, **kwargs)
+    returned = out.values() if isinstance(out, Mapping) else out
+    for cache in (*caches, *_caches(returned if isinstance(returned, Iterable) else ())):
+        state.bind(cache, session)
+    return out
+
+
+def _caches(values: Iterable[Any]) -> Iterable[Any]:
+    """KV cache objects: what can say how many tokens it holds."""
+    for value in values:
+        if not isinstance(value, torch.Tensor) and hasattr(value, "get_seq_length"):
+            yield value
+
+
+def _is_empty(cache: Any) -> bool:
+    return int(cache.get_seq_length()) == 0
+
+
+def analyze(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Plan:
+    """What popc would prune in ``model``, and why it leaves the rest.
+
+    Args:
+        model: any ``nn.Module``, a ``fx.GraphModule``, or an ``ExportedProgram``.
+        args, kwargs: one call's inputs; a transformers model without them is given its own
+            ``dummy_inputs``.
+
+    Raises:
+        ModelError: ``model`` is none of these, or it fails on the inputs.
+        GraphError: a graph could not be traced to ATen ops.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        if not args and not kwargs and model.example_inputs is not None:
+            args, kwargs = model.example_inputs
+        return find_regions(capture_module(model.module(), args, kwargs))
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"popc.analyze takes an nn.Module or a graph, not {type(model).__name__}")
+    if not args and not kwargs and hasattr(model, "dummy_inputs"):
+        kwargs = model.dummy_inputs
+    with torch.no_grad():
+        if isinstance(model, fx.GraphModule):
+            return find_regions(capture_module(model, args, kwargs))
+        return _analyze_traced(model, args, kwargs or {})
+
+
+def _analyze_traced(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Plan:
+    plan = Plan()
+    pieces = 0
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal pieces
+        pieces += 1
+        try:
+            plan.extend(find_regions(capture_dynamo(gm, example_inputs)))
+        except GraphError as error:
+            plan.breaks.append(str(error))
+        return gm.forward
+
+    before = dict(torch._dynamo.utils.counters["graph_break"])
+    try:
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    except Exception as error:
+        raise ModelError(f"the model fails on these inputs: {error}") from error
+    after = torch._dynamo.utils.counters["graph_break"]
+    plan.breaks += [
+        reason.splitlines()[0] for reason, count in after.items() if count > before.get(reason, 0)
+    ]
+    return plan

@@ -1,0 +1,54 @@
+"""Every private torch API that popc uses, each with its reason. Seen working on torch 2.11 - 2.13.
+
+Nothing else in popc imports a name that torch marks as private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def dynamo_fake_mode() -> FakeTensorMode:
+    """The fake mode of the Dynamo compilation under way.
+
+    Private because a re-trace must share Dynamo's ShapeEnv, so that guards on its symbols reach
+    Dynamo's guards; the public ``detect_fake_mode`` finds the placeholders' other mode.
+    """
+    mode = TracingContext.get().fake_mode
+    assert mode is not None
+    return mode
+
+
+def fakify(mode: FakeTensorMode, value: Any) -> Any:
+    """``value`` as a fake tensor of ``mode``, with the symbols that Dynamo gave its sizes."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    context = TracingContext.try_get()
+    symbolic = context.tensor_to_context.get(value) if context is not None else None
+    if symbolic is None:
+        return mode.from_tensor(value, static_shapes=True)
+    return mode.from_tensor(value, symbolic_context=symbolic)
+
+
+def inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's ``compile_fx``, the entry that ``torch.compile`` itself calls.
+
+    ``torch._inductor.compile`` is documented, but takes no fake inputs with symbolic shapes.
+    """
+    return compile_fx(gm, list(inputs), config_patches=dict(options) or None)
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A fake mode for graphs that do not come from Dynamo; real constants may be mixed in."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

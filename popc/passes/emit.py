@@ -1,0 +1,49 @@
+"""Write nodes whose ``meta["val"]`` is right from the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from popc.analysis.capture import Captured
+
+
+class Emitter:
+    """Adds nodes to a graph before a given place; each gets its fake value at once."""
+
+    def __init__(self, captured: Captured, like: fx.Node) -> None:
+        self.graph = captured.gm.graph
+        self.mode = captured.fake_mode
+        self.like = like
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``call_function`` node; module path and stack trace are those of ``like``."""
+        node = self.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self.like.meta:
+                node.meta[key] = self.like.meta[key]
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = target(*values[0], **values[1])  # type: ignore[index]
+        return node
+
+
+def add_input(captured: Captured, name: str, value: torch.Tensor) -> fx.Node:
+    """A new last placeholder with fake ``value``."""
+    graph = captured.gm.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def finish(captured: Captured) -> None:
+    """Drop what the rewrite left dead, check the graph, and make it callable."""
+    graph = captured.gm.graph
+    # Keeps unused placeholders: the calling convention is not the pass's to change.
+    graph.eliminate_dead_code()
+    graph.lint()
+    captured.gm.recompile()
