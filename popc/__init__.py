@@ -1,11 +1,15 @@
-"""popc: decode faster by pruning what a prompt does not need. arXiv 2602.06822, as a compiler pass."""
+"""popc: decode faster by pruning, per prompt and per token, what a compiler can see is prunable.
+
+The method is POP (arXiv 2602.06822), as a pass over torch.compile's graphs.
+"""
 
 from __future__ import annotations
 
-from popc.api import analyze, compile
 from popc.analysis.plan import Plan, Region, Skipped
+from popc.api import analyze, compile
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError
+from popc.version import __version__
 
 __all__ = [
     "Config",
@@ -16,7 +20,7 @@ __all__ = [
     "PopcError",
     "Region",
     "Skipped",
+    "__version__",
     "analyze",
     "compile",
 ]
-__version__ = "0.1.0"

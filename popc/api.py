@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx
@@ -77,7 +77,7 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
 
 def _named(backend: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` wants a backend with a ``__name__``."""
-    backend.__name__ = "popc"  # type: ignore[attr-defined]
+    backend.__name__ = "popc"
     return backend
 
 
@@ -87,9 +87,7 @@ def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str
     return model.training or asks
 
 
-def _in_session(
-    call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
+def _in_session(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run ``call`` under the session of the KV cache among its arguments, or in a new one."""
     caches = list(_caches((*args, *kwargs.values())))
     session = next((s for s in map(state.of_cache, caches) if s is not None), None)
@@ -137,16 +135,14 @@ def analyze(
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.analyze takes an nn.Module or a graph, not {type(model).__name__}")
     if not args and not kwargs and hasattr(model, "dummy_inputs"):
-        kwargs = model.dummy_inputs
+        kwargs = cast(Mapping[str, Any], model.dummy_inputs)
     with torch.no_grad():
         if isinstance(model, fx.GraphModule):
             return find_regions(capture_module(model, args, kwargs))
         return _analyze_traced(model, args, kwargs or {})
 
 
-def _analyze_traced(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Plan:
+def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
     plan = Plan()
     pieces = 0
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -189,7 +190,7 @@ class _CompiledGraph:
 
 
 def _is_cache_like(value: Any) -> bool:
-    """A floating tensor with a batch, a token and a feature axis, as caches and hidden states are."""
+    """A floating tensor with batch, token and feature axes, as caches and hidden states are."""
     return isinstance(value, torch.Tensor) and value.dim() >= 3 and value.is_floating_point()
 
 
@@ -223,6 +224,7 @@ def _batch_of(regions: Sequence[Region], placeholders: Sequence[fx.Node]) -> tup
 
 # --- what the runtime keeps of a region ---------------------------------------------------------
 
+_numbers = itertools.count()
 _identities = WeakTensorKeyDictionary()
 _norms = WeakTensorKeyDictionary()
 
@@ -230,17 +232,8 @@ _norms = WeakTensorKeyDictionary()
 def _identity(parameter: torch.Tensor) -> int:
     """A number that is this parameter's for good, unlike ``id``, which is reused."""
     if parameter not in _identities:
-        _identities[parameter] = next(_counter)
+        _identities[parameter] = next(_numbers)
     return _identities[parameter]
-
-
-def _count() -> Any:
-    from itertools import count
-
-    return count()
-
-
-_counter = _count()
 
 
 def _region_keys(regions: Sequence[Region], captured: Captured) -> dict[int, Hashable]:

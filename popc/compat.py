@@ -44,7 +44,9 @@ def inductor(
 
     ``torch._inductor.compile`` is documented, but takes no fake inputs with symbolic shapes.
     """
-    return compile_fx(gm, list(inputs), config_patches=dict(options) or None)
+    return compile_fx(  # type: ignore[return-value]
+        gm, list(inputs), config_patches=dict(options) or None
+    )
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -20,4 +20,4 @@ class ModelError(PopcError):
 
 
 class GraphError(PopcError):
-    """A graph could not be brought to popc's IR, or a pass was given one that breaks its contract."""
+    """A graph could not be brought to popc's IR, or breaks a pass's contract."""

@@ -67,7 +67,7 @@ class Session:
             before = self._sums.get((region.key, scope))
             known = before is not None and before.shape == piece.shape
             # A copy: the compiled graph may reuse the memory of its output.
-            self._sums[region.key, scope] = before + piece if known else piece.clone()  # type: ignore[operator]
+            self._sums[region.key, scope] = before + piece if known else piece.clone()
         self._partitions.clear()
 
     def statistics(self, key: Hashable, scope: str) -> Tensor | None:

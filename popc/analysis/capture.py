@@ -89,7 +89,7 @@ def _trace(
     except Exception as error:
         raise GraphError(f"the graph could not be traced to ATen ops: {error}") from error
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    parameters = {
+    parameters: dict[fx.Node, torch.Tensor] = {
         node: real
         for node, real in zip(placeholders, reals, strict=True)
         if isinstance(real, torch.nn.Parameter)

@@ -52,7 +52,9 @@ def find_regions(captured: Captured) -> Plan:
     carried: dict[fx.Node, dict[int, _Axis]] = {}
     for node in captured.gm.graph.nodes:
         linear = as_linear(node, captured)
-        incoming = [(source, dim) for source in node.all_input_nodes for dim in carried.get(source, {})]
+        incoming = [
+            (source, dim) for source in node.all_input_nodes for dim in carried.get(source, {})
+        ]
         outgoing: dict[int, _Axis] = {}
         for source, dim in incoming:
             axis = carried[source][dim].root()
@@ -136,9 +138,7 @@ def _conclude(axis: _Axis, order: dict[fx.Node, int], plan: Plan) -> None:
     plan.regions.append(
         Region(
             kind="mlp",
-            name=_common(
-                [_where(linear.node) for linear in (*axis.producers, *axis.consumers)]
-            ),
+            name=_common([_where(linear.node) for linear in (*axis.producers, *axis.consumers)]),
             channels=axis.size,
             producers=tuple(sorted(axis.producers, key=lambda linear: order[linear.node])),
             body=tuple(body),

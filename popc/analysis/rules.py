@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -51,6 +52,11 @@ def shape(node: fx.Node) -> torch.Size:
     return node.meta["val"].shape
 
 
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of ``node``, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def transfer(node: fx.Node, source: fx.Node, dim: int) -> int:
     """Where the axis at ``dim`` of ``source`` is in ``node``'s output.
 
@@ -79,25 +85,24 @@ def _same(node: fx.Node, source: fx.Node, dim: int) -> int:
 
 
 def _dropout(node: fx.Node, source: fx.Node, dim: int) -> int:
-    train = node.args[2] if len(node.args) > 2 else node.kwargs.get("train", True)
-    if train:
+    if argument(node, 2, "train", True):
         raise Mixes("dropout in training mode")
     return dim
 
 
 def _transpose(node: fx.Node, source: fx.Node, dim: int) -> int:
     rank = len(shape(source))
-    a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload]
+    a, b = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
     return {a: b, b: a}.get(dim, dim)
 
 
 def _permute(node: fx.Node, source: fx.Node, dim: int) -> int:
     rank = len(shape(source))
-    return [d % rank for d in node.args[1]].index(dim)  # type: ignore[union-attr]
+    return [d % rank for d in argument(node, 1, "dims")].index(dim)
 
 
 def _unsqueeze(node: fx.Node, source: fx.Node, dim: int) -> int:
-    at = int(node.args[1]) % len(shape(node))  # type: ignore[call-overload]
+    at = argument(node, 1, "dim") % len(shape(node))
     return dim + (dim >= at)
 
 
@@ -106,14 +111,13 @@ def _view(node: fx.Node, source: fx.Node, dim: int) -> int:
     before, after = shape(source), shape(node)
     size, right = before[dim], math.prod(before[dim + 1 :])
     for out in range(len(after)):
-        if _equal(after[out], size) and _equal(math.prod(after[out + 1 :]), right):
+        if same_size(after[out], size) and same_size(math.prod(after[out + 1 :]), right):
             return out
     raise Mixes(f"{node.target} splits or merges the channel axis")
 
 
-def _equal(a: Any, b: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal without a new guard."""
     return bool(statically_known_true(a == b))
 
 

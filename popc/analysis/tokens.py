@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from popc.analysis.plan import Region
-from popc.analysis.rules import shape
+from popc.analysis.rules import argument, same_size, shape
 
 aten = torch.ops.aten
 
@@ -23,18 +22,16 @@ def is_decode(region: Region) -> bool:
     The token axis is the last but one of h; where tokens and batch are one axis (``h [N, F]``)
     only ``N = 1`` is known to be a single token.
     """
-    return len(shape(region.hidden)) >= 2 and bool(
-        statically_known_true(shape(region.hidden)[-2] == 1)
-    )
+    return len(shape(region.hidden)) >= 2 and same_size(shape(region.hidden)[-2], 1)
 
 
 def attention_masks(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Pairs of attention node and its mask ``[B or 1, 1, T, S]`` (bool, or added to the scores)."""
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            mask = argument(node, 3, "attn_mask")
         elif node.target in (aten.softmax.int, aten._softmax.default):
-            mask = _added_mask(node.args[0])  # type: ignore[arg-type]
+            mask = _added_mask(node.args[0])
         else:
             continue
         if isinstance(mask, fx.Node) and len(shape(mask)) == 4:
@@ -62,8 +59,8 @@ def mask_of(region: Region, graph: fx.Graph) -> fx.Node | None:
     fitting = [
         (attention, mask)
         for attention, mask in attention_masks(graph)
-        if _equal(shape(mask)[-2], hidden[-2])
-        and (_equal(shape(mask)[0], hidden[0]) or _equal(shape(mask)[0], 1))
+        if same_size(shape(mask)[-2], hidden[-2])
+        and (same_size(shape(mask)[0], hidden[0]) or same_size(shape(mask)[0], 1))
     ]
     before = [pair for pair in fitting if order[pair[0]] < order[region.hidden]]
     if before:
@@ -80,10 +77,6 @@ def valid_tokens(mask: torch.Tensor) -> torch.Tensor:
     seen = mask if mask.dtype is torch.bool else mask > HIDDEN
     seen = seen.any(1)
     valid = seen.any(-1)
-    if statically_known_true(mask.shape[-1] == mask.shape[-2]):
+    if same_size(mask.shape[-1], mask.shape[-2]):
         valid = valid & seen.any(-2)
     return valid
-
-
-def _equal(a: object, b: object) -> bool:
-    return bool(statically_known_true(a == b))  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
 """Candidate selection: which candidates one decoded token keeps (arXiv 2602.06822, decode stage).
 
-``popc::select_candidates(h, norm, index, retained, active)``, with ``h [..., 1, n]`` on the
-channels ``index`` (``[n]`` or ``[B, n]``, the first ``retained`` of them R and the rest C) and
-``norm`` the float32 ``‖down[:, c]‖`` of each entry of ``index``, gives ``(h_active, active_index)``:
+``popc::select_candidates(h, norm, index, retained, active) -> (h_active, active_index)``
+
+``h [..., 1, n]`` holds the channels ``index`` (``[n]`` or ``[B, n]``), the first ``retained`` of
+them R and the rest C; ``norm`` is the float32 ``‖down[:, c]‖`` of each entry of ``index``. Kept are
 R and the ``active - retained`` candidates with the largest ``‖down[:, c]‖ · |h_c|``, in the order
-in which ``index`` names them. Of equal scores the first wins, and NaN counts as largest, so that it
-shows in the output as it would in the dense model.
+in which ``index`` names them. Of equal scores the first wins, and NaN counts as largest, so that
+it shows in the output as it would in the dense model.
 """
 
 from __future__ import annotations

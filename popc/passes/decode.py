@@ -18,7 +18,7 @@ from popc.analysis.plan import Region
 from popc.analysis.rules import SIZE_ARGUMENT, shape
 from popc.config import Config, Counts
 from popc.ops import gather_linear, gather_matmul, select_candidates
-from popc.passes.emit import Emitter, add_input, finish
+from popc.passes.emit import Emitter, add_input, finish, map_arguments
 
 aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ def _narrowed(
             return operand
         return _take(emit, operand, live, at)
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), narrow)  # type: ignore[misc]
+    args, kwargs = map_arguments(node.args, node.kwargs, narrow)
     place = SIZE_ARGUMENT.get(node.target)
     if place is not None:
         sizes = list(args[place])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,17 @@ class Emitter:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.like.meta:
                 node.meta[key] = self.like.meta[key]
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        fake_args, fake_kwargs = map_arguments(args, kwargs, lambda n: n.meta["val"])
         with self.mode:
-            node.meta["val"] = target(*values[0], **values[1])  # type: ignore[index]
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
+
+
+def map_arguments(
+    args: Any, kwargs: Any, change: Callable[[fx.Node], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``args`` and ``kwargs`` with ``change`` applied to every node in them."""
+    return tuple(fx.map_arg(args, change)), dict(fx.map_arg(kwargs, change))
 
 
 def add_input(captured: Captured, name: str, value: torch.Tensor) -> fx.Node:

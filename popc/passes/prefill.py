@@ -15,7 +15,7 @@ from popc.analysis.capture import Captured
 from popc.analysis.plan import Region
 from popc.analysis.rules import shape
 from popc.analysis.tokens import mask_of, valid_tokens
-from popc.passes.emit import Emitter, finish
+from popc.passes.emit import Emitter, finish, map_arguments
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def _emit_validity(captured: Captured, mask: fx.Node) -> fx.Node:
         elif node.op == "output":
             return copied[node.args[0]]
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)  # type: ignore[misc]
+            args, kwargs = map_arguments(node.args, node.kwargs, copied.__getitem__)
             copied[node] = emit.call(node.target, *args, **kwargs)
     raise AssertionError("a graph has an output")
 
