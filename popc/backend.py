@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,9 +121,8 @@ class _CompiledGraph:
     ) -> None:
         self.gm = gm
         self.scope = config.scope
-        keys = _region_keys([*decode, *prefill], captured)
-        self.decode = [_region_state(r, captured, config, keys) for r in decode]
-        self.prefill = [_region_state(r, captured, config, keys) for r in prefill]
+        self.decode = [_region_state(r, captured, config) for r in decode]
+        self.prefill = [_region_state(r, captured, config) for r in prefill]
         placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
         self.batch = _batch_of(decode, placeholders) if config.scope == "sequence" else None
         self.activations = [
@@ -224,38 +222,13 @@ def _batch_of(regions: Sequence[Region], placeholders: Sequence[fx.Node]) -> tup
 
 # --- what the runtime keeps of a region ---------------------------------------------------------
 
-_numbers = itertools.count()
-_identities = WeakTensorKeyDictionary()
 _norms = WeakTensorKeyDictionary()
 
 
-def _identity(parameter: torch.Tensor) -> int:
-    """A number that is this parameter's for good, unlike ``id``, which is reused."""
-    if parameter not in _identities:
-        _identities[parameter] = next(_numbers)
-    return _identities[parameter]
-
-
-def _region_keys(regions: Sequence[Region], captured: Captured) -> dict[int, Hashable]:
-    """A key per region: its weights, and which use of them this is where they are shared."""
-    seen: dict[Hashable, int] = {}
-    keys: dict[int, Hashable] = {}
-    for region in regions:
-        weights = tuple(
-            _identity(captured.parameters[linear.weight.node])
-            for linear in (*region.producers, *region.consumers)
-        )
-        keys[id(region)] = (weights, seen.setdefault(weights, 0))
-        seen[weights] += 1
-    return keys
-
-
-def _region_state(
-    region: Region, captured: Captured, config: Config, keys: Mapping[int, Hashable]
-) -> RegionState:
+def _region_state(region: Region, captured: Captured, config: Config) -> RegionState:
     norms = [column_norm(captured, linear) for linear in region.consumers]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)
-    return RegionState(keys[id(region)], region.channels, config.counts(region.channels), norm)
+    return RegionState(region.key, region.channels, config.counts(region.channels), norm)
 
 
 def column_norm(captured: Captured, linear: Linear) -> torch.Tensor:

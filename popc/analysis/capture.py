@@ -6,6 +6,7 @@ every parameter is a graph input, and ``node.meta["val"]`` holds a fake tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,22 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.errors import GraphError
 
 aten = torch.ops.aten
+
+_numbers = itertools.count()
+_identities = WeakTensorKeyDictionary()
+
+
+def identity(parameter: torch.Tensor) -> int:
+    """A number that is this parameter's for good, unlike ``id``, which is reused."""
+    if parameter not in _identities:
+        _identities[parameter] = next(_numbers)
+    return int(_identities[parameter])
 
 
 @dataclass

@@ -10,13 +10,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from popc.config import Config, Counts
+
+Key = tuple[tuple[int, ...], int]
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear's weight: the graph input behind it, and which of its two dims is the channel's."""
+    """A linear's weight.
+
+    Attributes:
+        node: the graph input behind it.
+        channel_dim: which of its two dims is the channel's.
+        identity: a number that is the same for this parameter in every graph.
+    """
 
     node: fx.Node
     channel_dim: int
+    identity: int
 
     @property
     def bytes(self) -> int:
@@ -47,6 +58,8 @@ class Region:
         axis: for each node of producers and body, the dimension that is the channel.
         hidden: h ``[..., T, F]``, what the consumers read.
         consumers: linears that contract F.
+        key: the same in every graph that this region is part of: the identities of its weights,
+            and which use of them it is where weights are shared.
         source: file and line in the model's code.
     """
 
@@ -58,12 +71,19 @@ class Region:
     axis: dict[fx.Node, int]
     hidden: fx.Node
     consumers: tuple[Linear, ...]
+    key: Key
     source: str = ""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights of the region, dense."""
         return sum(linear.weight.bytes for linear in (*self.producers, *self.consumers))
+
+    def decode_bytes(self, counts: Counts) -> float:
+        """Weight bytes that one decode step reads: live rows of producers, active of consumers."""
+        produced = sum(linear.weight.bytes for linear in self.producers)
+        consumed = sum(linear.weight.bytes for linear in self.consumers)
+        return (produced * counts.live + consumed * counts.active) / self.channels
 
 
 @dataclass(frozen=True)
@@ -90,8 +110,17 @@ class Plan:
     breaks: list[str] = field(default_factory=list)
 
     def extend(self, other: Plan) -> None:
-        self.regions += other.regions
-        self.skipped += other.skipped
+        """Add another graph's plan; what both hold is listed once."""
+        known = {region.key for region in self.regions}
+        self.regions += [region for region in other.regions if region.key not in known]
+        self.skipped += [skip for skip in other.skipped if skip not in self.skipped]
+        self.breaks += [reason for reason in other.breaks if reason not in self.breaks]
+
+    def decode_share(self, config: Config) -> float:
+        """The share of the regions' weight bytes that one decode step reads; 1.0 is dense."""
+        dense = sum(region.weight_bytes for region in self.regions)
+        read = sum(r.decode_bytes(config.counts(r.channels)) for r in self.regions)
+        return read / dense if dense else 1.0
 
     def table(self) -> Table:
         """A rich table: one row for each region, then one for each distinct refusal."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from popc.analysis.capture import Captured
+from popc.analysis.capture import Captured, identity
 from popc.analysis.plan import Linear, Plan, Region, Skipped, Weight
 from popc.analysis.rules import (
     LINEARS,
@@ -83,6 +83,8 @@ def find_regions(captured: Captured) -> Plan:
     order = {node: i for i, node in enumerate(captured.gm.graph.nodes)}
     for axis in axes:
         if axis.parent is None:
+            axis.producers.sort(key=lambda linear: order[linear.node])
+            axis.consumers.sort(key=lambda linear: order[linear.node])
             _conclude(axis, order, plan)
     return plan
 
@@ -97,8 +99,8 @@ def _through_linear(
 ) -> None:
     if dim == len(shape(source)) - 1:
         # Contracted over the channel: the axis ends here.
-        contraction = Weight(linear.weight.node, 1 - linear.weight.channel_dim)
-        axis.consumers.append(Linear(node, source, contraction, linear.bias))
+        weight = replace(linear.weight, channel_dim=1 - linear.weight.channel_dim)
+        axis.consumers.append(replace(linear, weight=weight))
     else:
         outgoing[dim] = axis
 
@@ -123,7 +125,8 @@ def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
         return None
     if bias is not None and (not isinstance(bias, fx.Node) or len(shape(bias)) != 1):
         return None
-    return Linear(node, x, Weight(weight, channel_dim), bias if isinstance(bias, fx.Node) else None)
+    held = Weight(weight, channel_dim, identity(captured.parameters[weight]))
+    return Linear(node, x, held, bias if isinstance(bias, fx.Node) else None)
 
 
 def _conclude(axis: _Axis, order: dict[fx.Node, int], plan: Plan) -> None:
@@ -133,18 +136,22 @@ def _conclude(axis: _Axis, order: dict[fx.Node, int], plan: Plan) -> None:
         for linear in axis.producers:
             plan.skipped.append(Skipped(_where(linear.node), reason, _source(linear.node)))
         return
+    linears = (*axis.producers, *axis.consumers)
     producers = {linear.node for linear in axis.producers}
     body = sorted((node for node in axis.dims if node not in producers), key=order.__getitem__)
+    weights = tuple(linear.weight.identity for linear in linears)
+    occurrence = sum(region.key[0] == weights for region in plan.regions)
     plan.regions.append(
         Region(
             kind="mlp",
-            name=_common([_where(linear.node) for linear in (*axis.producers, *axis.consumers)]),
+            name=_common([_where(linear.node) for linear in linears]),
             channels=axis.size,
-            producers=tuple(sorted(axis.producers, key=lambda linear: order[linear.node])),
+            producers=tuple(axis.producers),
             body=tuple(body),
             axis=dict(axis.dims),
             hidden=axis.consumers[0].x,
             consumers=tuple(axis.consumers),
+            key=(weights, occurrence),
             source=_source(axis.consumers[0].node),
         )
     )

@@ -1,0 +1,196 @@
+"""The command ``popc``: demo, analyze, generate, eval."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import popc
+from popc.bench import decode_rates
+from popc.errors import PopcError
+from popc.evaluate import evaluate
+from popc.models import DEFAULT, load_model
+
+app = typer.Typer(
+    help="Decode faster without retraining.", no_args_is_help=True, add_completion=False
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help=f"'{DEFAULT}', a model folder, or a hub id.")]
+Sparsity = Annotated[float, typer.Option(help="r: share of channels inactive at decode.")]
+Candidate = Annotated[float, typer.Option(help="γ: share of channels each token re-scores.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO_PROMPT = (
+    "Explain in simple words why the sky is blue, why sunsets are red, "
+    "and what colour the sky has on Mars."
+)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate and to time.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each model.")] = 3,
+) -> None:
+    """Compile a real model, let it speak, and time it beside the dense one."""
+    with _errors():
+        model, tokenizer = _load(DEFAULT, "float32")
+        configs = {r: popc.Config(sparsity=r) for r in (0.2, 0.4)}
+        pruned = {r: popc.compile(model, config) for r, config in configs.items()}
+        models: dict[str, Any] = {
+            "dense, eager": model,
+            "dense, torch.compile": _compiled(model),
+            **{f"popc, r = {r}": twin for r, twin in pruned.items()},
+        }
+        prompt = _prompt(tokenizer, DEMO_PROMPT)
+        console.print(f"[bold]{DEMO_PROMPT}[/]")
+        for name in ("dense, eager", *(f"popc, r = {r}" for r in pruned)):
+            with console.status(f"{name}: compiling and generating"):
+                text = _generate(models[name], tokenizer, prompt, tokens)
+            console.print(f"\n[cyan]{name}[/]: {text}")
+        ids = prompt["input_ids"]
+        with _progress("timing", len(models) * (rounds + 1)) as step:
+            rates = decode_rates(models, ids, tokens, rounds, step)
+        table = Table(title=f"SmolLM2-135M, float32, batch 1, prompt {ids.shape[1]}, decode")
+        for heading in ("", "tokens/s (low – high)", "speed-up", "FFN bytes read"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        fastest = max(rates[name].median for name in list(models)[:2])
+        shares = {f"popc, r = {r}": pruned[r].popc_plan.decode_share(configs[r]) for r in pruned}
+        for name, rate in rates.items():
+            table.add_row(
+                name,
+                f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
+                f"{rate.median / fastest:.2f} ×",
+                f"{shares.get(name, 1.0):.0%}",
+            )
+        console.print(table)
+        console.print("Speed-up is over the faster of the two dense runs.")
+
+
+@app.command()
+def analyze(model: Model = DEFAULT, dtype: Dtype = "float32") -> None:
+    """Show what popc would prune in MODEL, and why it leaves the rest."""
+    with _errors():
+        loaded, _ = _load(model, dtype)
+        with console.status("tracing"):
+            plan = popc.analyze(loaded)
+        console.print(plan.table())
+
+
+@app.command()
+def generate(
+    model: Model = DEFAULT,
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")] = DEMO_PROMPT,
+    sparsity: Sparsity = 0.2,
+    candidate: Candidate = 0.1,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 64,
+    dtype: Dtype = "float32",
+) -> None:
+    """Answer PROMPT with MODEL, pruned."""
+    with _errors():
+        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        loaded, tokenizer = _load(model, dtype)
+        twin = popc.compile(loaded, config)
+        with console.status("compiling and generating"):
+            text = _generate(twin, tokenizer, _prompt(tokenizer, prompt), tokens)
+        console.print(text, markup=False, highlight=False)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Model = DEFAULT,
+    sparsity: Sparsity = 0.2,
+    candidate: Candidate = 0.1,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of Wikipedia text.")] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens prefilled in each.")] = 256,
+    continuation: Annotated[int, typer.Option(min=2, help="Tokens decoded in each.")] = 256,
+    dtype: Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Perplexity and agreement with dense, in real compiled decode over Wikipedia text."""
+    from popc import text
+
+    with _errors():
+        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        loaded, tokenizer = _load(model, dtype)
+        twin = popc.compile(loaded, config)
+        with console.status("reading text"):
+            rows = text.windows(tokenizer, windows, prompt + continuation)
+        with _progress("windows", windows) as step:
+            quality = evaluate(loaded, twin, rows, prompt, step)
+        figures = {
+            "model": model,
+            "sparsity": sparsity,
+            "candidate": candidate,
+            "ffn_bytes": twin.popc_plan.decode_share(config),
+            **asdict(quality),
+        }
+        for name, value in figures.items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            console.print(f"{name:>18}  {shown}", highlight=False)
+        if out is not None:
+            out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _load(name: str, dtype: str) -> tuple[Any, Any]:
+    if dtype not in DTYPES:
+        raise popc.ConfigError("dtype", dtype, f"one of {', '.join(DTYPES)}")
+    with console.status(f"loading {name} (the first time converts it, half a minute)"):
+        return load_model(name, DTYPES[dtype])
+
+
+def _prompt(tokenizer: Any, text: str) -> Any:
+    """``text`` as the model's own chat format has it, where there is one."""
+    if not tokenizer.chat_template:
+        return tokenizer(text, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
+def _generate(model: Any, tokenizer: Any, prompt: Any, tokens: int) -> str:
+    out = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
+    answer = out[0, prompt["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def _compiled(model: Any) -> Callable[..., Any]:
+    """Plain ``torch.compile``, called without gradients."""
+    return torch.compile(model.forward, dynamic=None)
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What the user can mend is one line and exit code 2, not a traceback."""
+    try:
+        yield
+    except (PopcError, OSError) as error:
+        Console(stderr=True).print(f"popc: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app()

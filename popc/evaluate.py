@@ -1,0 +1,74 @@
+"""Quality in real compiled decode: perplexity, and agreement with the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What :func:`evaluate` measured.
+
+    Attributes:
+        perplexity, dense_perplexity: over all continuation tokens; no unit.
+        agreement: share of positions where both models' most likely token is the same.
+        windows, prompt, continuation: how much text, in tokens for the last two.
+    """
+
+    perplexity: float
+    dense_perplexity: float
+    agreement: float
+    windows: int
+    prompt: int
+    continuation: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    compiled: Any,
+    windows: Tensor,
+    prompt: int = 256,
+    progress: Callable[[], None] = lambda: None,
+) -> Quality:
+    """Teacher-forced: ``prompt`` tokens prefilled, each later one decoded on its own.
+
+    Args:
+        model: the dense causal language model.
+        compiled: the model to judge, as from :func:`popc.compile`.
+        windows: int64 ``[count, length]``, ``length > prompt``.
+        progress: called after each window.
+    """
+    loss = dense_loss = 0.0
+    same = 0
+    for window in windows:
+        ids = window[None]
+        expected = window[prompt:]
+        dense = model(ids, use_cache=False).logits[0, prompt - 1 : -1].float()
+        out = compiled(ids[:, :prompt], use_cache=True)
+        rows = [out.logits[0, -1]]
+        for at in range(prompt, len(window) - 1):
+            out = compiled(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            rows.append(out.logits[0, -1])
+        logits = torch.stack(rows).float()
+        loss += float(cross_entropy(logits, expected, reduction="sum"))
+        dense_loss += float(cross_entropy(dense, expected, reduction="sum"))
+        same += int((logits.argmax(-1) == dense.argmax(-1)).sum())
+        progress()
+    continuation = windows.shape[1] - prompt
+    tokens = windows.shape[0] * continuation
+    return Quality(
+        math.exp(loss / tokens),
+        math.exp(dense_loss / tokens),
+        same / tokens,
+        windows.shape[0],
+        prompt,
+        continuation,
+    )
