@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx
 
-from popc import state
+from popc import compat, state
 from popc.analysis.capture import capture_dynamo, capture_module
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
@@ -46,17 +47,16 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
     twin = copy.copy(model)
     forward = model.forward
     plan = Plan()
-    backend = functools.partial(popc_backend, config=config, on_plan=plan.extend)
-    compiled = torch.compile(forward, backend=_named(backend))
+    compiled = compat.compile_alone(forward, _backend(config, plan))
     warned = False
 
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
-        before = len(plan.regions), len(plan.skipped)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)):
+        grad = torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)
+        with torch.set_grad_enabled(grad), _noting_breaks(plan):
             out = _in_session(compiled, args, kwargs)
-        if not warned and not plan.regions and (len(plan.regions), len(plan.skipped)) != before:
+        if not warned and not plan.regions and plan.skipped:
             warned = True
             warnings.warn(
                 "popc found nothing to prune in this model; it runs dense. "
@@ -75,10 +75,23 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
     return twin
 
 
-def _named(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` wants a backend with a ``__name__``."""
-    backend.__name__ = "popc"
+def _backend(config: Config, plan: Plan) -> Callable[..., Any]:
+    """popc's backend with its options, reporting into ``plan``."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return popc_backend(gm, example_inputs, config=config, on_plan=plan.extend)
+
     return backend
+
+
+@contextlib.contextmanager
+def _noting_breaks(plan: Plan) -> Iterator[None]:
+    """Add the graph breaks that Dynamo meets meanwhile to ``plan``."""
+    before = compat.graph_breaks()
+    yield
+    after = compat.graph_breaks()
+    new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
+    plan.extend(Plan(breaks=new))
 
 
 def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -144,24 +157,17 @@ def analyze(
 
 def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
     plan = Plan()
-    pieces = 0
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal pieces
-        pieces += 1
         try:
             plan.extend(find_regions(capture_dynamo(gm, example_inputs)))
         except GraphError as error:
-            plan.breaks.append(str(error))
+            plan.extend(Plan(breaks=[str(error)]))
         return gm.forward
 
-    before = dict(torch._dynamo.utils.counters["graph_break"])
-    try:
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    except Exception as error:
-        raise ModelError(f"the model fails on these inputs: {error}") from error
-    after = torch._dynamo.utils.counters["graph_break"]
-    plan.breaks += [
-        reason.splitlines()[0] for reason, count in after.items() if count > before.get(reason, 0)
-    ]
+    with _noting_breaks(plan):
+        try:
+            compat.compile_alone(model.forward, backend)(*args, **kwargs)
+        except Exception as error:
+            raise ModelError(f"the model fails on these inputs: {error}") from error
     return plan

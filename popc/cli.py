@@ -51,7 +51,7 @@ def demo(
         pruned = {r: popc.compile(model, config) for r, config in configs.items()}
         models: dict[str, Any] = {
             "dense, eager": model,
-            "dense, torch.compile": _compiled(model),
+            "dense, torch.compile": torch.compile(model.forward),
             **{f"popc, r = {r}": twin for r, twin in pruned.items()},
         }
         prompt = _prompt(tokenizer, DEMO_PROMPT)
@@ -167,11 +167,6 @@ def _generate(model: Any, tokenizer: Any, prompt: Any, tokens: int) -> str:
     out = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
     answer = out[0, prompt["input_ids"].shape[1] :]
     return str(tokenizer.decode(answer, skip_special_tokens=True))
-
-
-def _compiled(model: Any) -> Callable[..., Any]:
-    """Plain ``torch.compile``, called without gradients."""
-    return torch.compile(model.forward, dynamic=None)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Nothing else in popc imports a name that torch marks as private.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,31 @@ def inductor(
     return compile_fx(  # type: ignore[return-value]
         gm, list(inputs), config_patches=dict(options) or None
     )
+
+
+def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile(function, backend)`` with a recompile limit of its own.
+
+    Dynamo counts recompilations by code object, which all models of a class share: a few compiled
+    twins would use up the limit and fall back to eager. ``isolate_recompiles=True`` does the same
+    from torch 2.13 on; a frame with a copied code object does it everywhere.
+    """
+
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    own = types.FunctionType(
+        frame.__code__.replace(), frame.__globals__, frame.__name__, None, frame.__closure__
+    )
+    return torch.compile(own, backend=backend)
+
+
+def graph_breaks() -> dict[str, int]:
+    """Dynamo's count of graph breaks so far, by reason. Private because nothing public tells."""
+    return {
+        reason.strip().splitlines()[0]: count
+        for reason, count in torch._dynamo.utils.counters["graph_break"].items()
+    }
 
 
 def new_fake_mode() -> FakeTensorMode:
