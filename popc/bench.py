@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 
 @dataclass(frozen=True)
@@ -21,49 +22,61 @@ class Rate:
     high: float
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What :func:`decode_rates` measured of one model, and the tokens it decoded, ``[B, N]``."""
+
+    rate: Rate
+    tokens: Tensor
+
+
 @torch.no_grad()
 def decode_rates(
     models: Mapping[str, Any],
+    config: Any,
     prompt: Tensor,
     tokens: int = 32,
     rounds: int = 3,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Rate]:
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, Decoded]:
     """Greedy decode of ``tokens`` tokens after ``prompt``, each model once in every round.
 
-    Prefill, compilation and a warm-up decode are not timed.
+    The cache is static. Prefill, the first decoded token and a first round of all are not timed:
+    they compile.
 
     Args:
         models: name to causal language model; each is called with ``past_key_values``.
+        config: the transformers config of the models.
         prompt: int64 ``[B, T]``; rates count B tokens for each step.
-        progress: called ``len(models) * (rounds + 1)`` times.
+        progress: called with a model's name before each of its ``rounds + 1`` turns.
     """
     rates: dict[str, list[float]] = {name: [] for name in models}
+    decoded: dict[str, Tensor] = {}
     for number in range(rounds + 1):
         for name, model in models.items():
-            seconds = _decode(model, prompt, tokens)
-            if number:  # the first round compiles
-                rates[name].append(prompt.shape[0] * tokens / seconds)
-            progress()
-    return {name: Rate(statistics.median(r), min(r), max(r)) for name, r in rates.items()}
+            progress(name)
+            seconds, decoded[name] = _decode(model, config, prompt, tokens)
+            if number:
+                rates[name].append(prompt.shape[0] * (tokens - 2) / seconds)
+    return {
+        name: Decoded(Rate(statistics.median(r), min(r), max(r)), decoded[name])
+        for name, r in rates.items()
+    }
 
 
-def _decode(model: Any, prompt: Tensor, tokens: int) -> float:
-    """Seconds for ``tokens`` decode steps."""
-    out = model(prompt, use_cache=True)
-    for _ in range(3):
-        out = _step(model, out)
+def _decode(model: Any, config: Any, prompt: Tensor, tokens: int) -> tuple[float, Tensor]:
+    """Seconds for all but the first two of ``tokens`` greedy tokens, and the tokens."""
+    cache = StaticCache(config=config, max_cache_len=prompt.shape[1] + tokens)
+    ids, start, out = prompt, 0.0, []
+    for step in range(tokens):
+        if step == 2:
+            _wait(prompt.device)
+            start = time.perf_counter()
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        ids = logits[:, -1:].argmax(-1)
+        out.append(ids)
     _wait(prompt.device)
-    start = time.perf_counter()
-    for _ in range(tokens):
-        out = _step(model, out)
-    _wait(prompt.device)
-    return time.perf_counter() - start
-
-
-def _step(model: Any, out: Any) -> Any:
-    ids = out.logits[:, -1:].argmax(-1)
-    return model(ids, past_key_values=out.past_key_values, use_cache=True)
+    return time.perf_counter() - start, torch.cat(out, dim=1)
 
 
 def _wait(device: torch.device) -> None:

@@ -41,7 +41,7 @@ DEMO_PROMPT = (
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate and to time.")] = 48,
+    tokens: Annotated[int, typer.Option(min=3, help="Tokens to decode.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each model.")] = 3,
 ) -> None:
     """Compile a real model, let it speak, and time it beside the dense one."""
@@ -54,21 +54,20 @@ def demo(
             "dense, torch.compile": torch.compile(model.forward),
             **{f"popc, r = {r}": twin for r, twin in pruned.items()},
         }
-        prompt = _prompt(tokenizer, DEMO_PROMPT)
-        console.print(f"[bold]{DEMO_PROMPT}[/]")
-        for name in ("dense, eager", *(f"popc, r = {r}" for r in pruned)):
-            with console.status(f"{name}: compiling and generating"):
-                text = _generate(models[name], tokenizer, prompt, tokens)
+        ids = _prompt(tokenizer, DEMO_PROMPT)["input_ids"]
+        with _progress("compiling", len(models) * (rounds + 1)) as step:
+            results = decode_rates(models, model.config, ids, tokens, rounds, step)
+        console.print(f"\n[bold]{DEMO_PROMPT}[/]")
+        for name, result in results.items():
+            text = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
             console.print(f"\n[cyan]{name}[/]: {text}")
-        ids = prompt["input_ids"]
-        with _progress("timing", len(models) * (rounds + 1)) as step:
-            rates = decode_rates(models, ids, tokens, rounds, step)
         table = Table(title=f"SmolLM2-135M, float32, batch 1, prompt {ids.shape[1]}, decode")
         for heading in ("", "tokens/s (low – high)", "speed-up", "FFN bytes read"):
             table.add_column(heading, justify="left" if not heading else "right")
-        fastest = max(rates[name].median for name in list(models)[:2])
+        fastest = max(result.rate.median for result in list(results.values())[:2])
         shares = {f"popc, r = {r}": pruned[r].popc_plan.decode_share(configs[r]) for r in pruned}
-        for name, rate in rates.items():
+        for name, result in results.items():
+            rate = result.rate
             table.add_row(
                 name,
                 f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
@@ -128,8 +127,8 @@ def evaluate_command(
         twin = popc.compile(loaded, config)
         with console.status("reading text"):
             rows = text.windows(tokenizer, windows, prompt + continuation)
-        with _progress("windows", windows) as step:
-            quality = evaluate(loaded, twin, rows, prompt, step)
+        with _progress("window", windows) as step:
+            quality = evaluate(loaded, twin, rows, prompt, lambda: step("window"))
         figures = {
             "model": model,
             "sparsity": sparsity,
@@ -170,11 +169,12 @@ def _generate(model: Any, tokenizer: Any, prompt: Any, tokens: int) -> str:
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar; calling what it gives names the next step and counts one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda name: progress.update(task, advance=1, description=name)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""The pruned model is the masked dense one: logits, token after token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+import popc
+from tests.models import tiny_llama
+from tests.oracle import MaskedDense, llama_downs, relative
+
+TOLERANCE = 1e-4
+
+
+def run(model, ids: Tensor, prompt: int, mask: Tensor | None = None, cache=None, **first) -> Tensor:
+    """Teacher-forced logits of every decode step, ``[steps, B, V]``."""
+    cache = DynamicCache() if cache is None else cache
+    kwargs = {"past_key_values": cache, "use_cache": True}
+    masked = {} if mask is None else {"attention_mask": mask[:, :prompt]}
+    with torch.no_grad():
+        model(ids[:, :prompt], **masked, **first, **kwargs)
+        rows = []
+        for at in range(prompt, ids.shape[1]):
+            masked = {} if mask is None else {"attention_mask": mask[:, : at + 1]}
+            out = model(ids[:, at : at + 1], **masked, **kwargs)
+            rows.append(out.logits[:, -1].clone())
+    return torch.stack(rows)
+
+
+def oracle_run(model, config: popc.Config, ids: Tensor, prompt: int, mask=None) -> Tensor:
+    oracle = MaskedDense(model, llama_downs(model), config.sparsity, config.candidate, config.scope)
+    valid = {} if mask is None else {"valid": mask[:, :prompt].bool()}
+    try:
+        return run(oracle, ids, prompt, mask, **valid)
+    finally:
+        oracle.remove()
+
+
+def tokens(batch: int = 1, length: int = 16) -> Tensor:
+    return torch.randint(1, 96, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def left_padding(ids: Tensor, prompt: int) -> Tensor:
+    """Row b has its first ``2 b`` prompt tokens padded."""
+    pads = torch.arange(ids.shape[0])[:, None] * 2
+    return (torch.arange(ids.shape[1])[None] >= pads).long()
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.75])
+@pytest.mark.parametrize("candidate", [0.0, 0.1, 0.5])
+def test_eager_is_the_oracle(sparsity: float, candidate: float) -> None:
+    torch._dynamo.reset()
+    model, ids = tiny_llama(), tokens()
+    config = popc.Config(sparsity=sparsity, candidate=candidate, codegen="eager")
+    expected = oracle_run(model, config, ids, 10)
+    assert relative(run(model, ids, 10), expected) > 100 * TOLERANCE  # pruning must show
+    assert relative(run(popc.compile(model, config), ids, 10), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_left_padded_batch_is_the_oracle(scope: str, codegen: str) -> None:
+    torch._dynamo.reset()
+    model, ids = tiny_llama(), tokens(3)
+    mask = left_padding(ids, 10)
+    config = popc.Config(sparsity=0.4, candidate=0.2, scope=scope, codegen=codegen)
+    expected = oracle_run(model, config, ids, 10, mask)
+    assert relative(run(popc.compile(model, config), ids, 10, mask), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_inductor_is_the_oracle(sparsity: float) -> None:
+    torch._dynamo.reset()
+    model, ids = tiny_llama(mlp_bias=True), tokens()
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            nn.init.normal_(linear.bias)
+    config = popc.Config(sparsity=sparsity)
+    expected = oracle_run(model, config, ids, 10)
+    assert relative(run(popc.compile(model, config), ids, 10), expected) < TOLERANCE
+
+
+def test_static_cache_is_the_oracle() -> None:
+    torch._dynamo.reset()
+    model, ids = tiny_llama(), tokens()
+    config = popc.Config(sparsity=0.4)
+    expected = oracle_run(model, config, ids, 10)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    assert relative(run(popc.compile(model, config), ids, 10, cache=cache), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_sparsity_zero_is_dense(codegen: str) -> None:
+    torch._dynamo.reset()
+    model, ids = tiny_llama(), tokens()
+    twin = popc.compile(model, sparsity=0, codegen=codegen)
+    assert relative(run(twin, ids, 10), run(model, ids, 10)) < TOLERANCE
+
+
+def test_bfloat16_stays_near_the_oracle() -> None:
+    """Same active channels; the values differ by bfloat16's rounding alone."""
+    torch._dynamo.reset()
+    model, ids = tiny_llama().bfloat16(), tokens()
+    config = popc.Config(sparsity=0.4, candidate=0.0, codegen="eager")
+    expected = oracle_run(model, config, ids, 10)
+    assert relative(run(popc.compile(model, config), ids, 10), expected) < 0.03
