@@ -35,7 +35,8 @@ def fakify(mode: FakeTensorMode, value: Any) -> Any:
     symbolic = context.tensor_to_context.get(value) if context is not None else None
     if symbolic is None:
         return mode.from_tensor(value, static_shapes=True)
-    return mode.from_tensor(value, symbolic_context=symbolic)
+    # With the source that Dynamo gave: a view's base would otherwise get symbols without one.
+    return mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
 
 
 def inductor(

@@ -182,7 +182,8 @@ def _where(node: fx.Node) -> str:
     if not stack:
         return node.name
     path = list(stack.values())[-1][0]
-    return re.sub(r"^L\['\w+'\]\.?|^L__self___?", "", path) or node.name
+    # Dynamo's own prefix for the root: a local variable, and the bound method's module.
+    return re.sub(r"^(L\['\w+'\]\.?|L__self___?)?(__self__\.)?", "", path) or node.name
 
 
 def _common(names: list[str]) -> str:
