@@ -1,0 +1,209 @@
+"""A compiled model is used like the original: generate, caches, batches, sessions."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import popc
+from popc import state
+from tests.models import tiny_llama
+from tests.oracle import relative
+
+OPTIONS = {"sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+
+
+def prompt(length: int = 9, batch: int = 1, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 96, (batch, length), generator=generator)
+
+
+def index_of(cache: object) -> Tensor:
+    """The packed channel lists of a cache's partition, after a decoded token."""
+    (partition,) = state.of_cache(cache)._partitions.values()
+    return partition.index
+
+
+class Stepper:
+    """One greedy generation, token by token, so that two can be interleaved."""
+
+    def __init__(self, model, ids: Tensor) -> None:
+        self.model, self.cache, self.tokens = model, DynamicCache(), []
+        self.feed(ids)
+
+    def feed(self, ids: Tensor) -> None:
+        out = self.model(ids, past_key_values=self.cache, use_cache=True)
+        self.logits = out.logits[:, -1]
+
+    def step(self) -> None:
+        token = self.logits.argmax(-1, keepdim=True)
+        self.tokens.append(int(token[0, 0]))
+        self.feed(token)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"num_beams": 3, "cache_implementation": "static"},
+        {"do_sample": True, "top_k": 20},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_runs_pruned_and_at_sparsity_zero_as_dense(how: dict, batch: int) -> None:
+    model, ids = tiny_llama(), prompt(batch=batch)
+    how = {"max_new_tokens": 8, "attention_mask": torch.ones_like(ids), **how}
+
+    def tokens(m) -> Tensor:
+        torch.manual_seed(0)
+        return m.generate(ids, **{"do_sample": False, **how})
+
+    dense = tokens(model)
+    exact = tokens(popc.compile(model, sparsity=0, codegen="eager"))
+    pruned = tokens(popc.compile(model, **OPTIONS))
+    assert torch.equal(exact, dense)
+    assert pruned.shape == dense.shape
+    assert not torch.equal(pruned, dense)  # half the channels are gone: it must show
+
+
+def test_static_and_dynamic_cache_agree() -> None:
+    twin, ids = popc.compile(tiny_llama(), **OPTIONS), prompt()
+    dynamic = twin.generate(ids, max_new_tokens=12, do_sample=False)
+    static = twin.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    assert torch.equal(dynamic, static)
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_no_graph_break_and_no_recompilation_after_the_second_token(codegen: str) -> None:
+    twin = popc.compile(tiny_llama(), sparsity=0.4, codegen=codegen)
+    with torch.no_grad():
+        run = Stepper(twin, prompt())
+        run.step()
+        run.step()
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for _ in range(10):
+            run.step()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs == 3  # prefill, the first decode step, and one with a symbolic past
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert twin.popc_plan.breaks == []
+
+
+def test_interleaved_generations_keep_their_partitions() -> None:
+    twin = popc.compile(tiny_llama(), **OPTIONS)
+    prompts = [prompt(seed=1), prompt(11, seed=2)]
+    with torch.no_grad():
+        alone = []
+        for ids in prompts:
+            run = Stepper(twin, ids)
+            for _ in range(10):
+                run.step()
+            alone.append(run.tokens)
+        runs = [Stepper(twin, ids) for ids in prompts]
+        for _ in range(10):
+            for run in runs:
+                run.step()
+    assert [run.tokens for run in runs] == alone
+    assert not torch.equal(index_of(runs[0].cache), index_of(runs[1].cache))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("cuts", [(4,), (3, 8), (2, 4, 6, 8)])
+def test_chunked_prefill_gives_the_whole_prefills_partition(scope: str, cuts: tuple) -> None:
+    twin, ids = popc.compile(tiny_llama(), scope=scope, **OPTIONS), prompt(12, batch=2)
+    with torch.no_grad():
+        whole = Stepper(twin, ids)
+        whole.step()
+        chunked = Stepper(twin, ids[:, : cuts[0]])
+        for start, stop in zip(cuts, (*cuts[1:], 12), strict=True):
+            chunked.feed(ids[:, start:stop])
+        chunked.step()
+    assert torch.equal(index_of(whole.cache), index_of(chunked.cache))
+
+
+def test_a_later_turn_adds_to_the_statistics() -> None:
+    """Prompt, two tokens, then a second prompt: the partition is that of both prompts."""
+    twin, ids = popc.compile(tiny_llama(), **OPTIONS), prompt(12)
+    (key, *_) = (r.key for r in popc.analyze(tiny_llama()).regions)
+    with torch.no_grad():
+        run = Stepper(twin, ids[:, :8])
+        run.step()
+        session = state.of_cache(run.cache)
+        key = twin.popc_plan.regions[0].key
+        first, before = index_of(run.cache), session.statistics(key, "batch").clone()
+        run.feed(ids[:, 8:])
+        run.step()
+    after = session.statistics(key, "batch")
+    assert state.of_cache(run.cache) is session
+    assert (after >= before).all()
+    assert (after > before).any()
+    assert not torch.equal(first, index_of(run.cache))
+
+
+def test_padding_counts_in_no_statistic() -> None:
+    """Each padded row's partition is that of the same prompt alone."""
+    twin = popc.compile(tiny_llama(), scope="sequence", **OPTIONS)
+    rows = [prompt(6, seed=1), prompt(9, seed=2)]
+    ids = torch.full((2, 9), 95)
+    mask = torch.zeros(2, 9, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, 9 - row.shape[1] :] = row
+        mask[b, 9 - row.shape[1] :] = 1
+    with torch.no_grad():
+        cache = DynamicCache()
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        twin(ids, attention_mask=mask, position_ids=position, past_key_values=cache)
+        step = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+        last = position[:, -1:] + 1
+        twin(ids[:, :1], attention_mask=step, position_ids=last, past_key_values=cache)
+        padded = index_of(cache)
+        for b, row in enumerate(rows):
+            alone = DynamicCache()
+            twin(row, past_key_values=alone)
+            twin(row[:, :1], past_key_values=alone)
+            assert torch.equal(index_of(alone)[0], padded[b])
+
+
+def test_one_token_without_a_partition_is_dense() -> None:
+    model = tiny_llama()
+    twin = popc.compile(model, **OPTIONS)
+    with torch.no_grad():
+        assert relative(twin(prompt(1)).logits, model(prompt(1)).logits) < 1e-5
+
+
+def test_an_emptied_cache_starts_anew() -> None:
+    twin = popc.compile(tiny_llama(), **OPTIONS)
+    with torch.no_grad():
+        run = Stepper(twin, prompt())
+        first = state.of_cache(run.cache)
+        run.cache.crop(-prompt().shape[1])
+        run.feed(prompt(seed=5))
+    assert state.of_cache(run.cache) is not first
+
+
+def test_a_dropped_cache_frees_its_session() -> None:
+    twin = popc.compile(tiny_llama(), **OPTIONS)
+    with torch.no_grad():
+        run = Stepper(twin, prompt())
+        run.step()
+    session = weakref.ref(state.of_cache(run.cache))
+    del run
+    gc.collect()
+    assert session() is None
