@@ -1,0 +1,26 @@
+"""What every pass must leave true."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+class _Checked(fx.Interpreter):
+    """Runs a graph and compares every value with the node's ``meta["val"]``."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and n.op != "output":
+            fake = n.meta["val"]
+            assert (value.shape, value.dtype) == (fake.shape, fake.dtype), n.format_node()
+        return value
+
+
+def assert_meta_is_true(gm: fx.GraphModule, module: nn.Module, *inputs: Any) -> Any:
+    """Run ``gm``, captured from ``module``, with its parameters lifted; check each node's value."""
+    gm.graph.lint()
+    with torch.no_grad():
+        return _Checked(gm).run(*module.parameters(), *module.buffers(), *inputs)

@@ -1,0 +1,79 @@
+"""The command, and the examples as a user would run them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from popc import cli, models
+from tests.models import tiny_llama
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+runner = CliRunner()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A tiny model with SmolLM2's tokenizer, on disk."""
+    _, tokenizer = models.load_model()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_analyze(folder: str) -> None:
+    torch._dynamo.reset()
+    result = runner.invoke(cli.app, ["analyze", folder])
+    assert result.exit_code == 0, result.output
+    assert "2 regions" in result.output
+
+
+def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    say = ["generate", folder, "--prompt", "Hello", "--sparsity", "0.4", "--tokens", "4"]
+    result = runner.invoke(cli.app, say)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "figures.json"
+    sizes = ["--windows", "2", "--prompt", "16", "--continuation", "8"]
+    result = runner.invoke(cli.app, ["eval", folder, "--sparsity", "0", *sizes, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert figures["agreement"] == 1.0
+    assert figures["ffn_bytes"] == 1.0
+    assert figures["perplexity"] == pytest.approx(figures["dense_perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyze", "no/such/model"], "'no/such/model' could not be loaded"),
+        (["generate", "smollm2", "--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
+        (["analyze", "smollm2", "--dtype", "int8"], "dtype='int8' is not allowed"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("example", "shows"),
+    [
+        ("generate.py", "The capital of France is"),
+        ("backend_string.py", "["),
+        ("analyze_any_module.py", "1 regions"),
+    ],
+)
+def test_example(example: str, shows: str) -> None:
+    command = [sys.executable, str(EXAMPLES / example)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert shows in done.stdout

@@ -1,0 +1,45 @@
+"""SmolLM2-135M on real text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import popc
+from popc import text
+from popc.models import load_model
+from tests.oracle import relative
+from tests.test_oracle import oracle_run, run
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return load_model()
+
+
+def test_every_layer_is_a_region(smollm2) -> None:
+    model, _ = smollm2
+    plan = popc.analyze(model)
+    assert [region.channels for region in plan.regions] == [1536] * 30
+    assert plan.breaks == []
+    config = popc.Config(sparsity=0.4, candidate=0.1)
+    assert plan.decode_share(config) == pytest.approx((2 * 0.65 + 0.6) / 3, abs=1e-3)
+
+
+@pytest.mark.parametrize("candidate", [0.1, 0.4])
+def test_is_the_oracle_on_real_text(smollm2, candidate: float) -> None:
+    model, tokenizer = smollm2
+    ids = text.windows(tokenizer, 1, 80)
+    config = popc.Config(sparsity=0.4, candidate=candidate, codegen="eager")
+    torch._dynamo.reset()
+    expected = oracle_run(model, config, ids, 64)
+    assert relative(run(popc.compile(model, config), ids, 64), expected) < 1e-4
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_text_is_real() -> None:
+    articles = text.wikipedia_articles()
+    assert 80 <= len(articles) <= 110
+    assert all("{{" not in article[:2000] for article in articles[:20])
