@@ -17,9 +17,8 @@ def tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=96,
         initializer_range=0.2,
-        **{"eos_token_id": None, "pad_token_id": 0, **fields},
+        **{"eos_token_id": None, "pad_token_id": 0, "vocab_size": 96, **fields},
     )
     return LlamaForCausalLM(config).eval()
 

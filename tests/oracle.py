@@ -33,7 +33,7 @@ class MaskedDense:
         self.handles = [down.register_forward_pre_hook(self._hook) for down in downs]
 
     def __call__(self, ids: Tensor, valid: Tensor | None = None, **kwargs: object):
-        self.valid = valid
+        self.valid, self.shape = valid, ids.shape
         with torch.no_grad():
             return self.model(ids, **kwargs)
 
@@ -43,8 +43,9 @@ class MaskedDense:
 
     def _hook(self, down: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
         (h,) = args
-        if h.shape[1] > 1:
-            squares = h.double() ** 2
+        by_token = h.view(*self.shape, -1)  # OPT flattens batch and tokens
+        if self.shape[1] > 1:
+            squares = by_token.double() ** 2
             if self.valid is not None:
                 squares = squares * self.valid[..., None]
             total = squares.sum(1)
@@ -52,14 +53,15 @@ class MaskedDense:
                 total = total.sum(0, keepdim=True)
             self.squares[down] = self.squares.get(down, 0) + total
             return args
-        return (h * self._mask(down, h[:, 0])[:, None],)
+        return ((by_token * self._mask(down, by_token[:, 0])[:, None]).view(h.shape),)
 
     def _mask(self, down: nn.Linear, h: Tensor) -> Tensor:
         size = h.shape[-1]
         active = round((1 - self.sparsity) * size)
         retained = round((1 - self.sparsity - self.candidate / 2) * size)
         candidate = round(self.candidate * size)
-        norm = down.weight.float().norm(dim=0)
+        # GPT-2 stores its weights [in, out].
+        norm = down.weight.float().norm(dim=0 if down.weight.shape[1] == size else 1)
         score = h.float().norm(dim=0, keepdim=True) if self.scope == "batch" else h.float().abs()
         rows = []
         for squares, now in zip(self.squares[down], score * norm, strict=True):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    StaticCache,
+)
 
 import popc
 from tests.models import tiny_llama
@@ -29,8 +36,10 @@ def run(model, ids: Tensor, prompt: int, mask: Tensor | None = None, cache=None,
     return torch.stack(rows)
 
 
-def oracle_run(model, config: popc.Config, ids: Tensor, prompt: int, mask=None) -> Tensor:
-    oracle = MaskedDense(model, llama_downs(model), config.sparsity, config.candidate, config.scope)
+def oracle_run(
+    model, config: popc.Config, ids: Tensor, prompt: int, mask=None, downs=llama_downs
+) -> Tensor:
+    oracle = MaskedDense(model, downs(model), config.sparsity, config.candidate, config.scope)
     valid = {} if mask is None else {"valid": mask[:, :prompt].bool()}
     try:
         return run(oracle, ids, prompt, mask, **valid)
@@ -106,3 +115,40 @@ def test_bfloat16_stays_near_the_oracle() -> None:
     config = popc.Config(sparsity=0.4, candidate=0.0, codegen="eager")
     expected = oracle_run(model, config, ids, 10)
     assert relative(run(popc.compile(model, config), ids, 10), expected) < 0.03
+
+
+def gpt2() -> tuple[nn.Module, object]:
+    """Conv1D weights, biases, tokens flattened before every linear."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval(), lambda m: [block.mlp.c_proj for block in m.transformer.h]
+
+
+def opt() -> tuple[nn.Module, object]:
+    """A plain ReLU MLP with biases."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=64,
+        ffn_dim=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        word_embed_proj_dim=64,
+        init_std=0.2,
+    )
+    return OPTForCausalLM(config).eval(), lambda m: [b.fc2 for b in m.model.decoder.layers]
+
+
+@pytest.mark.parametrize("make", [gpt2, opt])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_architectures_are_the_oracle(make, batch: int) -> None:
+    torch._dynamo.reset()
+    model, downs = make()
+    ids = tokens(batch)
+    mask = left_padding(ids, 10)
+    config = popc.Config(sparsity=0.4, candidate=0.2, codegen="eager")
+    expected = oracle_run(model, config, ids, 10, mask, downs)
+    twin = popc.compile(model, config)
+    assert relative(run(twin, ids, 10, mask), expected) < TOLERANCE
+    assert relative(run(model, ids, 10, mask), expected) > 100 * TOLERANCE
+    assert len(twin.popc_plan.regions) == 2

@@ -78,7 +78,7 @@ def capture_module(
 
     mode = compat.new_fake_mode()
     inputs = [*state.values(), *flat]
-    fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs]
+    fakes = [compat.fakify(mode, value) for value in inputs]
     return _trace(Lifted(), fakes, inputs, mode)
 
 

@@ -56,7 +56,9 @@ class Region:
         producers: linears with weights of F output channels.
         body: the nodes between, in graph order; each carries the axis.
         axis: for each node of producers and body, the dimension that is the channel.
-        hidden: h ``[..., T, F]``, what the consumers read.
+        hidden: h ``[..., F]``, what the consumers read.
+        grid: a node ``[B, T, ...]`` whose tokens are h's, in the same order: ``hidden`` itself, or,
+            where that is flattened to ``[B·T, F]``, what it was before, if the graph shows it.
         consumers: linears that contract F.
         key: the same in every graph that this region is part of: the identities of its weights,
             and which use of them it is where weights are shared.
@@ -70,6 +72,7 @@ class Region:
     body: tuple[fx.Node, ...]
     axis: dict[fx.Node, int]
     hidden: fx.Node
+    grid: fx.Node
     consumers: tuple[Linear, ...]
     key: Key
     source: str = ""

@@ -15,9 +15,11 @@ from popc.analysis.rules import (
     WEIGHT_TRANSPOSES,
     WEIGHT_VIEWS,
     Mixes,
+    reads_size,
     shape,
     transfer,
 )
+from popc.analysis.tokens import token_grid
 
 
 @dataclass
@@ -60,6 +62,8 @@ def find_regions(captured: Captured) -> Plan:
             axis = carried[source][dim].root()
             if linear is not None and source is linear.x:
                 _through_linear(node, linear, source, dim, axis, outgoing)
+                continue
+            if reads_size(node, dim):
                 continue
             if node.op == "output":
                 axis.refusals.append(("the channels are an output of the graph", node))
@@ -150,6 +154,7 @@ def _conclude(axis: _Axis, order: dict[fx.Node, int], plan: Plan) -> None:
             body=tuple(body),
             axis=dict(axis.dims),
             hidden=axis.consumers[0].x,
+            grid=token_grid(axis.consumers[0].x),
             consumers=tuple(axis.consumers),
             key=(weights, occurrence),
             source=_source(axis.consumers[0].node),

@@ -76,6 +76,11 @@ def transfer(node: fx.Node, source: fx.Node, dim: int) -> int:
     return rule(node, source, dim)
 
 
+def reads_size(node: fx.Node, dim: int) -> bool:
+    """Whether ``node`` only asks for the size of another dimension than ``dim``."""
+    return node.target is aten.sym_size.int and argument(node, 1, "dim") != dim
+
+
 def _same(node: fx.Node, source: fx.Node, dim: int) -> int:
     """Elementwise, with broadcasting: aligned from the right."""
     out = dim + len(shape(node)) - len(shape(source))
@@ -121,6 +126,8 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
 RULES: dict[Any, Rule] = {
     aten.dropout.default: _dropout,
     aten.to.dtype: _same,
@@ -136,19 +143,12 @@ RULES: dict[Any, Rule] = {
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
-    aten.view.default: _view,
-    aten.reshape.default: _view,
-    aten._unsafe_view.default: _view,
     aten.expand.default: _same,
+    **dict.fromkeys(VIEWS, _view),
 }
 
 # Where an op states output sizes: the argument in which the axis' size must follow its pruning.
-SIZE_ARGUMENT: dict[Any, int] = {
-    aten.view.default: 1,
-    aten.reshape.default: 1,
-    aten._unsafe_view.default: 1,
-    aten.expand.default: 1,
-}
+SIZE_ARGUMENT: dict[Any, int] = dict.fromkeys((*VIEWS, aten.expand.default), 1)
 
 # Ops that only rename a weight: looking through them finds the parameter.
 WEIGHT_VIEWS = (aten.detach.default, aten.alias.default)

@@ -8,9 +8,18 @@ import torch
 from torch import fx
 
 from popc.analysis.plan import Region
-from popc.analysis.rules import argument, same_size, shape
+from popc.analysis.rules import LINEARS, VIEWS, argument, same_size, shape
 
 aten = torch.ops.aten
+
+# Besides pointwise ops and linears: what computes each row of its output from the same row.
+ROWWISE = (
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.dropout.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+)
 
 # An additive mask hides a key by this or less; position biases such as ALiBi stay above it.
 HIDDEN = -1e4
@@ -19,10 +28,49 @@ HIDDEN = -1e4
 def is_decode(region: Region) -> bool:
     """True if the graph runs this region on one token per sequence.
 
-    The token axis is the last but one of h; where tokens and batch are one axis (``h [N, F]``)
-    only ``N = 1`` is known to be a single token.
+    Where tokens and batch are one axis (``h [N, F]``) only ``N = 1`` is known to be one token.
     """
-    return len(shape(region.hidden)) >= 2 and same_size(shape(region.hidden)[-2], 1)
+    grid = shape(region.grid)
+    tokens = grid[1:-1] if len(grid) > 2 else grid[:-1]
+    return len(tokens) > 0 and all(same_size(size, 1) for size in tokens)
+
+
+def token_grid(hidden: fx.Node) -> fx.Node:
+    """The nearest node before ``hidden [B·T, F]`` that has its tokens as ``[B, T, ...]``.
+
+    ``hidden`` itself if it is not flattened, or if no op before it shows the two axes apart.
+    """
+    if len(shape(hidden)) != 2:
+        return hidden
+    queue, seen = [hidden], {hidden}
+    while queue:
+        node = queue.pop(0)
+        for source in _same_rows(node):
+            if len(shape(source)) == 3:
+                return source
+            if len(shape(source)) == 2 and source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return hidden
+
+
+def _same_rows(node: fx.Node) -> list[fx.Node]:
+    """Inputs of ``node [N, ...]`` whose rows are its rows, one to one."""
+    if node.target in VIEWS:
+        (source, *_) = node.all_input_nodes
+        kept = same_size(shape(source)[-1], shape(node)[-1])
+        return [source] if kept and 2 <= len(shape(source)) <= 3 else []
+    if node.target in LINEARS:
+        return [node.args[LINEARS[node.target].x]]  # type: ignore[list-item]
+    if node.target in ROWWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return [
+            source
+            for source in node.all_input_nodes
+            if isinstance(source.meta.get("val"), torch.Tensor)
+            and len(shape(source)) == 2
+            and same_size(shape(source)[0], shape(node)[0])
+        ]
+    return []
 
 
 def attention_masks(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -52,7 +100,7 @@ def _added_mask(scores: fx.Node) -> fx.Node | None:
 
 def mask_of(region: Region, graph: fx.Graph) -> fx.Node | None:
     """The mask of the attention nearest before ``region`` with the same token axis, or after it."""
-    hidden = shape(region.hidden)
+    hidden = shape(region.grid)
     if len(hidden) != 3:
         return None
     order = {node: i for i, node in enumerate(graph.nodes)}

@@ -81,6 +81,9 @@ def _prune(
         linear.node.replace_all_uses_with(y)
         graph.erase_node(linear.node)
     for node in (*reversed(region.body), *(linear.node for linear in region.producers)):
+        # What is left only asks for another dimension's size: see rules.reads_size.
+        for user in list(node.users):
+            user.replace_input_with(node, pruned[node])
         graph.erase_node(node)
 
 

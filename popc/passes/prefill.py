@@ -61,17 +61,28 @@ def _emit_validity(captured: Captured, mask: fx.Node) -> fx.Node:
     raise AssertionError("a graph has an output")
 
 
+def _by_token(emit: Emitter, region: Region) -> fx.Node:
+    """h as ``[B, T, F]``, where batch and token axes can be told apart."""
+    if len(shape(region.hidden)) == len(shape(region.grid)):
+        return region.hidden
+    sizes = [
+        size if isinstance(size, int) else emit.call(aten.sym_size.int, region.grid, dim)
+        for dim, size in enumerate(shape(region.grid)[:2])
+    ]
+    return emit.call(aten.reshape.default, region.hidden, [*sizes, region.channels])
+
+
 def _emit_sum(captured: Captured, region: Region, valid: fx.Node | None, scope: str) -> fx.Node:
     """Nodes for ``Σ h²`` of one region, ``[S, F]``."""
     emit = Emitter(captured, region.hidden)
-    hidden = emit.call(aten.to.dtype, region.hidden, torch.float64)
+    hidden = emit.call(aten.to.dtype, _by_token(emit, region), torch.float64)
     squares = emit.call(aten.mul.Tensor, hidden, hidden)
     if valid is not None:
         # where, not a product: a NaN in a padding token must not reach the statistic.
         chosen = emit.call(aten.unsqueeze.default, valid, -1)
         zero = emit.call(aten.zeros_like.default, squares)
         squares = emit.call(aten.where.self, chosen, squares, zero)
-    rank = len(shape(region.hidden))
+    rank = len(shape(hidden))
     tokens = list(range(rank - 1)) if scope == "batch" else list(range(1, rank - 1))
     total = emit.call(aten.sum.dim_IntList, squares, tokens)
     return total if scope == "sequence" else emit.call(aten.unsqueeze.default, total, 0)
