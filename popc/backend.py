@@ -238,6 +238,7 @@ def column_norm(captured: Captured, linear: Linear) -> torch.Tensor:
     if version != weight._version or norm is None:
         with torch.no_grad():
             other = 1 - linear.weight.channel_dim
-            norm = torch.linalg.vector_norm(weight.detach(), dim=other, dtype=torch.float32)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(weight.detach(), dim=other, dtype=wide).float()
         _norms[weight] = (weight._version, norm)
     return norm

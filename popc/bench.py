@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from popc.models import cache_keyword
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -45,7 +47,7 @@ def decode_rates(
     they compile.
 
     Args:
-        models: name to causal language model; each is called with ``past_key_values``.
+        models: name to causal language model; each is called with a static cache.
         config: the transformers config of the models.
         prompt: int64 ``[B, T]``; rates count B tokens for each step.
         progress: called with a model's name before each of its ``rounds + 1`` turns.
@@ -66,13 +68,15 @@ def decode_rates(
 
 def _decode(model: Any, config: Any, prompt: Tensor, tokens: int) -> tuple[float, Tensor]:
     """Seconds for all but the first two of ``tokens`` greedy tokens, and the tokens."""
+    forward = getattr(model, "forward", model)
     cache = StaticCache(config=config, max_cache_len=prompt.shape[1] + tokens)
+    keyword = cache_keyword(forward)
     ids, start, out = prompt, 0.0, []
     for step in range(tokens):
         if step == 2:
             _wait(prompt.device)
             start = time.perf_counter()
-        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        logits = model(ids, **{keyword: cache}, use_cache=True).logits
         ids = logits[:, -1:].argmax(-1)
         out.append(ids)
     _wait(prompt.device)

@@ -5,6 +5,7 @@ Nothing else in popc imports a name that torch marks as private.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from torch import fx
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+RECOMPILE_LIMIT = 64
 
 
 def dynamo_fake_mode() -> FakeTensorMode:
@@ -65,7 +68,11 @@ def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> 
     own = types.FunctionType(
         frame.__code__.replace(), frame.__globals__, frame.__name__, None, frame.__closure__
     )
-    return torch.compile(own, backend=backend)
+    # The limit is for each code object, and a decorator's wrapper is one for all it decorates: in
+    # a model traced in pieces it would be reached by the number of layers. From torch 2.13 on.
+    known = inspect.signature(torch.compile).parameters
+    limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
+    return torch.compile(own, backend=backend, **limit)
 
 
 def graph_breaks() -> dict[str, int]:

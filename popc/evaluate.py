@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+from popc.models import cache_keyword
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ def evaluate(
         ids = window[None]
         expected = window[prompt:]
         dense = model(ids, use_cache=False).logits[0, prompt - 1 : -1].float()
-        out = compiled(ids[:, :prompt], use_cache=True)
+        cache = {cache_keyword(model.forward): DynamicCache()}
+        out = compiled(ids[:, :prompt], **cache, use_cache=True)
         rows = [out.logits[0, -1]]
         for at in range(prompt, len(window) - 1):
-            out = compiled(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = compiled(ids[:, at : at + 1], **cache, use_cache=True)
             rows.append(out.logits[0, -1])
         logits = torch.stack(rows).float()
         loss += float(cross_entropy(logits, expected, reduction="sum"))

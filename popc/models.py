@@ -7,10 +7,12 @@ it takes about half a minute, so the converted model is kept in the user's cache
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ def load_model(name: str = DEFAULT, dtype: torch.dtype = torch.float32) -> tuple
             f"give {DEFAULT!r}, a model folder, or a hub id that can be reached"
         ) from error
     return model.eval(), tokenizer
+
+
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """The argument of ``forward`` that takes a KV cache; transformers 5.24 renamed it."""
+    names = inspect.signature(forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def cache_folder() -> Path:

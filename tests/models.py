@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from popc.models import cache_keyword
+
+# What this transformers calls a KV cache among the arguments, and in the outputs.
+CACHE = cache_keyword(LlamaForCausalLM.forward)
+
 
 def tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:
     """Two layers, 160 channels, weights large enough that pruning shows in the logits."""

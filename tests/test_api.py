@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import popc
-from tests.models import InnerNorm, Plain, tiny_llama
+from tests.models import CACHE, InnerNorm, Plain, tiny_llama
 from tests.oracle import MaskedDense, llama_downs, relative
 from tests.test_generate import OPTIONS, prompt
 from tests.test_oracle import oracle_run, run, tokens
@@ -136,11 +136,11 @@ def test_cache_made_by_the_model_is_known_too() -> None:
     twin = popc.compile(model, **OPTIONS)
     with torch.no_grad():
         given = DynamicCache()
-        twin(ids, past_key_values=given, use_cache=True)
-        expected = twin(ids[:, :1], past_key_values=given, use_cache=True).logits
-        made = twin(ids, use_cache=True).past_key_values
-        logits = twin(ids[:, :1], past_key_values=made, use_cache=True).logits
-        dense_cache = model(ids, use_cache=True).past_key_values
-        dense = model(ids[:, :1], past_key_values=dense_cache, use_cache=True).logits
+        twin(ids, **{CACHE: given}, use_cache=True)
+        expected = twin(ids[:, :1], **{CACHE: given}, use_cache=True).logits
+        made = twin(ids, use_cache=True)[CACHE]
+        logits = twin(ids[:, :1], **{CACHE: made}, use_cache=True).logits
+        dense_cache = model(ids, use_cache=True)[CACHE]
+        dense = model(ids[:, :1], **{CACHE: dense_cache}, use_cache=True).logits
     assert torch.equal(logits, expected)
     assert relative(logits, dense) > 0.01

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import popc
 from popc import state
-from tests.models import tiny_llama
+from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
 OPTIONS = {"sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
@@ -45,7 +45,7 @@ class Stepper:
         self.feed(ids)
 
     def feed(self, ids: Tensor) -> None:
-        out = self.model(ids, past_key_values=self.cache, use_cache=True)
+        out = self.model(ids, **{CACHE: self.cache}, use_cache=True)
         self.logits = out.logits[:, -1]
 
     def step(self) -> None:
@@ -169,15 +169,15 @@ def test_padding_counts_in_no_statistic() -> None:
     with torch.no_grad():
         cache = DynamicCache()
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        twin(ids, attention_mask=mask, position_ids=position, past_key_values=cache)
+        twin(ids, attention_mask=mask, position_ids=position, **{CACHE: cache})
         step = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
         last = position[:, -1:] + 1
-        twin(ids[:, :1], attention_mask=step, position_ids=last, past_key_values=cache)
+        twin(ids[:, :1], attention_mask=step, position_ids=last, **{CACHE: cache})
         padded = index_of(cache)
         for b, row in enumerate(rows):
             alone = DynamicCache()
-            twin(row, past_key_values=alone)
-            twin(row[:, :1], past_key_values=alone)
+            twin(row, **{CACHE: alone})
+            twin(row[:, :1], **{CACHE: alone})
             assert torch.equal(index_of(alone)[0], padded[b])
 
 

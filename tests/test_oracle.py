@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import popc
-from tests.models import tiny_llama
+from tests.models import CACHE, tiny_llama
 from tests.oracle import MaskedDense, llama_downs, relative
 
 TOLERANCE = 1e-4
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 def run(model, ids: Tensor, prompt: int, mask: Tensor | None = None, cache=None, **first) -> Tensor:
     """Teacher-forced logits of every decode step, ``[steps, B, V]``."""
     cache = DynamicCache() if cache is None else cache
-    kwargs = {"past_key_values": cache, "use_cache": True}
+    kwargs = {CACHE: cache, "use_cache": True}
     masked = {} if mask is None else {"attention_mask": mask[:, :prompt]}
     with torch.no_grad():
         model(ids[:, :prompt], **masked, **first, **kwargs)

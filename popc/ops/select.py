@@ -29,7 +29,8 @@ def _select_candidates(
 ) -> tuple[Tensor, Tensor]:
     # One list for the batch is scored on the batch's l2 norm, one per sequence on its own token.
     tokens = tuple(range(h.dim() - 1)) if index.dim() == 1 else tuple(range(1, h.dim() - 1))
-    size = torch.linalg.vector_norm(h[..., retained:], dim=tokens, dtype=torch.float32)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    size = torch.linalg.vector_norm(h[..., retained:], dim=tokens, dtype=wide).float()
     order = torch.argsort(size * norm[..., retained:], dim=-1, descending=True, stable=True)
     kept = order[..., : active - retained].sort(dim=-1).values + retained
     always = torch.arange(retained, device=h.device).expand(*kept.shape[:-1], retained)
