@@ -17,7 +17,7 @@ from popc import compat, state
 from popc.analysis.capture import Captured, capture_dynamo
 from popc.analysis.plan import Linear, Plan, Region
 from popc.analysis.regions import find_regions
-from popc.analysis.rules import shape
+from popc.analysis.rules import same_size, shape
 from popc.analysis.tokens import is_decode
 from popc.config import Config
 from popc.errors import GraphError
@@ -84,7 +84,12 @@ def popc_backend(
     )
     if not regions:
         return generate(gm, example_inputs)
-    return _CompiledGraph(gm, captured, decode, prefill, example_inputs, config, generate)
+    try:
+        return _CompiledGraph(gm, captured, decode, prefill, example_inputs, config, generate)
+    except GraphError as error:
+        # The passes work on a re-trace: the graph that Dynamo gave is as it was.
+        logger.warning("left dense: %s", error)
+        return generate(gm, example_inputs)
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:
@@ -124,7 +129,7 @@ class _CompiledGraph:
         self.decode = [_region_state(r, captured, config) for r in decode]
         self.prefill = [_region_state(r, captured, config) for r in prefill]
         placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        self.batch = _batch_of(decode, placeholders) if config.scope == "sequence" else None
+        self.batch = _batch_of(decode if config.scope == "sequence" else [], placeholders)
         self.activations = [
             i
             for i, node in enumerate(placeholders)
@@ -149,8 +154,7 @@ class _CompiledGraph:
         if session is None:
             session = self._session_of(args)
         if self.decode:
-            batch = None if self.batch is None else args[self.batch[0]].shape[self.batch[1]]
-            partition = session.partition(self.owner, self.decode, self.scope, batch)
+            partition = session.partition(self.owner, self.decode, self.scope, self.batch(args))
             if partition is None:
                 outputs = self.dense(*args)
                 if by_tensors:
@@ -206,18 +210,20 @@ def _is_written(node: fx.Node) -> bool:
     return False
 
 
-def _batch_of(regions: Sequence[Region], placeholders: Sequence[fx.Node]) -> tuple[int, int] | None:
-    """An input and its dimension whose size is the batch size of ``regions``."""
+def _batch_of(
+    regions: Sequence[Region], placeholders: Sequence[fx.Node]
+) -> Callable[[Sequence[Any]], int | None]:
+    """How to tell the batch size of ``regions`` from a call's inputs; None: it can't be told."""
     if not regions:
-        return None
+        return lambda args: None
     batch = shape(regions[0].hidden)[0]
+    if isinstance(batch, int):
+        return lambda args: batch
     for i, node in enumerate(placeholders):
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-            for dim, size in enumerate(value.shape[:1]):
-                if str(size) == str(batch):
-                    return i, dim
-    return None
+        if isinstance(value, torch.Tensor) and value.dim() and same_size(value.shape[0], batch):
+            return lambda args: int(args[i].shape[0])
+    return lambda args: None
 
 
 # --- what the runtime keeps of a region ---------------------------------------------------------

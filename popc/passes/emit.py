@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
+from popc.errors import GraphError
 
 
 class Emitter:
@@ -20,14 +21,21 @@ class Emitter:
         self.like = like
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A ``call_function`` node; module path and stack trace are those of ``like``."""
+        """A ``call_function`` node; module path and stack trace are those of ``like``.
+
+        Raises:
+            GraphError: the op refuses these arguments, so the rewrite is not valid.
+        """
         node = self.graph.call_function(target, args, kwargs)
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.like.meta:
                 node.meta[key] = self.like.meta[key]
         fake_args, fake_kwargs = map_arguments(args, kwargs, lambda n: n.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        try:
+            with self.mode:
+                node.meta["val"] = target(*fake_args, **fake_kwargs)
+        except Exception as error:
+            raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
         return node
 
 
