@@ -16,6 +16,8 @@ from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from popc.errors import PopcError
+
 RECOMPILE_LIMIT = 64
 
 
@@ -73,6 +75,26 @@ def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> 
     known = inspect.signature(torch.compile).parameters
     limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
     return torch.compile(own, backend=backend, **limit)
+
+
+def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; an error of popc's own is raised as it is, not in Dynamo's wrapping."""
+    try:
+        return function(*args)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, PopcError):
+            raise error.inner_exception from None
+        raise
+
+
+def is_caught_in_vmap(value: Any) -> bool:
+    """Whether ``value`` is a batched tensor of a vmap that is over.
+
+    A re-trace holds such constants where a vmap was traced, as for flex attention's block masks.
+    Private because nothing public tells them.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return isinstance(value, torch.Tensor) and wrapped(value)
 
 
 def graph_breaks() -> dict[str, int]:

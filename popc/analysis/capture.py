@@ -39,11 +39,13 @@ class Captured:
     """An ATen graph and the real parameters behind its inputs.
 
     ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation.
+    ``runnable`` is False where the graph can be read but not run: a vmap's values are caught in it.
     """
 
     gm: fx.GraphModule
     parameters: dict[fx.Node, torch.Tensor]
     fake_mode: Any
+    runnable: bool = True
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -106,8 +108,11 @@ def _trace(
         for node, real in zip(placeholders, reals, strict=True)
         if isinstance(real, torch.nn.Parameter)
     }
+    # What nothing reads must not count against a channel: attention weights averaged in vain, say.
+    gm.graph.eliminate_dead_code()
     _drop_inplace(gm)
-    return Captured(gm, parameters, mode)
+    held = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
+    return Captured(gm, parameters, mode, not any(map(compat.is_caught_in_vmap, held)))
 
 
 def _drop_inplace(gm: fx.GraphModule) -> None:

@@ -4,98 +4,133 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from popc.analysis.linears import Linear
 from popc.config import Config, Counts
 
-Key = tuple[tuple[int, ...], int]
+if TYPE_CHECKING:
+    from popc.analysis.cost import PlanCost
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A linear's weight.
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """A linear that writes channels of a region.
 
-    Attributes:
-        node: the graph input behind it.
-        channel_dim: which of its two dims is the channel's.
-        identity: a number that is the same for this parameter in every graph.
+    ``rows`` int64 ``[U, m]``: its output channels that belong to each unit.
     """
 
-    node: fx.Node
-    channel_dim: int
-    identity: int
-
-    @property
-    def bytes(self) -> int:
-        value = self.node.meta["val"]
-        return value.numel() * value.element_size()
+    linear: Linear
+    rows: np.ndarray
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear that writes (producer) or contracts (consumer) a channel axis."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: Weight
-    bias: fx.Node | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
-    """The whole life of one channel axis: born in ``producers``, contracted by ``consumers``.
+    """Units that live and die together in one place of a model, from birth to contraction.
+
+    A *unit* is the least that can be pruned: one channel of an MLP or of each expert, or one KV
+    group with all its query heads. Units are numbered by the columns that contract them.
 
     Attributes:
-        kind: ``"mlp"``.
+        kind: ``"mlp"``, ``"attention"`` or ``"experts"``.
         name: where in the model, for people; no rule reads it.
-        channels: F, the size of the axis.
-        producers: linears with weights of F output channels.
-        body: the nodes between, in graph order; each carries the axis.
-        axis: for each node of producers and body, the dimension that is the channel.
-        hidden: h ``[..., F]``, what the consumers read.
-        grid: a node ``[B, T, ...]`` whose tokens are h's, in the same order: ``hidden`` itself, or,
-            where that is flattened to ``[B·T, F]``, what it was before, if the graph shows it.
-        consumers: linears that contract F.
-        key: the same in every graph that this region is part of: the identities of its weights,
-            and which use of them it is where weights are shared.
+        units: U, how many there are.
+        producers: linears that write the units' channels.
+        body: the ops between producers and consumers, in graph order.
+        hidden: h, what the consumers read.
+        columns: int64 ``[U, m]``, the positions of each unit along h's contracted dim.
+        consumers: linears that contract h.
+        cached: whether the units' keys or values are kept in a cache.
+        causal: False if the region surely runs in one forward pass, as encoders do.
+        key: the same in every graph that this region is part of: the identities of the weights
+            that contract it, which use of them it is where they are shared, and its first column.
         source: file and line in the model's code.
     """
 
     kind: str
     name: str
-    channels: int
-    producers: tuple[Linear, ...]
+    units: int
+    producers: tuple[Producer, ...]
     body: tuple[fx.Node, ...]
-    axis: dict[fx.Node, int]
     hidden: fx.Node
-    grid: fx.Node
+    columns: np.ndarray
     consumers: tuple[Linear, ...]
-    key: Key
+    cached: bool
+    key: tuple[Any, ...]
     source: str = ""
+    one_pass: bool = False
+
+    @property
+    def experts(self) -> int:
+        """E, the number of experts whose weights are stacked; 0 in other regions."""
+        held = self.consumers[0].experts
+        return held.count if held is not None else 0
+
+    @property
+    def width(self) -> int:
+        """K, the size of h along the contracted dim."""
+        return self.consumers[0].inputs
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights of the region, dense."""
-        return sum(linear.weight.bytes for linear in (*self.producers, *self.consumers))
+        """Bytes of the region's weights, dense: the rows and columns of its units."""
+        return self.producer_bytes + self.consumer_bytes
+
+    @property
+    def producer_bytes(self) -> int:
+        total = 0
+        for producer in self.producers:
+            weight = producer.linear.weight
+            total += weight.bytes * producer.rows.size // producer.linear.outputs
+        return total
+
+    @property
+    def consumer_bytes(self) -> int:
+        return sum(c.weight.bytes * self.columns.size // c.inputs for c in self.consumers)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the region has: the rows and columns of its units."""
+        return self.weight_bytes // self.consumers[0].weight.element_bytes
+
+    def coarsened(self, columns: np.ndarray) -> Region:
+        """With units that are unions of its own: those of ``columns [U', m']``."""
+        coarse = np.full(self.width, -1)
+        coarse[columns] = np.arange(len(columns))[:, None]
+        order = np.argsort(coarse[self.columns[:, 0]], kind="stable")
+        producers = tuple(
+            Producer(p.linear, p.rows[order].reshape(len(columns), -1)) for p in self.producers
+        )
+        return replace(self, units=len(columns), columns=columns, producers=producers)
 
     def decode_bytes(self, counts: Counts) -> float:
-        """Weight bytes that one decode step reads: live rows of producers, active of consumers."""
-        produced = sum(linear.weight.bytes for linear in self.producers)
-        consumed = sum(linear.weight.bytes for linear in self.consumers)
-        return (produced * counts.live + consumed * counts.active) / self.channels
+        """Weight bytes that one decode step reads: live units' rows, active units' columns."""
+        live, active = counts.live / self.units, counts.active / self.units
+        return self.producer_bytes * live + self.consumer_bytes * active
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A linear whose channel axis is not pruned, and why."""
+    """A linear whose output channels are not pruned, and why.
+
+    Attributes:
+        op: what caused it; ``source`` is its file and line in the model's code.
+        kind: the class of the reason; :func:`popc.report.remedy` has what helps against each.
+        linear: None where no linear is meant.
+    """
 
     name: str
     reason: str
+    op: str = ""
     source: str = ""
+    kind: str = ""
+    linear: Linear | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -103,7 +138,7 @@ class Plan:
     """Regions and refusals of one graph, or of all pieces of a model.
 
     Attributes:
-        regions: what will be pruned, in graph order.
+        regions: what can be pruned, in graph order.
         skipped: linears left dense, each with its reason.
         breaks: reasons for which the model was traced in more than one piece.
     """
@@ -119,22 +154,38 @@ class Plan:
         self.skipped += [skip for skip in other.skipped if skip not in self.skipped]
         self.breaks += [reason for reason in other.breaks if reason not in self.breaks]
 
+    def count(self, kind: str) -> int:
+        """How many regions there are of a kind."""
+        return sum(region.kind == kind for region in self.regions)
+
     def decode_share(self, config: Config) -> float:
-        """The share of the regions' weight bytes that one decode step reads; 1.0 is dense."""
-        dense = sum(region.weight_bytes for region in self.regions)
-        read = sum(r.decode_bytes(config.counts(r.channels)) for r in self.regions)
+        """The share of the targeted regions' weight bytes that a decode step reads."""
+        regions = [region for region in self.regions if region.kind in config.targets]
+        dense = sum(region.weight_bytes for region in regions)
+        read = sum(r.decode_bytes(config.counts(r.units)) for r in regions)
         return read / dense if dense else 1.0
+
+    def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:
+        """FLOPs and bytes read in a call, region by region and in all, dense and pruned.
+
+        Args:
+            B: sequences. T: new tokens of each. S: keys that they attend to, their own included.
+            config: the default one if not given; a ``model_sparsity`` in it must be resolved.
+        """
+        from popc.analysis.cost import plan_cost  # which imports this module
+
+        return plan_cost(self, B, T, S, config or Config())
 
     def table(self) -> Table:
         """A rich table: one row for each region, then one for each distinct refusal."""
         table = Table(title=f"popc: {len(self.regions)} regions, {len(self.skipped)} refusals")
-        for heading in ("kind", "name", "channels", "MB", "linears"):
-            table.add_column(heading, justify="right" if heading in ("channels", "MB") else "left")
+        for heading in ("kind", "name", "units", "MB", "linears"):
+            table.add_column(heading, justify="right" if heading in ("units", "MB") else "left")
         for region in self.regions:
             linears = f"{len(region.producers)} → {len(region.consumers)}"
             size = f"{region.weight_bytes / 1e6:.1f}"
-            table.add_row(region.kind, region.name, str(region.channels), size, linears)
-        seen = Counter((_generic(skip.name), skip.reason) for skip in self.skipped)
+            table.add_row(region.kind, region.name, str(region.units), size, linears)
+        seen = Counter((generic(skip.name), skip.reason) for skip in self.skipped)
         for (name, reason), times in seen.items():
             table.add_row("skipped", f"{name} (×{times})" if times > 1 else name, "", "", reason)
         for reason in self.breaks:
@@ -148,6 +199,6 @@ class Plan:
         return capture.get()
 
 
-def _generic(name: str) -> str:
+def generic(name: str) -> str:
     """``layers.3.mlp`` and ``layers.4.mlp`` alike, so that a table shows a repeated row once."""
     return re.sub(r"\b\d+\b", "*", name)

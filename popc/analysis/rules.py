@@ -1,155 +1,184 @@
-"""The transfer table: what each op does to a channel axis. One op, one line.
+"""The transfer table: what each op does to the labels of its inputs. One op, one line.
 
-A rule is called for each input of a node that carries an axis, and answers at which dimension of
-the node's output the axis lives on. It raises :class:`Mixes` where the op mixes the channels. An
-op that the table does not know mixes.
+A rule is called for each node with a labelled input, and answers with the labels of the output (a
+list of them where there are several outputs; None where the output is no data). It raises
+:class:`~popc.analysis.labels.Mixes` where it can't follow the channels; an op that the table does
+not know is taken to mix all that it is given, so none of it is prunable.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from popc.analysis import rules_join as join
+from popc.analysis import rules_mix as mix
+from popc.analysis import rules_shape as to
+from popc.analysis.labels import Mixes
+from popc.analysis.walk import (
+    Labels,
+    Rule,
+    Walk,
+    argument,
+    mixing,
+    only_input,
+    shape,
+)
 
 aten = torch.ops.aten
 
 
-class Mixes(Exception):
-    """The op mixes the channels of the axis, so the axis cannot be pruned. Says why."""
-
-
-Rule = Callable[[fx.Node, fx.Node, int], int]
-
-
-@dataclass(frozen=True)
-class LinearForm:
-    """How a linear-like op holds ``y = x Wᵀ + b``: argument positions and W's output dimension."""
-
-    x: int
-    weight: int
-    bias: int | None
-    out_dim: int
-
-    @property
-    def in_dim(self) -> int:
-        return 1 - self.out_dim
-
-
-LINEARS: dict[Any, LinearForm] = {
-    aten.linear.default: LinearForm(x=0, weight=1, bias=2, out_dim=0),
-    aten.addmm.default: LinearForm(x=1, weight=2, bias=0, out_dim=1),
-    aten.mm.default: LinearForm(x=0, weight=1, bias=None, out_dim=1),
-    aten.matmul.default: LinearForm(x=0, weight=1, bias=None, out_dim=1),
-}
-
-
-def shape(node: fx.Node) -> torch.Size:
-    return node.meta["val"].shape
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of ``node``, given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def transfer(node: fx.Node, source: fx.Node, dim: int) -> int:
-    """Where the axis at ``dim`` of ``source`` is in ``node``'s output.
-
-    Raises:
-        Mixes: it does not live on.
-    """
-    rule = RULES.get(node.target)
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = _same
-    if rule is None:
-        raise Mixes(f"{node.target} mixes channels, as far as popc knows")
-    if not isinstance(node.meta.get("val"), torch.Tensor):
-        raise Mixes(f"{node.target} does not return one tensor")
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        raise Mixes(f"{node.target} writes in place to a value that is read elsewhere")
-    return rule(node, source, dim)
-
-
-def reads_size(node: fx.Node, dim: int) -> bool:
-    """Whether ``node`` only asks for the size of another dimension than ``dim``."""
-    return node.target is aten.sym_size.int and argument(node, 1, "dim") != dim
-
-
-def _same(node: fx.Node, source: fx.Node, dim: int) -> int:
-    """Elementwise, with broadcasting: aligned from the right."""
-    out = dim + len(shape(node)) - len(shape(source))
-    if shape(node)[out] != shape(source)[dim]:
-        raise Mixes(f"{node.target} broadcasts the channel axis")
+def pointwise(walk: Walk, node: fx.Node) -> Labels:
+    """Elementwise, with broadcasting: dims are aligned from the right."""
+    sizes = shape(node)
+    rank = len(sizes)
+    operands = []
+    for source in node.all_input_nodes:
+        held = walk.of(source)
+        if held is not None:
+            lead = rank - len(held.dims)
+            operands.append((held, [lead + d for d in range(len(held.dims))]))
+    out = walk.flow.combine(operands, range(rank), dict(enumerate(sizes)))
     return out
 
 
-def _dropout(node: fx.Node, source: fx.Node, dim: int) -> int:
-    if argument(node, 2, "train", True):
-        raise Mixes("dropout in training mode")
-    return dim
+def _same(walk: Walk, node: fx.Node) -> Labels:
+    return only_input(walk, node)
 
 
-def _transpose(node: fx.Node, source: fx.Node, dim: int) -> int:
-    rank = len(shape(source))
-    a, b = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
-    return {a: b, b: a}.get(dim, dim)
+def _first(walk: Walk, node: fx.Node) -> Labels:
+    """Like the first input; of any other only size, dtype or device is read."""
+    return walk.of(node.args[0])
 
 
-def _permute(node: fx.Node, source: fx.Node, dim: int) -> int:
-    rank = len(shape(source))
-    return [d % rank for d in argument(node, 1, "dims")].index(dim)
+def _nothing(walk: Walk, node: fx.Node) -> Labels:
+    """Made of an input's sizes, not of its values."""
+    return None
 
 
-def _unsqueeze(node: fx.Node, source: fx.Node, dim: int) -> int:
-    at = argument(node, 1, "dim") % len(shape(node))
-    return dim + (dim >= at)
+def _as_complex(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    last = len(value.dims) - 1
+    return walk.flow.mix(value, [last], node, mixing(node)).squeezed(last)
 
 
-def _view(node: fx.Node, source: fx.Node, dim: int) -> int:
-    """Keeps an axis whose own size, and the product of all that follow it, stay as they were."""
-    before, after = shape(source), shape(node)
-    size, right = before[dim], math.prod(before[dim + 1 :])
-    for out in range(len(after)):
-        if same_size(after[out], size) and same_size(math.prod(after[out + 1 :]), right):
-            return out
-    raise Mixes(f"{node.target} splits or merges the channel axis")
+def _as_real(walk: Walk, node: fx.Node) -> Labels:
+    return only_input(walk, node).unsqueezed(len(shape(node)) - 1, 2)
 
 
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal without a new guard."""
-    return bool(statically_known_true(a == b))
+def _dropout(walk: Walk, node: fx.Node) -> Labels:
+    if argument(node, "train"):
+        raise Mixes("is dropout in training mode", "training")
+    return only_input(walk, node)
 
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+def _glu(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    dim = argument(node, "dim") % len(value.dims)
+    if value.is_free(dim):
+        return value.resized(dim, shape(node)[dim])
+    first, second = np.split(value.along(dim), 2, axis=-1)
+    walk.flow.tie(first, second)
+    return value.replaced(dim, first)
 
-RULES: dict[Any, Rule] = {
-    aten.dropout.default: _dropout,
-    aten.to.dtype: _same,
-    aten.to.device: _same,
-    aten.to.dtype_layout: _same,
-    aten._to_copy.default: _same,
-    aten.contiguous.default: _same,
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.lift_fresh_copy.default: _same,
-    aten.hardswish.default: _same,
-    aten.log_sigmoid.default: _same,
-    aten.transpose.int: _transpose,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.expand.default: _same,
-    **dict.fromkeys(VIEWS, _view),
-}
 
-# Where an op states output sizes: the argument in which the axis' size must follow its pruning.
-SIZE_ARGUMENT: dict[Any, int] = dict.fromkeys((*VIEWS, aten.expand.default), 1)
+def _ops(*names: str) -> list[Any]:
+    """The ops of these names that this torch has."""
+    found = []
+    for name in names:
+        packet, overload = name.split(".")
+        op = getattr(getattr(aten, packet, None), overload, None)
+        if op is not None:
+            found.append(op)
+    return found
 
-# Ops that only rename a weight: looking through them finds the parameter.
-WEIGHT_VIEWS = (aten.detach.default, aten.alias.default)
-WEIGHT_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.numpy_T.default)
+
+def _table(*lines: tuple[Rule, list[Any]]) -> dict[Any, Rule]:
+    return {op: rule for rule, ops in lines for op in ops}
+
+
+# An op's name ends in "_" where it works in place; the rule is the same.
+RULES: dict[Any, Rule] = _table(
+    (_same, _ops("to.dtype", "to.device", "to.dtype_layout", "_to_copy.default")),
+    (_first, _ops("to.other", "type_as.default")),
+    (_same, _ops("contiguous.default", "detach.default", "detach_.default", "alias.default")),
+    (_same, _ops("lift_fresh_copy.default", "lift_fresh.default")),
+    (_same, _ops("clone.default", "hardswish.default", "hardswish_.default")),
+    (_same, _ops("log_sigmoid.default", "requires_grad_.default", "float.default")),
+    (pointwise, _ops("masked_fill.Tensor", "masked_fill_.Tensor", "__and__.Tensor")),
+    (pointwise, _ops("multiply.Tensor", "divide.Tensor", "subtract.Tensor", "__or__.Tensor")),
+    (pointwise, _ops("floor_divide.default", "floor_divide_.Tensor", "float_power.Tensor_Tensor")),
+    (pointwise, _ops("prelu.default", "rrelu.default", "where.ScalarOther", "where.ScalarSelf")),
+    (_nothing, _ops("new_empty.default", "new_zeros.default", "new_ones.default")),
+    (_nothing, _ops("new_full.default", "zeros_like.default", "ones_like.default")),
+    (_nothing, _ops("full_like.default", "empty_like.default", "rand_like.default")),
+    (_nothing, _ops("sym_stride.int", "sym_numel.default", "sym_storage_offset.default")),
+    (_as_complex, _ops("view_as_complex.default")),
+    (_as_real, _ops("view_as_real.default")),
+    (_dropout, _ops("dropout.default", "dropout_.default", "feature_dropout.default")),
+    (_glu, _ops("glu.default")),
+    (to.view, _ops("view.default", "reshape.default", "_unsafe_view.default", "view_as.default")),
+    (to.view, _ops("flatten.using_ints", "unflatten.int", "reshape_as.default")),
+    (to.transpose, _ops("transpose.int", "swapaxes.default", "swapdims.default", "t.default")),
+    (to.transpose, _ops("mT.default", "matrix_H.default", "adjoint.default")),
+    (to.reverse, _ops("numpy_T.default")),
+    (to.permute, _ops("permute.default")),
+    (to.movedim, _ops("movedim.intlist", "movedim.int")),
+    (to.unsqueeze, _ops("unsqueeze.default")),
+    (to.squeeze, _ops("squeeze.default", "squeeze.dim", "squeeze.dims")),
+    (to.expand, _ops("expand.default", "expand_as.default", "broadcast_to.default")),
+    (to.repeat, _ops("repeat.default")),
+    (to.repeat_interleave, _ops("repeat_interleave.self_int", "repeat_interleave.self_Tensor")),
+    (to.on_dim(to.sliced), _ops("slice.Tensor")),
+    (to.on_dim(to.narrowed), _ops("narrow.default")),
+    (to.on_dim(lambda _, labels, __: labels[..., ::-1], "dims"), _ops("flip.default")),
+    (to.on_dim(to.rolled, "dims"), _ops("roll.default")),
+    (to.select, _ops("select.int")),
+    (to.pieces, _ops("split.Tensor", "split_with_sizes.default", "chunk.default", "split.sizes")),
+    (to.pieces, _ops("tensor_split.sections", "tensor_split.indices")),
+    (to.unbind, _ops("unbind.int")),
+    (to.unfold, _ops("unfold.default")),
+    (to.pad, _ops("constant_pad_nd.default", "pad.default")),
+    (join.cat, _ops("cat.default", "concat.default", "concatenate.default")),
+    (join.stack, _ops("stack.default")),
+    (join.index, _ops("index.Tensor")),
+    (join.index_select, _ops("index_select.default")),
+    (join.gather, _ops("gather.default", "take_along_dim.default")),
+    (join.written("source", "dim"), _ops("index_copy.default", "index_copy_.default")),
+    (join.written("src", "dim"), _ops("slice_scatter.default", "select_scatter.default")),
+    (join.written("src"), _ops("copy.default", "copy_.default")),
+    (join.index_put, _ops("index_put.default", "index_put_.default")),
+    (
+        mix.along(),
+        _ops("softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default"),
+    ),
+    (mix.along(), _ops("cumsum.default", "cumprod.default", "sort.default", "sort.stable")),
+    (mix.along(), _ops("topk.default", "argsort.default", "argsort.stable")),
+    (mix.norm, _ops("layer_norm.default", "rms_norm.default")),
+    (mix.group_norm, _ops("group_norm.default")),
+    (
+        mix.reduce,
+        _ops("sum.default", "sum.dim_IntList", "mean.default", "mean.dim", "prod.dim_int"),
+    ),
+    (mix.reduce, _ops("amax.default", "amin.default", "max.dim", "min.dim", "argmax.default")),
+    (mix.reduce, _ops("var.correction", "std.correction", "var_mean.correction", "var.dim")),
+    (mix.reduce, _ops("linalg_vector_norm.default", "norm.ScalarOpt_dim", "logsumexp.default")),
+    (mix.reduce, _ops("any.dim", "all.dim", "any.default", "all.default", "max.default")),
+    (mix.matmul, _ops("matmul.default", "bmm.default", "mm.default")),
+    (mix.baddbmm, _ops("baddbmm.default", "addmm.default", "addbmm.default")),
+    (mix.linear, _ops("linear.default")),
+    (mix.einsum, _ops("einsum.default")),
+    (mix.attention, _ops("scaled_dot_product_attention.default")),
+    (mix.flex_attention, [torch.ops.higher_order.flex_attention]),
+)
+
+
+def rule_of(target: Any) -> Rule | None:
+    """The rule for an op: its own, or that of elementwise ops."""
+    rule = RULES.get(target)
+    if rule is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        return pointwise
+    return rule

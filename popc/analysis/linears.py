@@ -1,0 +1,259 @@
+"""Recognise linears: ``y = x Wᵀ + b`` with a stored W, one for all rows of x or one per expert."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from popc.analysis.capture import Captured, identity
+from popc.analysis.walk import argument, is_tensor, shape
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear's weight: a parameter, or a view of a part of one.
+
+    Attributes:
+        node: the value in the graph, ``[N, K]`` or ``[K, N]``; with experts ``[E, N, K]`` or
+            ``[E, K, N]``.
+        parameter: the graph input behind it.
+        out_dim: the dim of N, the output channels.
+        path: the nodes that lead from ``parameter`` to ``node``.
+        identity: the same for this part of this parameter in every graph.
+    """
+
+    node: fx.Node
+    parameter: fx.Node
+    out_dim: int
+    path: tuple[fx.Node, ...]
+    identity: tuple[Any, ...]
+
+    @property
+    def in_dim(self) -> int:
+        """The dim of K, the input channels."""
+        first = len(shape(self.node)) - 2
+        return 2 * first + 1 - self.out_dim
+
+    @property
+    def element_bytes(self) -> int:
+        return int(self.node.meta["val"].element_size())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole weight, all experts."""
+        return int(self.node.meta["val"].numel()) * self.element_bytes
+
+    def replayed(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What ``node`` is for a given tensor in the place of ``parameter``: a view of it."""
+        value: Any = parameter
+        for node in self.path:
+            value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        return value
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Which expert's weight each row of x meets.
+
+    ``form`` is ``"offsets"`` (rows are sorted by expert; ``selector [E]`` holds where each one's
+    rows end), ``"index"`` (``selector [S]`` is each row's expert) or ``"batch"`` (x is
+    ``[E, n, K]``).
+    """
+
+    count: int
+    form: str
+    selector: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear: it writes an axis of output channels and contracts one of input channels.
+
+    Attributes:
+        x: its input; ``x_dim`` is the dim that is contracted.
+        y_dim: the dim of the output channels in ``node``.
+        bias: ``[N]``, or None; experts' biases are ops of their own.
+        experts: set where W is a stack of experts.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    x_dim: int
+    y_dim: int
+    weight: Weight
+    bias: fx.Node | None = None
+    experts: Experts | None = None
+
+    @property
+    def inputs(self) -> int:
+        return int(shape(self.weight.node)[self.weight.in_dim])
+
+    @property
+    def outputs(self) -> int:
+        return int(shape(self.weight.node)[self.weight.out_dim])
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Where a linear-like op holds its operands."""
+
+    x: int
+    weight: int
+    bias: int | None
+    out_dim: int
+
+
+_FORMS: dict[Any, _Form] = {
+    aten.linear.default: _Form(x=0, weight=1, bias=2, out_dim=0),
+    aten.addmm.default: _Form(x=1, weight=2, bias=0, out_dim=1),
+    aten.mm.default: _Form(x=0, weight=1, bias=None, out_dim=1),
+    aten.matmul.default: _Form(x=0, weight=1, bias=None, out_dim=1),
+}
+
+# Ops that only select or rename a part of a weight: looking through them finds the parameter.
+_VIEWS = (
+    aten.detach.default,
+    aten.alias.default,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.select.int,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.squeeze.dim,
+    operator.getitem,
+)
+_TRANSPOSES = (
+    aten.t.default,
+    aten.transpose.int,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.permute.default,
+)
+
+
+def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
+    """``node`` as a linear, or None."""
+    form = _FORMS.get(node.target)
+    if form is not None:
+        linear = _as_plain(node, captured, form)
+        if linear is not None:
+            return linear
+    if node.target in _grouped_ops():
+        return _as_grouped(node, captured)
+    if node.target in (aten.bmm.default, aten.matmul.default):
+        return _as_batched(node, captured)
+    return None
+
+
+def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:
+    x, stored = node.args[form.x], node.args[form.weight]
+    bias = node.args[form.bias] if form.bias is not None and len(node.args) > form.bias else None
+    if not is_tensor(x) or not is_tensor(stored) or node.kwargs:
+        return None
+    weight = _as_weight(stored, captured, form.out_dim, 2)  # type: ignore[arg-type]
+    if weight is None or (bias is not None and (not is_tensor(bias) or len(shape(bias)) != 1)):
+        return None
+    last = len(shape(node)) - 1
+    return Linear(node, x, len(shape(x)) - 1, last, weight, bias)  # type: ignore[arg-type]
+
+
+def _grouped_ops() -> list[Any]:
+    """Grouped matmul ``(x [S, K], w [E, K, N], offsets [E])``: torch's, and those of its schema."""
+    ops: list[Any] = [aten._grouped_mm.default]
+    # transformers' stand-in for dtypes that torch's op does not take under torch.compile
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return [*ops, fallback.default] if fallback is not None else ops
+
+
+def _as_grouped(node: fx.Node, captured: Captured) -> Linear | None:
+    x, stored, offsets = (*node.args[:2], argument(node, "offs"))
+    if not (is_tensor(x) and is_tensor(stored) and is_tensor(offsets)):
+        return None
+    if argument(node, "bias") is not None or len(shape(x)) != 2:
+        return None
+    weight = _as_weight(stored, captured, 2, 3)  # type: ignore[arg-type]
+    if weight is None:
+        return None
+    experts = Experts(int(shape(weight.node)[0]), "offsets", offsets)
+    return Linear(node, x, 1, 1, weight, None, experts)  # type: ignore[arg-type]
+
+
+def _as_batched(node: fx.Node, captured: Captured) -> Linear | None:
+    """bmm with a stack of weights, whole or picked by index, on either side."""
+    a, b = node.args[:2]
+    if not (is_tensor(a) and is_tensor(b)) or len(shape(a)) != 3 or len(shape(b)) != 3:
+        return None
+    for x, stored, x_dim, y_dim in ((a, b, 2, 2), (b, a, 1, 1)):
+        out_dim = 2 if stored is b else 1
+        picked, swapped = _untransposed(stored)  # type: ignore[arg-type]
+        if picked.target is aten.index.Tensor and len(picked.args[1]) == 1:  # type: ignore[arg-type]
+            base, selector = picked.args[0], picked.args[1][0]  # type: ignore[index]
+        elif picked.target is aten.index_select.default and picked.args[1] == 0:
+            base, selector = picked.args[0], picked.args[2]
+        else:
+            weight = _as_weight(stored, captured, out_dim, 3)  # type: ignore[arg-type]
+            if weight is not None:
+                experts = Experts(int(shape(weight.node)[0]), "batch", None)
+                return Linear(node, x, x_dim, y_dim, weight, None, experts)  # type: ignore[arg-type]
+            continue
+        weight = _as_weight(base, captured, 3 - out_dim if swapped else out_dim, 3)  # type: ignore[arg-type]
+        # One row of x for each picked weight.
+        single = shape(x)[3 - x_dim] == 1
+        if weight is not None and single and len(shape(selector)) == 1:
+            experts = Experts(int(shape(weight.node)[0]), "index", selector)  # type: ignore[arg-type]
+            return Linear(node, x, x_dim, y_dim, weight, None, experts)  # type: ignore[arg-type]
+    return None
+
+
+def _swaps_last(node: fx.Node) -> bool:
+    """Whether ``node`` swaps the last two dims of its input and does nothing else."""
+    if node.target not in _TRANSPOSES:
+        return False
+    rank = len(shape(node))
+    if node.target is aten.transpose.int:
+        return {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
+    if node.target is aten.permute.default:
+        order = [d % rank for d in argument(node, "dims")]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
+    return node.target is aten.mT.default or rank == 2
+
+
+def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
+    swapped = False
+    while _swaps_last(node):
+        node, swapped = node.all_input_nodes[0], not swapped
+    return node, swapped
+
+
+def _is_cast_to_itself(node: fx.Node) -> bool:
+    return node.target is aten.to.dtype and (
+        node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype
+    )
+
+
+def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> Weight | None:
+    """``node`` as a part of a parameter; ``out_dim`` is the dim of its output channels."""
+    if len(shape(node)) != rank:
+        return None
+    stored, swapped = _untransposed(node)
+    if swapped:
+        out_dim = 2 * rank - 3 - out_dim
+    path: list[fx.Node] = []
+    at = stored
+    while at not in captured.parameters:
+        known = at.target in _VIEWS or at.target in _TRANSPOSES or _is_cast_to_itself(at)
+        if at.op != "call_function" or not known or len(at.all_input_nodes) != 1:
+            return None
+        path.insert(0, at)
+        (at,) = at.all_input_nodes
+    steps = tuple((str(step.target), str(step.args[1:])) for step in path)
+    key = (identity(captured.parameters[at]), *steps)
+    return Weight(stored, at, out_dim, tuple(path), key)

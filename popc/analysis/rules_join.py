@@ -1,0 +1,273 @@
+"""Rules for ops that join values, pick rows of them, or write one into another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from popc.analysis.labels import NONE, Carried, Mixes, same_size
+from popc.analysis.walk import (
+    Labels,
+    Rule,
+    Walk,
+    argument,
+    is_tensor,
+    only_input,
+    shape,
+)
+
+aten = torch.ops.aten
+
+
+def cat(walk: Walk, node: fx.Node) -> Labels:
+    dim = (argument(node, "dim") or 0) % len(shape(node))
+    parts: list[Any] = [
+        part
+        for part in node.args[0]  # type: ignore[union-attr]
+        if len(shape(part)) > 1 and not same_size(shape(part)[dim], 0)
+    ]
+    parts = parts or list(node.args[0])  # type: ignore[arg-type]
+    return _joined(walk, node, parts, [walk.of(part) for part in parts], dim)
+
+
+def stack(walk: Walk, node: fx.Node) -> Labels:
+    dim = (argument(node, "dim") or 0) % len(shape(node))
+    parts = list(node.args[0])  # type: ignore[arg-type]
+    held = [None if value is None else value.unsqueezed(dim) for value in map(walk.of, parts)]
+    return _joined(walk, node, parts, held, dim, stacked=True)
+
+
+def _joined(
+    walk: Walk,
+    node: fx.Node,
+    parts: list[fx.Node],
+    held: list[Carried | None],
+    dim: int,
+    stacked: bool = False,
+) -> Carried:
+    """Values one after the other along ``dim``."""
+    known = [value for value in held if value is not None]
+    letters = list(range(len(shape(node))))
+    sizes = dict(enumerate(shape(node)))
+    if not stacked and all(value.is_free(dim) for value in known):
+        # Along tokens, say: at each position it is one or the other.
+        out = walk.flow.combine([(value, letters) for value in known], letters, sizes)
+        return out.resized(dim, sizes[dim])
+    pieces = []
+    frame = walk.flow.combine(
+        [(value, letters) for value in _framed(known, dim)], letters, {**sizes, dim: 1}
+    )
+    for part, value in zip(parts, held, strict=True):
+        size = 1 if stacked else shape(part)[dim]
+        if not isinstance(size, int):
+            raise Mixes("joins channels with a part whose size is known only at run time")
+        pieces.append(_piece(walk, node, frame, value, dim, size))
+    return frame.replaced(dim, np.concatenate(pieces, axis=-1))
+
+
+def _piece(
+    walk: Walk, node: fx.Node, frame: Carried, value: Carried | None, dim: int, size: int
+) -> np.ndarray:
+    """One part's labels, laid out like ``frame``, with ``dim`` last."""
+    nothing = np.full((*frame.labels.shape, size), NONE)
+    if value is None:
+        return nothing
+    axes = value.axes(dim)
+    if not axes:
+        labels = np.broadcast_to(value.labels[..., None], (*value.labels.shape, size))
+    else:
+        labels = value.along(dim)
+    if labels.shape == nothing.shape:
+        return labels
+    if labels.ndim == nothing.ndim:
+        return labels.reshape(nothing.shape) if labels.size == nothing.size else nothing
+    # The same for all units, as the rotary part of a latent key is: it is always computed.
+    reason = f"{node.target} shares the channels among all units"
+    walk.flow.spoil(labels, reason, node, "shared")
+    return nothing
+
+
+def written_into(
+    walk: Walk, view: fx.Node, value: Carried, before: Carried | None, dim: int
+) -> Carried:
+    """The labels of what ``view`` is a slice of along ``dim``, once ``value`` is written to it."""
+    sizes = dict(enumerate(shape(view.args[0])))
+    bounds = [argument(view, name) for name in ("start", "end", "step")]
+    known = [bound for bound in (*bounds, sizes[dim], shape(view)[dim]) if bound is not None]
+    if not all(isinstance(number, int) for number in known) or view.target != aten.slice.Tensor:
+        raise Mixes("writes channels at a place known only at run time")
+    letters = list(range(len(sizes)))
+    values = [value] if before is None else [value, before]
+    frames = [(framed, letters) for framed in _framed(values, dim)]
+    frame = walk.flow.combine(frames, letters, {**sizes, dim: 1})
+    labels = _piece(walk, view, frame, before, dim, sizes[dim]).copy()
+    labels[..., slice(*bounds)] = _piece(walk, view, frame, value, dim, shape(view)[dim])
+    return frame.replaced(dim, labels)
+
+
+def _framed(values: list[Carried], dim: int) -> list[Carried]:
+    """The values' dims without ``dim``, as values without channels: only their layout counts."""
+    framed = []
+    for value in values:
+        axes = value.axes(dim)
+        labels = value.labels.max(axis=tuple(axes)) if axes else value.labels
+        dims = (*value.dims[:dim], (), *value.dims[dim + 1 :])
+        framed.append(Carried(dims, np.full_like(labels, NONE)))
+    return framed
+
+
+def index(walk: Walk, node: fx.Node) -> Labels:
+    """``x[:, i, ...]``: rows picked by index along free dims."""
+    value = only_input(walk, node, "self")
+    indices = list(node.args[1])  # type: ignore[arg-type]
+    places = [dim for dim, index in enumerate(indices) if index is not None]
+    known = walk.constant(indices[places[0]])
+    if len(places) == 1 and known is not None and known.ndim == 1:
+        dim = places[0]
+        if not value.is_free(dim):
+            return value.replaced(dim, value.along(dim)[..., known])
+    if any(not value.is_free(dim) for dim in places):
+        raise Mixes("picks channels known only at run time")
+    picked = torch.broadcast_shapes(*(shape(indices[dim]) for dim in places))
+    if any(indices[dim].meta["val"].dtype == torch.bool for dim in places):
+        raise Mixes("picks rows by a mask")
+    together = places == list(range(places[0], places[-1] + 1))
+    at = places[0] if together else 0
+    for dim in reversed(places):
+        value = value.squeezed(dim)
+    for size in reversed(picked):
+        value = value.unsqueezed(at, size)
+    return value
+
+
+def index_select(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    dim = argument(node, "dim") % len(value.dims)
+    if not value.is_free(dim):
+        known = walk.constant(argument(node, "index"))
+        if known is None:
+            raise Mixes("picks channels known only at run time")
+        return value.replaced(dim, value.along(dim)[..., known])
+    return value.resized(dim, shape(node)[dim])
+
+
+def gather(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    dim = argument(node, "dim") % len(value.dims)
+    if not value.is_free(dim) or not same_rest(node, dim):
+        raise Mixes("picks channels known only at run time")
+    return value.resized(dim, shape(node)[dim])
+
+
+def same_rest(node: fx.Node, dim: int) -> bool:
+    """Whether output and first input have the same sizes but along ``dim``."""
+    a, b = shape(node), shape(node.args[0])
+    return all(same_size(x, y) for d, (x, y) in enumerate(zip(a, b, strict=True)) if d != dim)
+
+
+def written(source: str, *dims: str) -> Rule:
+    """Writing ``source`` into the first argument at places along dims; the rest of it stays."""
+
+    def rule(walk: Walk, node: fx.Node) -> Labels:
+        base, new = walk.of(node.args[0]), walk.of(argument(node, source))
+        if not dims:  # all of it is overwritten
+            base = None
+        letters = list(range(len(shape(node))))
+        operands = []
+        places = [argument(node, name) % len(letters) for name in dims]
+        if new is not None:
+            lead = len(letters) - len(new.dims)
+            if places and lead and source == "src":
+                new, lead = new.unsqueezed(places[0]), lead - 1
+            operands.append((new, letters[lead:]))
+        if base is not None:
+            operands.append((base, letters))
+        if not operands:
+            return None
+        if base is not None and any(not base.is_free(d) for d in places):
+            raise Mixes("writes over channels")
+        if new is not None and any(
+            not operands[0][0].is_free(d - lead) for d in places if d >= lead
+        ):
+            raise Mixes("writes over channels")
+        return walk.flow.combine(operands, letters, dict(enumerate(shape(node))))
+
+    return rule
+
+
+def index_put(walk: Walk, node: fx.Node) -> Labels:
+    """``x[..., i, ...] = v`` with indices along some dims: v's dims follow x's on the rest."""
+    if argument(node, "accumulate"):
+        raise Mixes("adds channels at places known only at run time")
+    base, values = walk.of(node.args[0]), walk.of(node.args[2])
+    indices = list(node.args[1])  # type: ignore[arg-type]
+    rank = len(shape(node))
+    places = [dim for dim, index in enumerate(indices) if index is not None]
+    if any(walk.of(indices[dim]) for dim in places):
+        raise Mixes("takes channels where it takes indices")
+    picked = len(torch.broadcast_shapes(*(shape(indices[dim]) for dim in places)))
+    together = places == list(range(places[0], places[-1] + 1))
+    at = places[0] if together else 0
+    operands = []
+    if base is not None:
+        if any(not base.is_free(dim) for dim in places):
+            raise Mixes("writes over channels")
+        operands.append((base, list(range(rank))))
+    if values is not None:
+        rest = [d for d in range(rank) if d not in places]
+        before = sum(d < at for d in rest) if together else 0
+        letters: list[Any] = [*rest[:before], *(("i", k) for k in range(picked)), *rest[before:]]
+        letters = letters[len(letters) - len(values.dims) :]
+        for position, letter in enumerate(letters):
+            if isinstance(letter, tuple) and not values.is_free(position):
+                raise Mixes("writes channels at places known only at run time")
+        for position in reversed(range(len(letters))):
+            if isinstance(letters[position], tuple):
+                values, letters = (
+                    values.squeezed(position),
+                    [*letters[:position], *letters[position + 1 :]],
+                )
+        operands.append((values, letters))
+    return walk.flow.combine(operands, range(rank), dict(enumerate(shape(node))))
+
+
+# --- writing in place ---------------------------------------------------------------------------
+
+
+def is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(ret.alias_info is not None for ret in schema.returns)
+
+
+def unview(walk: Walk, view: fx.Node, value: Carried) -> Carried:
+    """The labels of what ``view`` is a view of, given the view's.
+
+    Raises:
+        Mixes: they are not known.
+    """
+    (source, *_) = view.all_input_nodes
+    if not is_tensor(source):
+        raise Mixes("writes in place to a part of a value")
+    sizes = shape(source)
+    if view.target in (aten.detach.default, aten.alias.default):
+        return value
+    if view.target in (aten.slice.Tensor, aten.narrow.default):
+        dim = (argument(view, "dim") or 0) % len(sizes)
+        before = walk.of(source)
+        if value.is_free(dim) and (before is None or before.is_free(dim)):
+            return value.resized(dim, sizes[dim])
+        return written_into(walk, view, value, before, dim)
+    if view.target is aten.select.int:
+        dim = argument(view, "dim") % len(sizes)
+        return value.unsqueezed(dim, sizes[dim])
+    if view.target is aten.transpose.int:
+        order = list(range(len(sizes)))
+        a, b = argument(view, "dim0"), argument(view, "dim1")
+        order[a], order[b] = order[b], order[a]
+        return value.permuted(order)
+    if view.target in (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim):
+        return value.viewed(sizes)
+    raise Mixes("writes in place to a view of a value")

@@ -1,0 +1,208 @@
+"""Rules for ops that lay values out anew: views, transposes, slices, pieces, pads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import fx
+
+from popc.analysis.labels import NONE, Carried, Mixes, free, same_size
+from popc.analysis.walk import (
+    Labels,
+    Rule,
+    Walk,
+    argument,
+    dims_of,
+    only_input,
+    shape,
+)
+
+aten = torch.ops.aten
+
+
+def view(walk: Walk, node: fx.Node) -> Labels:
+    value = walk.of(node.args[0])
+    return None if value is None else value.viewed(shape(node))
+
+
+def transpose(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    order = list(range(len(value.dims)))
+    named = [argument(node, "dim0"), argument(node, "dim1")]
+    if None in named:
+        named = [argument(node, "axis0"), argument(node, "axis1")]
+    a, b = (-1, -2) if None in named else named
+    if len(order) > 1:
+        order[a], order[b] = order[b], order[a]
+    return value.permuted(order)
+
+
+def permute(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    return value.permuted([d % len(value.dims) for d in argument(node, "dims")])
+
+
+def reverse(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    return value.permuted(list(reversed(range(len(value.dims)))))
+
+
+def movedim(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    rank = len(value.dims)
+    source, target = dims_of(node, rank, "source"), dims_of(node, rank, "destination")
+    rest = [d for d in range(rank) if d not in source]
+    for to, d in sorted(zip(target, source, strict=True)):
+        rest.insert(to, d)
+    return value.permuted(rest)
+
+
+def unsqueeze(walk: Walk, node: fx.Node) -> Labels:
+    return only_input(walk, node).unsqueezed(argument(node, "dim") % len(shape(node)))
+
+
+def squeeze(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    before = shape(node.args[0])
+    for dim in reversed(dims_of(node, len(before))):
+        if same_size(before[dim], 1):
+            value = value.squeezed(dim)
+    return value
+
+
+def expand(walk: Walk, node: fx.Node) -> Labels:
+    value = walk.of(node.args[0])
+    if value is None:
+        return None
+    sizes = shape(node)
+    lead = len(sizes) - len(value.dims)
+    kept = [
+        free(size) if not dim and not same_size(size, 1) else dim
+        for dim, size in zip(value.dims, sizes[lead:], strict=True)
+    ]
+    return Carried((*map(free, sizes[:lead]), *kept), value.labels)
+
+
+def repeat(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    times = argument(node, "repeats")
+    for _ in range(len(times) - len(value.dims)):
+        value = value.unsqueezed(0)
+    for dim, (count, size) in enumerate(zip(times, shape(node), strict=True)):
+        if value.is_free(dim):
+            value = value.resized(dim, size)
+        elif not same_size(count, 1):
+            value = value.replaced(dim, np.tile(value.along(dim), count))
+    return value
+
+
+def repeat_interleave(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    count, dim = argument(node, "repeats"), argument(node, "dim")
+    if dim is None:
+        raise Mixes("flattens channels with other axes")
+    dim %= len(value.dims)
+    if value.is_free(dim):
+        return value.resized(dim, shape(node)[dim])
+    if not isinstance(count, int):
+        raise Mixes("repeats channels by numbers known only at run time")
+    return value.replaced(dim, np.repeat(value.along(dim), count, axis=-1))
+
+
+def on_dim(change: Callable[[fx.Node, np.ndarray, int], np.ndarray], name: str = "dim") -> Rule:
+    """A rule for an op that re-arranges positions along dims, one after the other."""
+
+    def rule(walk: Walk, node: fx.Node) -> Labels:
+        value = only_input(walk, node)
+        for at, dim in enumerate(dims_of(node, len(value.dims), name)):
+            if not value.is_free(dim):
+                value = value.replaced(dim, change(node, value.along(dim), at))
+            elif len(shape(node)) == len(value.dims):
+                value = value.resized(dim, shape(node)[dim])
+        return value
+
+    return rule
+
+
+def sliced(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
+    bounds = [argument(node, name) for name in ("start", "end", "step")]
+    if not all(bound is None or isinstance(bound, int) for bound in bounds):
+        raise Mixes("slices channels at a place known only at run time")
+    return labels[..., slice(*bounds)]
+
+
+def narrowed(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
+    start, length = argument(node, "start"), argument(node, "length")
+    if not isinstance(start, int) or not isinstance(length, int):
+        raise Mixes("slices channels at a place known only at run time")
+    start %= labels.shape[-1]
+    return labels[..., start : start + length]
+
+
+def rolled(node: fx.Node, labels: np.ndarray, at: int) -> np.ndarray:
+    shifts = argument(node, "shifts")
+    shift = shifts[at] if isinstance(shifts, list | tuple) else shifts
+    return np.roll(labels, shift, axis=-1)
+
+
+def select(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    dim, index = argument(node, "dim") % len(value.dims), argument(node, "index")
+    if value.is_free(dim):
+        return value.squeezed(dim)
+    if not isinstance(index, int):
+        raise Mixes("picks a channel known only at run time")
+    return value.replaced(dim, value.along(dim)[..., [index]]).squeezed(dim)
+
+
+def pieces(walk: Walk, node: fx.Node) -> Labels:
+    """split, chunk, tensor_split: the outputs' sizes tell where the cuts are."""
+    value = only_input(walk, node)
+    dim = (argument(node, "dim") or 0) % len(value.dims)
+    outputs, start, pieces = node.meta["val"], 0, []
+    for output in outputs:
+        size = output.shape[dim]
+        if value.is_free(dim):
+            pieces.append(value.resized(dim, size))
+            continue
+        pieces.append(value.replaced(dim, value.along(dim)[..., start : start + size]))
+        start += size
+    return pieces  # type: ignore[return-value]
+
+
+def unbind(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    dim = argument(node, "dim") % len(value.dims)
+    if value.is_free(dim):
+        return [value.squeezed(dim)] * len(node.meta["val"])
+    labels = value.along(dim)
+    return [value.replaced(dim, labels[..., [i]]).squeezed(dim) for i in range(labels.shape[-1])]
+
+
+def unfold(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    dim = argument(node, "dimension") % len(value.dims)
+    if not value.is_free(dim):
+        raise Mixes("takes windows over the channels")
+    value = value.resized(dim, shape(node)[dim])
+    return value.unsqueezed(len(value.dims), shape(node)[-1])
+
+
+def pad(walk: Walk, node: fx.Node) -> Labels:
+    value = only_input(walk, node)
+    pads = argument(node, "pad")
+    for i in range(len(pads) // 2):
+        dim, (before, after) = len(value.dims) - 1 - i, pads[2 * i : 2 * i + 2]
+        if value.is_free(dim):
+            value = value.resized(dim, shape(node)[dim])
+        elif before or after:
+            if not (isinstance(before, int) and isinstance(after, int)) or min(before, after) < 0:
+                raise Mixes("cuts channels off")
+            if argument(node, "mode", "constant") != "constant":
+                raise Mixes("pads channels with other channels")
+            labels = value.along(dim)
+            width = [(0, 0)] * (labels.ndim - 1) + [(before, after)]
+            value = value.replaced(dim, np.pad(labels, width, constant_values=NONE))
+    return value

@@ -1,0 +1,104 @@
+"""A walk over a graph, and what the rules of the transfer table share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from popc.analysis.capture import Captured
+from popc.analysis.labels import Carried, Flow, Mixes
+
+aten = torch.ops.aten
+
+Labels = Carried | list[Carried | None] | None
+
+
+@dataclass
+class Walk:
+    """A walk over one graph, node by node.
+
+    Attributes:
+        carried: the labels of each value so far.
+        attention: contractions of two activations, as in ``q kᵀ``; with their second operands.
+        scores: values that hold a score for each pair of tokens, as ``q kᵀ`` does.
+    """
+
+    captured: Captured
+    flow: Flow = field(default_factory=Flow)
+    carried: dict[fx.Node, Labels] = field(default_factory=dict)
+    attention: list[tuple[fx.Node, Carried, list[fx.Node]]] = field(default_factory=list)
+    scores: set[fx.Node] = field(default_factory=set)
+
+    def of(self, value: Any) -> Carried | None:
+        """The labels of an argument, None if it has none."""
+        held = self.carried.get(value) if isinstance(value, fx.Node) else None
+        return held if isinstance(held, Carried) else None
+
+    def constant(self, value: Any) -> np.ndarray | None:
+        """The numbers in a tensor that the program holds, None if they come from elsewhere."""
+        while isinstance(value, fx.Node) and value.target in _COPIES:
+            value = value.args[0]
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            return None
+        held = getattr(self.captured.gm, str(value.target), None)
+        is_real = type(held) in (torch.Tensor, torch.nn.Parameter)
+        return held.detach().cpu().numpy() if is_real else None  # type: ignore[union-attr]
+
+
+_COPIES = (
+    aten.lift_fresh_copy.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.alias.default,
+    aten.clone.default,
+)
+
+Rule = Callable[[Walk, fx.Node], Labels]
+
+
+def shape(node: Any) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of ``node`` by its name in the op's schema; ``default`` if the op has none."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for i, known in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if known.name == name:
+            return node.args[i] if i < len(node.args) else known.default_value
+    return default
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def only_input(walk: Walk, node: fx.Node, name: str | None = None) -> Carried:
+    """The labels of the input that a rule for one input is about: the first, or ``name``.
+
+    Raises:
+        Mixes: another input has labels, and this one has not.
+    """
+    value = argument(node, name) if name else node.args[0]
+    held = walk.of(value)
+    if held is None or any(walk.of(other) for other in node.all_input_nodes if other is not value):
+        raise Mixes("takes channels where it takes indices, sizes or weights")
+    return held
+
+
+def dims_of(node: fx.Node, rank: int, name: str = "dim") -> list[int]:
+    """Dims given by an argument, all if it is empty, as non-negative numbers."""
+    dims = argument(node, name)
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])]
+
+
+def mixing(node: fx.Node) -> str:
+    return f"{node.target} mixes channels"
