@@ -16,7 +16,7 @@ from popc import compat, state
 from popc.analysis.capture import capture_dynamo, capture_module
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
-from popc.backend import popc_backend
+from popc.backend import Template, popc_backend
 from popc.config import Config
 from popc.errors import GraphError, ModelError
 
@@ -55,7 +55,7 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
         nonlocal warned
         grad = torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)
         with torch.set_grad_enabled(grad), _noting_breaks(plan):
-            out = _in_session(compiled, args, kwargs)
+            out = compat.call_compiled(_in_session, compiled, args, kwargs)
         if not warned and not plan.regions and plan.skipped:
             warned = True
             warnings.warn(
@@ -104,8 +104,9 @@ def _in_session(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """Run ``call`` under the session of the KV cache among its arguments, or in a new one."""
     caches = list(_caches((*args, *kwargs.values())))
     session = next((s for s in map(state.of_cache, caches) if s is not None), None)
-    if session is None or all(_is_empty(cache) for cache in caches):
-        session = state.Session()
+    empty = all(_is_empty(cache) for cache in caches)
+    if session is None or empty:
+        session = state.Session(whole=empty)
     with state.use(session):
         out = call(*args, **kwargs)
     returned = out.values() if isinstance(out, Mapping) else out
@@ -122,7 +123,10 @@ def _caches(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _is_empty(cache: Any) -> bool:
-    return int(cache.get_seq_length()) == 0
+    try:
+        return int(cache.get_seq_length()) == 0
+    except ValueError:  # a cache of states alone, which has no length
+        return False
 
 
 def analyze(
@@ -160,10 +164,20 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            plan.extend(find_regions(capture_dynamo(gm, example_inputs)))
+            captured = capture_dynamo(gm, example_inputs)
         except GraphError as error:
             plan.extend(Plan(breaks=[str(error)]))
-        return gm.forward
+            return gm.forward
+        found = find_regions(captured)
+        plan.extend(found)
+        templates = [Template.of(region, captured) for region in found.regions]
+
+        def run(*inputs: Any) -> Any:
+            # One graph may serve several layers.
+            plan.extend(Plan(regions=[template.named(inputs) for template in templates]))
+            return gm.forward(*inputs)
+
+        return run
 
     with _noting_breaks(plan):
         try:

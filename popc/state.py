@@ -21,20 +21,32 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc.config import Counts
+from popc.passes.packing import Packing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RegionState:
     """What the runtime must know of one region, in every graph that it is part of.
 
-    ``key`` is the same in a prefill graph and in a decode graph: the identities of the region's
-    weights. ``norm`` is ``‖down[:, c]‖``, float32 ``[F]``.
+    Attributes:
+        key: the same in a prefill graph and in a decode graph: see :class:`popc.Region`.
+        columns: int64 ``[U, m]``, the columns of h that belong to each unit.
+        width: K, how many columns h has.
+        experts: E, 0 where weights are not stacked.
+        norm: ``‖W[:, columns]‖`` of what contracts h, float32 ``[U]``; ``[E, U]`` with experts.
+        cached: whether a cache keeps keys or values of the units, so that what is pruned once has
+            holes there and stays pruned.
+        one_pass: whether the units are chosen by the pass that they are pruned in.
     """
 
     key: Hashable
-    channels: int
+    columns: Tensor
+    width: int
+    experts: int
     counts: Counts
     norm: Tensor
+    cached: bool
+    one_pass: bool
 
 
 @dataclass(frozen=True)
@@ -49,20 +61,21 @@ class Session:
     """Statistics of one KV cache, and the partitions that follow from them.
 
     Not shared between threads: one generation runs in one thread at a time.
+
+    Attributes:
+        whole: whether it began with an empty cache, so that all its tokens were seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = True) -> None:
+        self.whole = whole
         self._sums: dict[tuple[Hashable, str], Tensor] = {}
+        self._living: dict[tuple[Hashable, str], Tensor] = {}
         self._partitions: dict[Hashable, Partition] = {}
 
-    def reset(self) -> None:
-        """Forget everything: the cache was emptied."""
-        self._sums.clear()
-        self._partitions.clear()
-
     def add(self, regions: Sequence[RegionState], scope: str, sums: Tensor) -> None:
-        """Add a prefill's statistics ``[S, ΣF]`` float64 and let the partition be renewed."""
-        pieces = sums.detach().split([region.channels for region in regions], dim=-1)
+        """Add a prefill's statistics ``[S, ΣK]`` float64 and let the partition be renewed."""
+        widths = [region.width * max(1, region.experts) for region in regions]
+        pieces = sums.detach().split(widths, dim=-1)
         for region, piece in zip(regions, pieces, strict=True):
             before = self._sums.get((region.key, scope))
             known = before is not None and before.shape == piece.shape
@@ -71,11 +84,32 @@ class Session:
         self._partitions.clear()
 
     def statistics(self, key: Hashable, scope: str) -> Tensor | None:
-        """The sum of squares ``[S, F]`` of a region so far, or None before its prefill."""
+        """The sum of squares ``[S, K]`` of a region so far, or None before its prefill."""
         return self._sums.get((key, scope))
 
+    def keep(self, regions: Sequence[RegionState], scope: str, batch: int) -> Tensor:
+        """``popc_keep`` of :func:`popc.passes.prefill.add_statistics` for cached regions."""
+        parts = []
+        for region in regions:
+            living = self._living.get((region.key, scope))
+            device = region.norm.device
+            if living is None or living.shape[0] != batch:
+                parts.append(torch.ones(batch, region.width, device=device))
+                continue
+            part = torch.ones(batch, region.width, device=device)
+            flat = region.columns.to(device).reshape(-1)
+            spread = living.float().repeat_interleave(region.columns.shape[1], dim=-1)
+            part[:, flat] = spread
+            parts.append(part)
+        return torch.cat(parts, dim=-1)
+
     def partition(
-        self, owner: Hashable, regions: Sequence[RegionState], scope: str, batch: int | None
+        self,
+        owner: Hashable,
+        regions: Sequence[RegionState],
+        packing: Packing,
+        scope: str,
+        batch: int | None,
     ) -> Partition | None:
         """The partition for ``regions``, packed, or None if it is not known.
 
@@ -85,42 +119,82 @@ class Session:
         """
         held = self._partitions.get(owner)
         if held is None:
-            sums = [self._sums.get((region.key, scope)) for region in regions]
-            if any(total is None for total in sums):
+            held = self._new_partition(regions, packing, scope, batch)
+            if held is None:
                 return None
-            pairs = [
-                split(total, region)  # type: ignore[arg-type]
-                for total, region in zip(sums, regions, strict=True)
-            ]
-            index = torch.cat([pair[0] for pair in pairs], dim=-1)
-            norm = torch.cat([pair[1] for pair in pairs], dim=-1)
-            if scope == "batch":
-                index, norm = index[0], norm[0]
-            held = self._partitions[owner] = Partition(index, norm)
+            self._partitions[owner] = held
         if batch is not None and held.index.shape[0] != batch:
             return None
         return held
 
+    def _new_partition(
+        self, regions: Sequence[RegionState], packing: Packing, scope: str, batch: int | None
+    ) -> Partition | None:
+        live: list[Tensor] = []
+        norms: list[Tensor] = []
+        full: list[Tensor | None] = []
+        sequences = batch or 1
+        for region in regions:
+            if region.one_pass:
+                units = torch.arange(len(region.columns), device=region.norm.device)
+                live.append(units.expand(sequences, -1))
+                norms.append(region.norm.expand(sequences, -1))
+                full.append(None)
+                continue
+            sums = self._sums.get((region.key, scope))
+            if sums is None:
+                return None
+            units, norm = split(sums, region, self._living.get((region.key, scope)))
+            live.append(units)
+            norms.append(norm.reshape(1, -1) if region.experts else norm)
+            full.append(_unseen(sums, region) if region.experts else None)
+        if len({norm.shape[0] for norm in norms}) > 1:
+            return None
+        for region, units in zip(regions, live, strict=True):
+            if region.cached:
+                living = torch.zeros(units.shape[0], len(region.columns), dtype=torch.bool)
+                self._living[region.key, scope] = living.to(units.device).scatter_(1, units, True)
+        index, norm = packing.pack(live, full), torch.cat(norms, dim=-1)
+        if scope == "batch":
+            index, norm = index[0], norm[0]
+        return Partition(index, norm)
 
-def split(sums: Tensor, region: RegionState) -> tuple[Tensor, Tensor]:
-    """R and C by rank of importance ``I_c = ‖down[:, c]‖ · sqrt(Σ h²)`` (arXiv 2602.06822).
+
+def _by_expert(sums: Tensor, region: RegionState) -> Tensor:
+    return sums.view(region.experts, region.width) if region.experts else sums
+
+
+def _unseen(sums: Tensor, region: RegionState) -> Tensor:
+    """Bool ``[E]``: experts that no prompt token reached. They run dense until one has."""
+    return (_by_expert(sums, region) == 0).all(dim=-1)
+
+
+def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """R and C by rank of importance ``I_u = ‖W[:, u]‖ · sqrt(Σ h²)`` (arXiv 2602.06822).
 
     Args:
-        sums: ``Σ h²``, float64 ``[S, F]``.
+        sums: ``Σ h²``, float64 ``[S, K]``; with experts ``[1, E·K]``.
+        living: bool ``[S, U]``: units that a cache holds in full; the others rank last.
 
     Returns:
-        ``index`` int64 ``[S, |R| + |C|]``, R then C, each in ascending order of channel, and
-        ``norm`` float32 of the same shape. Of equal importances the lower channel ranks first.
+        ``index`` int64 ``[S, |R| + |C|]`` (``[E, ...]`` with experts), R then C, each in ascending
+        order of unit, and ``norm`` float32 of the same shape. Of equal importances the lower unit
+        ranks first.
     """
     counts = region.counts
-    importance = sums.sqrt() * region.norm.to(torch.float64)
-    # NaN would rank first for good; such a channel was never usefully measured.
+    columns = region.columns.to(sums.device)
+    importance = _by_expert(sums, region)[:, columns].sum(-1).sqrt()
+    importance = importance * region.norm.to(torch.float64)
+    # NaN would rank first for good; such a unit was never usefully measured.
     importance = importance.nan_to_num(nan=0.0)
+    if living is not None and living.shape == importance.shape:
+        importance = importance.masked_fill(~living, -1.0)
     order = importance.argsort(dim=-1, descending=True, stable=True)
     retained = order[:, : counts.retained].sort(dim=-1).values
     candidate = order[:, counts.retained : counts.live].sort(dim=-1).values
     index = torch.cat((retained, candidate), dim=-1)
-    return index, region.norm[index]
+    norm = region.norm.expand(index.shape[0], -1) if region.norm.dim() == 1 else region.norm
+    return index, norm.gather(-1, index)
 
 
 _named: ContextVar[Session | None] = ContextVar("popc_session", default=None)

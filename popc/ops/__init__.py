@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from popc.ops.gather import gather_linear, gather_matmul
-from popc.ops.select import select_candidates
+from popc.ops.gather import gather_experts, gather_linear
+from popc.ops.select import select_units
 
-__all__ = ["gather_linear", "gather_matmul", "select_candidates"]
+__all__ = ["gather_experts", "gather_linear", "select_units"]

@@ -1,12 +1,14 @@
-"""Gather-matmul: a linear that reads only the channels of its weight that an index list names.
+"""Gather-matmul: a linear that reads only the channels of its weight that lists name.
 
-Two ops, for the two sides of a region. ``index`` is int64, ``[n]`` (one list for the batch) or
-``[B, n]`` (one for each sequence); ``channel_dim`` is the dimension of ``weight`` it points into.
+- ``popc::gather_linear(x, weight, bias, rows, columns, out_dim)``: ``x [..., K] -> [..., N]``.
+- ``popc::gather_experts(x, weight, expert, full, rows, columns, out_dim)``: the same with a stack
+  of weights ``[E, ...]``; row ``s`` of ``x [S, K]`` meets the weight of expert ``expert[s]``, the
+  whole of it where ``full [E]`` says so.
 
-- ``popc::gather_linear(x, weight, bias, index, channel_dim)``: ``x [..., D] -> [..., n]``, the
-  listed output channels of ``x Wᵀ + b``.
-- ``popc::gather_matmul(h, weight, bias, index, channel_dim)``: ``h [..., n] -> [..., D]``, the
-  contraction of the listed channels alone.
+``rows`` lists output channels: the others are 0. ``columns`` lists input channels: the others count
+for nothing. Outputs keep their full width, so all that stands between two linears stays as it is.
+A list is None (all), int64 ``[n]`` (one for the batch) or ``[B, n]`` (one for each sequence; for
+experts: ``rows [E, n]``, ``columns [S, n]``). ``out_dim`` is the dim of N in a weight (without E).
 
 The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """
@@ -15,65 +17,105 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-_LIBRARY = "popc"
+from torch.nn.functional import linear
 
 torch.library.define(
-    f"{_LIBRARY}::gather_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor index, int channel_dim) -> Tensor",
+    "popc::gather_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, int out_dim) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 torch.library.define(
-    f"{_LIBRARY}::gather_matmul",
-    "(Tensor h, Tensor weight, Tensor? bias, Tensor index, int channel_dim) -> Tensor",
+    "popc::gather_experts",
+    "(Tensor x, Tensor weight, Tensor expert, Tensor full, Tensor? rows, Tensor? columns,"
+    " int out_dim) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 gather_linear = torch.ops.popc.gather_linear.default
-gather_matmul = torch.ops.popc.gather_matmul.default
+gather_experts = torch.ops.popc.gather_experts.default
 
 
-def _rows(weight: Tensor, index: Tensor, channel_dim: int) -> Tensor:
-    """The listed channels of ``weight``, channel-major: ``[n, D]``, or ``[B, n, D]``."""
-    if index.dim() == 1:
-        rows = weight.index_select(channel_dim, index)
-        return rows if channel_dim == 0 else rows.t()
-    rows = weight.index_select(channel_dim, index.reshape(-1))
-    rows = rows if channel_dim == 0 else rows.t()
-    return rows.unflatten(0, index.shape)
-
-
-@torch.library.impl(f"{_LIBRARY}::gather_linear", "CompositeExplicitAutograd")
 def _gather_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, channel_dim: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
 ) -> Tensor:
-    rows = _rows(weight, index, channel_dim)
-    if index.dim() == 1:
-        return torch.nn.functional.linear(x, rows, None if bias is None else bias[index])
-    y = x @ rows.mT
-    return y if bias is None else y + bias[index].unsqueeze(-2)
+    for index in (rows, columns):
+        if index is not None and index.dim() == 2:
+            return torch.stack(
+                [
+                    _gather_linear(x[b], weight, bias, _of(rows, b), _of(columns, b), out_dim)
+                    for b in range(x.shape[0])
+                ]
+            )
+    held = weight
+    if rows is not None:
+        held = held.index_select(out_dim, rows)
+        bias = None if bias is None else bias.index_select(0, rows)
+    if columns is not None:
+        held = held.index_select(1 - out_dim, columns)
+        x = x.index_select(-1, columns)
+    y = linear(x, held if out_dim == 0 else held.t(), bias)
+    if rows is None:
+        return y
+    return y.new_zeros((*y.shape[:-1], weight.shape[out_dim])).index_copy_(-1, rows, y)
 
 
-@torch.library.impl(f"{_LIBRARY}::gather_matmul", "CompositeExplicitAutograd")
-def _gather_matmul(
-    h: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, channel_dim: int
+def _of(index: Tensor | None, b: int) -> Tensor | None:
+    return index if index is None or index.dim() == 1 else index[b]
+
+
+def _gather_experts(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    full: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
 ) -> Tensor:
-    rows = _rows(weight, index, channel_dim)
-    if index.dim() == 1:
-        return torch.nn.functional.linear(h, rows.t(), bias)
-    y = h @ rows
-    return y if bias is None else y + bias
+    whole = full.tolist()
+    y = [
+        _gather_linear(
+            x[s],
+            weight[e],
+            None,
+            None if rows is None or whole[e] else rows[e],
+            None if columns is None or whole[e] else columns[s],
+            out_dim,
+        )
+        for s, e in enumerate(expert.tolist())
+    ]
+    return torch.stack(y) if y else x.new_zeros((0, weight.shape[1 + out_dim]))
 
 
-@torch.library.register_fake(f"{_LIBRARY}::gather_linear")
+torch.library.impl("popc::gather_linear", "CompositeExplicitAutograd", _gather_linear)
+torch.library.impl("popc::gather_experts", "CompositeExplicitAutograd", _gather_experts)
+
+
+@torch.library.register_fake("popc::gather_linear")
 def _gather_linear_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, channel_dim: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], index.shape[-1]))
+    return x.new_empty((*x.shape[:-1], weight.shape[out_dim]))
 
 
-@torch.library.register_fake(f"{_LIBRARY}::gather_matmul")
-def _gather_matmul_fake(
-    h: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, channel_dim: int
+@torch.library.register_fake("popc::gather_experts")
+def _gather_experts_fake(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    full: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
 ) -> Tensor:
-    return h.new_empty((*h.shape[:-1], weight.shape[1 - channel_dim]))
+    return x.new_empty((x.shape[0], weight.shape[1 + out_dim]))

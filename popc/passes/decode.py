@@ -1,135 +1,164 @@
-"""Decode pass: each region computes R ∪ C alone, keeps the best of C, and contracts those.
+"""Decode pass: linears read the rows of live units and the columns of active ones.
 
 Dense:   ``h = f(x gateᵀ, x upᵀ)``, ``y = h downᵀ``.
-Pruned:  ``h = f(gather_linear(x, gate, live), ...)``, ``h', active = select_candidates(h, ...)``,
-``y = gather_matmul(h', down, active)``, with the same nodes ``f`` on fewer channels.
+Pruned:  ``h = f(gather_linear(x, gate, rows), ...)``, ``active = select_units(h, ...)``,
+``y = gather_linear(h, down, columns=active)``. All values keep their full width, with zeros where
+nothing was computed, so that ``f``, be it an activation or a whole attention, stays as it is.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.plan import Region
-from popc.analysis.rules import SIZE_ARGUMENT, shape
-from popc.config import Config, Counts
-from popc.ops import gather_linear, gather_matmul, select_candidates
-from popc.passes.emit import Emitter, add_input, finish, map_arguments
+from popc.analysis.linears import Linear
+from popc.analysis.walk import shape
+from popc.ops import gather_experts, gather_linear, select_units
+from popc.passes.emit import Emitter, add_input, finish
+from popc.passes.experts import expert_of_rows, flat_input, shaped_output
+from popc.passes.packing import Packing, Slot
+from popc.passes.validity import emit_valid_rows
 
 aten = torch.ops.aten
 
 
-def prune_regions(captured: Captured, regions: Sequence[Region], config: Config) -> None:
-    """Rewrite ``regions``; the graph gains two inputs, packed region after region.
+def prune_regions(captured: Captured, slots: Sequence[Slot], scope: str) -> Packing:
+    """Rewrite the regions of ``slots``; the graph gains two inputs.
 
-    - ``index`` int64 ``[Σn]``: the live channels of each region, R then C; ``[B, Σn]`` for
-      ``scope="sequence"``.
-    - ``norm`` float32, of the same shape: ``‖down[:, c]‖`` of each of them.
+    - ``popc_index`` int64 ``[total]``: the lists, as the returned packing lays them out;
+      ``[B, total]`` for ``scope="sequence"``.
+    - ``popc_norm`` float32: ``‖W[:, columns]‖`` of each live unit, region after region.
     """
-    counts = [config.counts(region.channels) for region in regions]
-    total = sum(count.live for count in counts)
-    lead = () if config.scope == "batch" else (shape(regions[0].hidden)[0],)
-    with captured.fake_mode:
-        device = regions[0].hidden.meta["val"].device
-        index_value = torch.empty((*lead, total), dtype=torch.int64, device=device)
-        norm_value = torch.empty((*lead, total), dtype=torch.float32, device=device)
-    index = add_input(captured, "popc_index", index_value)
-    norm = add_input(captured, "popc_norm", norm_value)
-    start = 0
-    for region, count in zip(regions, counts, strict=True):
-        _prune(captured, region, count, index, norm, start)
-        start += count.live
+    rewrite = _Rewrite(captured, Packing(slots), scope)
+    rewrite.run()
     finish(captured)
+    return rewrite.packing
 
 
-def _prune(
-    captured: Captured, region: Region, count: Counts, index: fx.Node, norm: fx.Node, start: int
-) -> None:
-    graph = captured.gm.graph
-    pruned: dict[fx.Node, fx.Node] = {}
-    first = region.producers[0].node
-    with graph.inserting_before(first):
-        emit = Emitter(captured, first)
-        live = emit.call(aten.slice.Tensor, index, -1, start, start + count.live)
-        scale = emit.call(aten.slice.Tensor, norm, -1, start, start + count.live)
-    for linear in region.producers:
-        with graph.inserting_before(linear.node):
-            weight = linear.weight
-            pruned[linear.node] = Emitter(captured, linear.node).call(
-                gather_linear, linear.x, weight.node, linear.bias, live, weight.channel_dim
+class _Rewrite:
+    def __init__(self, captured: Captured, packing: Packing, scope: str) -> None:
+        self.captured, self.packing, self.scope = captured, packing, scope
+        self.graph = captured.gm.graph
+        self.memo: dict[fx.Node, fx.Node] = {}
+        self.experts: dict[Linear, fx.Node] = {}
+        hidden = packing.slots[0].region.hidden
+        # One list for the batch, or one for each sequence.
+        self.lead = () if scope == "batch" else (shape(hidden)[0],)
+        with captured.fake_mode:
+            device = hidden.meta["val"].device
+            index = torch.empty((*self.lead, packing.total), dtype=torch.int64, device=device)
+            norm = torch.empty((*self.lead, packing.norm_total), device=device)
+        self.index = add_input(captured, "popc_index", index)
+        self.norm = add_input(captured, "popc_norm", norm)
+
+    def run(self) -> None:
+        """Linear by linear, in graph order: producers and consumers alike."""
+        linears: dict[fx.Node, Linear] = {}
+        rows: dict[fx.Node, list[int]] = {}
+        columns: dict[fx.Node, list[int]] = {}
+        for i, slot in enumerate(self.packing.slots):
+            for producer in slot.region.producers:
+                if slot.rows:
+                    linears[producer.linear.node] = producer.linear
+                    rows.setdefault(producer.linear.node, []).append(i)
+            for linear in slot.region.consumers:
+                linears[linear.node] = linear
+                columns.setdefault(linear.node, []).append(i)
+        active: dict[int, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node not in linears:
+                continue
+            linear = linears[node]
+            for i in columns.get(node, []):
+                if i not in active:
+                    active[i] = self._select(i, linear)
+            with self.graph.inserting_before(node):
+                y = self._linear(
+                    linear, rows.get(node, []), [active[i] for i in columns.get(node, [])]
+                )
+            node.replace_all_uses_with(y)
+            self.graph.erase_node(node)
+
+    def _list(self, emit: Emitter, *name: object) -> fx.Node | None:
+        place = self.packing.place(*name)
+        return None if place is None else emit.call(aten.slice.Tensor, self.index, -1, *place)
+
+    def _select(self, i: int, linear: Linear) -> fx.Node:
+        """The active units' columns: ``[k]``, or a list for each sequence or expert's row."""
+        slot = self.packing.slots[i]
+        region, counts = slot.region, slot.counts
+        valid = None
+        if region.one_pass:
+            valid = emit_valid_rows(self.captured, linear.x, linear.node, self.memo)
+        with self.graph.inserting_before(linear.node):
+            emit = Emitter(self.captured, linear.x)
+            h = linear.x
+            if valid is not None:
+                h = emit.call(aten.where.self, valid, h, emit.call(aten.zeros_like.default, h))
+            stack = (region.experts,) if region.experts else ()
+            lead = tuple(emit.size(h, 0) for _ in self.lead)
+            listed = self._list(emit, "columns", i)
+            shaped = [*lead, *stack, counts.live, region.columns.shape[1]]
+            listed = emit.call(aten.view.default, listed, shaped)
+            start = self.packing.norm_starts[i]
+            stop = start + counts.live * max(1, region.experts)
+            norm = emit.call(aten.slice.Tensor, self.norm, -1, start, stop)
+            if stack:
+                norm = emit.call(aten.view.default, norm, [*stack, counts.live])
+                expert = self._expert(emit, linear)
+                h = flat_input(emit, linear)
+                listed = emit.call(aten.index.Tensor, listed, [expert])
+                norm = emit.call(aten.index.Tensor, norm, [expert])
+            return emit.call(select_units, h, norm, listed, counts.retained, counts.active)
+
+    def _expert(self, emit: Emitter, linear: Linear) -> fx.Node:
+        if linear not in self.experts:
+            self.experts[linear] = expert_of_rows(emit, linear)
+        return self.experts[linear]
+
+    def _linear(self, linear: Linear, producing: list[int], columns: list[fx.Node]) -> fx.Node:
+        """The linear again, with its lists."""
+        emit = Emitter(self.captured, linear.node)
+        weight = linear.weight
+        out_dim = weight.out_dim
+        experts = linear.experts
+        listed = []
+        for i in producing:
+            rows = self._list(emit, "rows", i, linear.node)
+            assert rows is not None
+            listed.append(
+                emit.call(aten.view.default, rows, [experts.count, -1]) if experts else rows
             )
-    for node in region.body:
-        with graph.inserting_before(node):
-            pruned[node] = _narrowed(captured, region, node, pruned, live, count.live)
-    with graph.inserting_before(region.consumers[0].node):
-        emit = Emitter(captured, region.hidden)
-        chosen = emit.call(
-            select_candidates, pruned[region.hidden], scale, live, count.retained, count.active
+        rows = self._joined(emit, listed, "fixed rows", linear)
+        chosen = self._joined(emit, columns, "fixed columns", linear)
+        if experts is None:
+            return emit.call(
+                gather_linear, linear.x, weight.node, linear.bias, rows, chosen, out_dim
+            )
+        owner = next(
+            i
+            for i, slot in enumerate(self.packing.slots)
+            if linear in slot.region.consumers
+            or any(p.linear is linear for p in slot.region.producers)
         )
-        hidden = emit.call(operator.getitem, chosen, 0)
-        active = emit.call(operator.getitem, chosen, 1)
-    for linear in region.consumers:
-        with graph.inserting_before(linear.node):
-            weight = linear.weight
-            y = Emitter(captured, linear.node).call(
-                gather_matmul, hidden, weight.node, linear.bias, active, weight.channel_dim
-            )
-        linear.node.replace_all_uses_with(y)
-        graph.erase_node(linear.node)
-    for node in (*reversed(region.body), *(linear.node for linear in region.producers)):
-        # What is left only asks for another dimension's size: see rules.reads_size.
-        for user in list(node.users):
-            user.replace_input_with(node, pruned[node])
-        graph.erase_node(node)
+        full = self._list(emit, "full", owner)
+        x, expert = flat_input(emit, linear), self._expert(emit, linear)
+        args = (x, weight.node, expert, full, rows, chosen, out_dim - 1)
+        return shaped_output(emit, linear, emit.call(gather_experts, *args))
 
-
-def _narrowed(
-    captured: Captured,
-    region: Region,
-    node: fx.Node,
-    pruned: dict[fx.Node, fx.Node],
-    live: fx.Node,
-    size: int,
-) -> fx.Node:
-    """``node`` again, on the live channels alone."""
-    emit = Emitter(captured, node)
-    dim = region.axis[node]
-    rank = len(shape(node))
-
-    def narrow(operand: fx.Node) -> fx.Node:
-        if operand in pruned:
-            return pruned[operand]
-        value = operand.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return operand
-        # Not of the region, but read along its axis: a channelwise scale, say.
-        at = dim - (rank - value.dim())
-        if at < 0 or value.shape[at] == 1:
-            return operand
-        return _take(emit, operand, live, at)
-
-    args, kwargs = map_arguments(node.args, node.kwargs, narrow)
-    place = SIZE_ARGUMENT.get(node.target)
-    if place is not None:
-        sizes = list(args[place])
-        if sizes[dim] != -1:
-            sizes[dim] = size
-        args = (*args[:place], sizes, *args[place + 1 :])
-    return emit.call(node.target, *args, **kwargs)
-
-
-def _take(emit: Emitter, operand: fx.Node, live: fx.Node, dim: int) -> fx.Node:
-    """The live channels of an operand from outside the region."""
-    if len(shape(live)) == 1:
-        return emit.call(aten.index_select.default, operand, dim, live)
-    # One list per sequence. T is 1 at decode, so an operand is [F] or [B, 1, F] (or broadcasts).
-    size = shape(operand)[dim]
-    if len(shape(operand)) > 1 and operand.meta["val"].numel() == size:
-        operand, dim = emit.call(aten.view.default, operand, [-1]), 0
-    if len(shape(operand)) == 1:
-        return emit.call(aten.unsqueeze.default, emit.call(aten.index.Tensor, operand, [live]), 1)
-    return emit.call(aten.gather.default, operand, dim, emit.call(aten.unsqueeze.default, live, 1))
+    def _joined(
+        self, emit: Emitter, lists: list[fx.Node], rest: str, linear: Linear
+    ) -> fx.Node | None:
+        """Lists of several regions, and the channels that are in none, as one."""
+        if not lists:
+            return None
+        fixed = self._list(emit, rest, linear.node)
+        if fixed is not None:
+            if len(shape(lists[0])) > len(shape(fixed)):
+                sizes = [emit.size(lists[0], 0), shape(fixed)[0]]
+                fixed = emit.call(aten.expand.default, fixed, sizes)
+            lists = [*lists, fixed]
+        return emit.call(aten.cat.default, lists, -1) if len(lists) > 1 else lists[0]

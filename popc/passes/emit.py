@@ -11,6 +11,8 @@ from torch import fx
 from popc.analysis.capture import Captured
 from popc.errors import GraphError
 
+aten = torch.ops.aten
+
 
 class Emitter:
     """Adds nodes to a graph before a given place; each gets its fake value at once."""
@@ -37,6 +39,11 @@ class Emitter:
         except Exception as error:
             raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
         return node
+
+    def size(self, value: fx.Node, dim: int) -> Any:
+        """A size of ``value`` as an argument: a number, or a node where it is symbolic."""
+        held = value.meta["val"].shape[dim]
+        return held if isinstance(held, int) else self.call(aten.sym_size.int, value, dim)
 
 
 def map_arguments(

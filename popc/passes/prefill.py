@@ -1,4 +1,4 @@
-"""Prefill pass: the graph stays dense and gains one output, each channel's sum of squares.
+"""Prefill pass: the graph stays dense and gains one output, each column's sum of squares.
 
 ``Σ_t h_{t,c}²`` over the valid tokens is the statistic of arXiv 2602.06822's importance
 ``I_c = ‖down[:, c]‖ · ‖h_{·,c}‖₂``. It is summed in float64, so that sums over chunks add up.
@@ -13,76 +13,106 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.plan import Region
-from popc.analysis.rules import shape
-from popc.analysis.tokens import mask_of, valid_tokens
-from popc.passes.emit import Emitter, finish, map_arguments
+from popc.analysis.tokens import rows_of
+from popc.analysis.walk import shape
+from popc.passes.emit import Emitter, add_input, finish
+from popc.passes.experts import expert_of_rows, flat_input
+from popc.passes.validity import emit_valid_rows
 
 aten = torch.ops.aten
 
 
 def add_statistics(captured: Captured, regions: Sequence[Region], scope: str) -> None:
-    """Append the output ``[S, ΣF]`` float64, the regions' statistics side by side.
+    """Append the output ``[S, ΣK]`` float64, the regions' statistics side by side.
 
-    S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``.
+    S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. K is the width of a region's
+    h, E · K where experts are stacked. If some regions are cached, the graph also gains the input
+    ``popc_keep`` float32 ``[S, ΣK]``: 0 for the columns of heads whose keys and values the cache
+    lacks, since a decode step left them out; their output counts for nothing from then on.
     """
     graph = captured.gm.graph
+    hidden = _keep_living(captured, [r for r in regions if r.cached], scope)
     output = graph.output_node()
-    validity: dict[fx.Node, fx.Node] = {}
-    sums = []
+    memo: dict[fx.Node, fx.Node] = {}
+    valid = [emit_valid_rows(captured, region.hidden, output, memo) for region in regions]
     with graph.inserting_before(output):
-        for region in regions:
-            mask = mask_of(region, graph)
-            if mask is not None and mask not in validity:
-                validity[mask] = _emit_validity(captured, mask)
-            valid = validity[mask] if mask is not None else None
-            sums.append(_emit_sum(captured, region, valid, scope))
+        sums = [
+            _emit_sum(captured, region, hidden.get(region.hidden, region.hidden), mask, scope)
+            for region, mask in zip(regions, valid, strict=True)
+        ]
         packed = Emitter(captured, output).call(aten.cat.default, sums, -1)
     (values,) = output.args
     output.args = ((*values, packed),)  # type: ignore[misc]
     finish(captured)
 
 
-def _emit_validity(captured: Captured, mask: fx.Node) -> fx.Node:
-    """``valid_tokens`` as nodes: traced once on the mask's fake value and spliced in."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+def _keep_living(
+    captured: Captured, regions: Sequence[Region], scope: str
+) -> dict[fx.Node, fx.Node]:
+    """Multiply the regions' h with ``popc_keep``; the new value for each h."""
+    if not regions:
+        return {}
+    graph = captured.gm.graph
+    lead = 1 if scope == "batch" else shape(regions[0].hidden)[0]
     with captured.fake_mode:
-        traced = make_fx(valid_tokens)(mask.meta["val"])
-    emit = Emitter(captured, mask)
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            copied[node] = mask
-        elif node.op == "output":
-            return copied[node.args[0]]
-        else:
-            args, kwargs = map_arguments(node.args, node.kwargs, copied.__getitem__)
-            copied[node] = emit.call(node.target, *args, **kwargs)
-    raise AssertionError("a graph has an output")
+        device = regions[0].hidden.meta["val"].device
+        value = torch.empty((lead, sum(r.width for r in regions)), device=device)
+    keep = add_input(captured, "popc_keep", value)
+    kept: dict[fx.Node, fx.Node] = {}
+    start = 0
+    for region in regions:
+        h = region.hidden
+        with graph.inserting_after(h):
+            emit = Emitter(captured, h)
+            part = emit.call(aten.slice.Tensor, keep, -1, start, start + region.width)
+            sizes = [-1, *([1] * (len(shape(h)) - 2)), region.width]
+        with graph.inserting_after(part):
+            part = emit.call(aten.view.default, part, sizes)
+        with graph.inserting_after(part):
+            part = emit.call(aten.to.dtype, part, h.meta["val"].dtype)
+        with graph.inserting_after(part):
+            kept[h] = emit.call(aten.mul.Tensor, h, part)
+        for linear in region.consumers:
+            linear.node.replace_input_with(h, kept[h])
+        start += region.width
+    return kept
 
 
-def _by_token(emit: Emitter, region: Region) -> fx.Node:
-    """h as ``[B, T, F]``, where batch and token axes can be told apart."""
-    if len(shape(region.hidden)) == len(shape(region.grid)):
-        return region.hidden
-    sizes = [
-        size if isinstance(size, int) else emit.call(aten.sym_size.int, region.grid, dim)
-        for dim, size in enumerate(shape(region.grid)[:2])
-    ]
-    return emit.call(aten.reshape.default, region.hidden, [*sizes, region.channels])
-
-
-def _emit_sum(captured: Captured, region: Region, valid: fx.Node | None, scope: str) -> fx.Node:
-    """Nodes for ``Σ h²`` of one region, ``[S, F]``."""
-    emit = Emitter(captured, region.hidden)
-    hidden = emit.call(aten.to.dtype, _by_token(emit, region), torch.float64)
+def _emit_sum(
+    captured: Captured, region: Region, h: fx.Node, valid: fx.Node | None, scope: str
+) -> fx.Node:
+    """Nodes for ``Σ h²`` of one region, ``[S, K]``, or ``[1, E·K]`` with experts."""
+    emit = Emitter(captured, h)
+    hidden = emit.call(aten.to.dtype, h, torch.float64)
     squares = emit.call(aten.mul.Tensor, hidden, hidden)
     if valid is not None:
         # where, not a product: a NaN in a padding token must not reach the statistic.
-        chosen = emit.call(aten.unsqueeze.default, valid, -1)
         zero = emit.call(aten.zeros_like.default, squares)
-        squares = emit.call(aten.where.self, chosen, squares, zero)
-    rank = len(shape(hidden))
+        squares = emit.call(aten.where.self, valid, squares, zero)
+    if region.experts:
+        return _sum_by_expert(emit, region, squares)
+    rank = len(shape(h))
+    if scope == "sequence" and rank == 2:
+        rows = rows_of(h)
+        assert rows is not None
+        sizes = [emit.size(rows.grid, d) for d in range(2)]
+        squares, rank = emit.call(aten.reshape.default, squares, [*sizes, region.width]), 3
     tokens = list(range(rank - 1)) if scope == "batch" else list(range(1, rank - 1))
     total = emit.call(aten.sum.dim_IntList, squares, tokens)
     return total if scope == "sequence" else emit.call(aten.unsqueeze.default, total, 0)
+
+
+def _sum_by_expert(emit: Emitter, region: Region, squares: fx.Node) -> fx.Node:
+    """Each expert's sum over the rows routed to it."""
+    linear = region.consumers[0]
+    flat = flat_input(emit, linear)
+    rows = emit.call(aten.reshape.default, squares, [-1, region.width])
+    expert = expert_of_rows(emit, linear)
+    zero = emit.call(
+        aten.zeros.default,
+        [region.experts, region.width],
+        dtype=torch.float64,
+        device=flat.meta["val"].device,
+    )
+    total = emit.call(aten.index_add.default, zero, 0, expert, rows)
+    return emit.call(aten.view.default, total, [1, -1])
