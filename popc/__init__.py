@@ -9,11 +9,13 @@ from popc.analysis.plan import Plan, Region, Skipped
 from popc.api import analyze, compile
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError
+from popc.report import Explanation, explain
 from popc.version import __version__
 
 __all__ = [
     "Config",
     "ConfigError",
+    "Explanation",
     "GraphError",
     "ModelError",
     "Plan",
@@ -23,4 +25,5 @@ __all__ = [
     "__version__",
     "analyze",
     "compile",
+    "explain",
 ]

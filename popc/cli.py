@@ -1,4 +1,4 @@
-"""The command ``popc``: demo, analyze, generate, eval."""
+"""The command ``popc``: demo, analyze, explain, generate, eval."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from popc.bench import decode_rates
 from popc.errors import PopcError
 from popc.evaluate import evaluate
 from popc.models import DEFAULT, load_model
+from popc.report import Explanation
 
 app = typer.Typer(
     help="Decode faster without retraining.", no_args_is_help=True, add_completion=False
@@ -30,6 +31,7 @@ console = Console()
 Model = Annotated[str, typer.Argument(help=f"'{DEFAULT}', a model folder, or a hub id.")]
 Sparsity = Annotated[float, typer.Option(help="r: share of channels inactive at decode.")]
 Candidate = Annotated[float, typer.Option(help="γ: share of channels each token re-scores.")]
+Targets = Annotated[str, typer.Option(help="Kinds of region to prune: mlp,attention,experts.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,17 +91,38 @@ def analyze(model: Model = DEFAULT, dtype: Dtype = "float32") -> None:
 
 
 @app.command()
+def explain(
+    model: Model = DEFAULT,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a picture.")] = None,
+    sparsity: Sparsity = 0.2,
+    candidate: Candidate = 0.1,
+    dtype: Dtype = "float32",
+) -> None:
+    """Show what is pruned in MODEL, what a decode step reads, and what would help the rest."""
+    with _errors():
+        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        loaded, _ = _load(model, dtype)
+        with console.status("tracing"):
+            explanation = Explanation(popc.analyze(loaded), config, model)
+        console.print(explanation.table())
+        if html is not None:
+            html.write_text(explanation.html(), encoding="utf-8")
+            console.print(f"written to {html}", markup=False, highlight=False)
+
+
+@app.command()
 def generate(
     model: Model = DEFAULT,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")] = DEMO_PROMPT,
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
+    targets: Targets = "mlp,experts",
     tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 64,
     dtype: Dtype = "float32",
 ) -> None:
     """Answer PROMPT with MODEL, pruned."""
     with _errors():
-        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        config = _config(sparsity, candidate, targets)
         loaded, tokenizer = _load(model, dtype)
         twin = popc.compile(loaded, config)
         with console.status("compiling and generating"):
@@ -112,6 +135,7 @@ def evaluate_command(
     model: Model = DEFAULT,
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
+    targets: Targets = "mlp,experts",
     windows: Annotated[int, typer.Option(min=1, help="Windows of Wikipedia text.")] = 8,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens prefilled in each.")] = 256,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens decoded in each.")] = 256,
@@ -122,7 +146,7 @@ def evaluate_command(
     from popc import text
 
     with _errors():
-        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        config = _config(sparsity, candidate, targets)
         loaded, tokenizer = _load(model, dtype)
         twin = popc.compile(loaded, config)
         with console.status("reading text"):
@@ -133,7 +157,8 @@ def evaluate_command(
             "model": model,
             "sparsity": sparsity,
             "candidate": candidate,
-            "ffn_bytes": twin.popc_plan.decode_share(config),
+            "targets": targets,
+            "bytes": twin.popc_plan.decode_share(config),
             **asdict(quality),
         }
         for name, value in figures.items():
@@ -141,6 +166,11 @@ def evaluate_command(
             console.print(f"{name:>18}  {shown}", highlight=False)
         if out is not None:
             out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _config(sparsity: float, candidate: float, targets: str) -> popc.Config:
+    kinds = tuple(kind.strip() for kind in targets.split(","))
+    return popc.Config(sparsity=sparsity, candidate=candidate, targets=kinds)
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:

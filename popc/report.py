@@ -1,0 +1,274 @@
+"""``explain``: what popc does with a model, and what to change where it does nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from popc.analysis.cost import region_cost, saves
+from popc.analysis.linears import Linear
+from popc.analysis.plan import Plan, Region, Skipped, generic
+from popc.api import analyze
+from popc.config import Config
+from popc.picture import CSS, Box, layers, legend, picture
+
+# What helps against each kind of refusal; {op} is the op that caused it.
+_REMEDIES = {
+    "mixes": "keep {op} out of the way between the two linears, or let it run over groups of "
+    "channels; a value that all layers read, as a residual stream, stays whole",
+    "attention": "more heads of keys and values: all that attend with one of them are one unit",
+    "heads": "mix heads once their values are read, not before",
+    "unknown op": "a rule for {op} in popc.analysis.rules, if it acts on each channel alone; or "
+    "write it with ops that have one",
+    "not followed": "write {op} so that each channel stays at a place known when it is traced",
+    "training": "call model.eval() first",
+    "shared": "give each unit channels of its own: those that all units read are always computed",
+    "leaves the graph": "keep the channels inside: neither return them nor break the graph there; "
+    "the model's own answer stays whole",
+    "single unit": "more than one channel, or more than one head of keys and values",
+    "no consumer": "a linear that reads the channels, in the same graph",
+    "different values": "let every linear read the same value of the channels",
+    "uneven units": "give all heads, or groups of channels, the same size",
+    "costs more": "wider layers: a list costs the same for a long row as for a short one",
+    "vmap": "make masks outside of the model, and hand them to it",
+    "traced in pieces": "take the graph break out of the model: TORCH_LOGS=graph_breaks shows it",
+}
+
+
+def remedy(skipped: Skipped) -> str:
+    """What would make a refused linear prunable; empty where nothing is known to."""
+    return _REMEDIES.get(skipped.kind, "").format(op=_short(skipped.op) or "the op")
+
+
+def explain(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    *args: Any,
+    config: Config | None = None,
+    **inputs: Any,
+) -> Explanation:
+    """What popc would prune in ``model`` under ``config``, what a decode step then reads, and what
+    would make the rest prunable.
+
+    Args:
+        model: whatever :func:`popc.analyze` takes.
+        args, inputs: one call's inputs.
+        config: the default one if not given.
+
+    Raises:
+        ConfigError, ModelError, GraphError: as :func:`popc.analyze` and ``Config.resolved`` do.
+    """
+    config = config or Config()
+    plan = analyze(model, args, inputs)
+    if config.model_sparsity is not None:
+        prunable = sum(r.parameters for r in plan.regions if r.kind in config.targets)
+        config = config.resolved(sum(p.numel() for p in model.parameters()), prunable)
+    return Explanation(plan, config, type(model).__name__)
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """A table as plain strings; ``numbers`` are the columns to align at the right."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    numbers: tuple[int, ...] = ()
+
+    def rich(self) -> Table:
+        table = Table(title=Text(self.title), title_justify="left")
+        for i, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if i in self.numbers else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))  # Text: a name is no markup
+        return table
+
+    def html(self) -> str:
+        def line(tag: str, cells: Iterable[str]) -> str:
+            align = [' class="n"' if i in self.numbers else "" for i in range(len(self.headings))]
+            pairs = zip(align, cells, strict=True)
+            return "<tr>" + "".join(f"<{tag}{a}>{escape(c)}</{tag}>" for a, c in pairs) + "</tr>\n"
+
+        body = "".join(line("td", row) for row in self.rows)
+        head = line("th", self.headings)
+        return (
+            f"<h2>{escape(self.title)}</h2>\n<div class='wide'><table>\n"
+            f"<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>\n"
+        )
+
+
+@dataclass(frozen=True)
+class Read:
+    """Bytes that a decode step of one sequence reads in a region: weights, and lists if pruned.
+
+    Keys and values are read either way, and not counted. ``note`` says why it is left dense.
+    """
+
+    region: Region
+    dense: int
+    pruned: int
+    note: str = ""
+
+    @classmethod
+    def of(cls, region: Region, config: Config) -> Read:
+        targeted = region.kind in config.targets
+        note = (saves(region, config) or "") if targeted else "not a target"
+        dense, pruned = (cost.at(B=1, T=1, S=0).bytes for cost in region_cost(region, config))
+        return cls(region, dense, dense if note else pruned, note)
+
+    @property
+    def share(self) -> float:
+        return self.pruned / self.dense
+
+
+@dataclass
+class Explanation:
+    """A plan and a config, made readable: ``print`` it, or write :meth:`html` to a file."""
+
+    plan: Plan
+    config: Config = field(default_factory=Config)
+    title: str = "model"
+
+    @cached_property
+    def reads(self) -> list[Read]:
+        """What a decode step reads in each region."""
+        return [Read.of(region, self.config) for region in self.plan.regions]
+
+    def table(self) -> RenderableType:
+        """Rich tables: one row for each region, then one for each distinct refusal."""
+        lines = f"popc: {self.title}: {self._found()}", self._summary(), ""
+        return Group(*map(Text, lines), *(sheet.rich() for sheet in self._sheets()))
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+    def html(self) -> str:
+        """A page of its own, with a picture of the layers and the tables."""
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>popc: {escape(self.title)}</title></head>\n"
+            f'<body style="margin: 0">{self._repr_html_()}</body></html>\n'
+        )
+
+    def _repr_html_(self) -> str:
+        sheets = "".join(sheet.html() for sheet in self._sheets())
+        return (
+            f'<style>{CSS}</style>\n<div class="popc"><h1>popc: {escape(self.title)}</h1>\n'
+            f"<p>{escape(f'{self._found()}. {self._summary()}')}</p>\n"
+            f"{legend()}\n{picture(layers(self._boxes()))}\n"
+            f"{sheets}</div>\n"
+        )
+
+    def _found(self) -> str:
+        return f"{len(self.plan.regions)} regions, {len(self.plan.skipped)} refusals"
+
+    def _summary(self) -> str:
+        if not self.plan.regions:
+            return "Nothing to prune: it runs dense."
+        dense, pruned = (sum(r.dense for r in self.reads), sum(r.pruned for r in self.reads))
+        return (
+            f"At r = {self.config.sparsity:.3g}, γ = {self.config.candidate:.3g}, a decode step of "
+            f"one sequence reads {_size(pruned)} in the regions; dense, {_size(dense)}."
+        )
+
+    def _sheets(self) -> list[_Sheet]:
+        return [sheet for sheet in (self._regions(), self._refusals()) if sheet.rows]
+
+    def _regions(self) -> _Sheet:
+        place, linears = ("kind", "where", "source", "units"), ("producers", "consumers")
+        headings = (*place, *linears, "dense", "pruned", "share", "note")
+        rows = []
+        for read in self.reads:
+            region = read.region
+            producers = _ops([producer.linear for producer in region.producers])
+            place = (region.kind, region.name, region.source, str(region.units))
+            sizes = (_size(read.dense), _size(read.pruned), f"{read.share:.0%}")
+            rows.append((*place, producers, _ops(region.consumers), *sizes, read.note))
+        return _Sheet("regions", headings, rows, (3, 6, 7, 8))
+
+    def _refusals(self) -> _Sheet:
+        pieces = [Skipped("the model", why, kind="traced in pieces") for why in self.plan.breaks]
+        skips = [*self.plan.skipped, *pieces]
+        rows = Counter(
+            (generic(s.name), s.reason, _short(s.op), s.source, self._advice(s)) for s in skips
+        )
+        named = [(f"{n} ×{times}" if times > 1 else n, *rest) for (n, *rest), times in rows.items()]
+        headings = ("refused", "reason", "op", "source", "what would help")
+        return _Sheet("refusals", headings, named)
+
+    def _advice(self, skipped: Skipped) -> str:
+        region = self._consumed.get(_weight_of(skipped))
+        if region is not None:
+            return f"none needed: its input channels are those of {generic(region.name)}"
+        return remedy(skipped)
+
+    @cached_property
+    def _consumed(self) -> dict[Any, Region]:
+        """The region whose units the weight contracts."""
+        return {c.weight.identity: r for r in self.plan.regions for c in r.consumers}
+
+    def _boxes(self) -> list[Box]:
+        """Regions and refused linears, in graph order."""
+        boxes = []
+        order = _Order()
+        for read in self.reads:
+            region, why = read.region, f"; {read.note}" if read.note else ""
+            text = f"{region.kind} {region.name}: {region.units} units, a decode step reads "
+            text += f"{_size(read.pruned)}; dense, {_size(read.dense)}{why}"
+            place = order.of(region.producers[0].linear)
+            boxes.append((place, Box(region.kind, region.name, read.dense, 1 - read.share, text)))
+        for skip in self.plan.skipped:
+            if skip.linear is None or _weight_of(skip) in self._consumed:
+                continue  # part of a region's box
+            size = skip.linear.weight.bytes
+            text = f"{skip.name}: {_size(size)}, refused: {skip.reason}"
+            boxes.append((order.of(skip.linear), Box("refused", skip.name, size, 0.0, text)))
+        return [box for _, box in sorted(boxes, key=lambda placed: placed[0])]
+
+
+class _Order:
+    """Where a linear is in the program: which graph, and where in it."""
+
+    def __init__(self) -> None:
+        self.places: dict[fx.Graph, dict[fx.Node, int]] = {}
+
+    def of(self, linear: Linear) -> tuple[int, int]:
+        graph = linear.node.graph
+        places = self.places.setdefault(graph, {n: i for i, n in enumerate(graph.nodes)})
+        return list(self.places).index(graph), places[linear.node]
+
+
+def _weight_of(skipped: Skipped) -> Any:
+    return skipped.linear.weight.identity if skipped.linear is not None else None
+
+
+def _ops(linears: Sequence[Linear]) -> str:
+    """The ops of linears, as in ``linear ×2``."""
+    counts = Counter(_short(str(linear.node.target)) for linear in linears)
+    return ", ".join(f"{op} ×{times}" if times > 1 else op for op, times in counts.items())
+
+
+def _short(op: str) -> str:
+    """``aten.mean.dim`` as ``mean``: people do not tell overloads apart."""
+    parts = op.split(".")
+    return parts[1] if len(parts) == 3 else op
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
