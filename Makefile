@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-thorough lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/popc demo
 
 test: lint
 	$(BIN)/pytest
+
+# Every architecture of the zoo through Inductor, not one of each kind: takes long.
+test-thorough: lint
+	POPC_THOROUGH=1 $(BIN)/pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

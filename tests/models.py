@@ -67,6 +67,52 @@ class AddmmMLP(nn.Module):
         y = torch.addmm(self.b2, h.view(-1, h.shape[-1]), self.w2)
         return y.view(*x.shape[:-1], -1)
 
+    def masked(self, x: Tensor, keep: Tensor) -> Tensor:
+        """The same with channels where ``keep`` is 0 left out."""
+        h = F.gelu(x @ self.w1 + self.b1, approximate="tanh")
+        return (h * keep) @ self.w2 + self.b2
+
+
+class Interleaved(nn.Module):
+    """Gate and up of one linear, channel by channel in turn."""
+
+    def __init__(self, d: int = 16, f: int = 40) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(d, 2 * f), nn.Linear(f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(h[..., 1::2] * torch.sigmoid(h[..., ::2]))
+
+
+class Parallel(nn.Module):
+    """Two MLPs of 24 and 40 channels and 8 that are normed, in one linear and out of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(16, 24 + 8 + 2 * 40), nn.Linear(24 + 8 + 40, 16)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, keep: tuple[int, int] = (24, 40)) -> Tensor:
+        first, normed, gate, up = self.a(x).split((24, 8, 40, 40), -1)
+        first, second = F.relu(first), F.silu(gate) * up
+        first = first * (torch.arange(24) < keep[0])
+        second = second * (torch.arange(40) < keep[1])
+        return self.c(torch.cat([first, self.norm(normed), second], -1))
+
+
+class CachedAttention(nn.Module):
+    """Four heads of four channels from one fused linear; keys and values leave, for a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.a(x).unflatten(-1, (4, 3, 4)).transpose(1, 2).unbind(-2)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.c(h if keep is None else h * keep), k, v
+
 
 class Scaled(Plain):
     """A channelwise scale between the linears."""

@@ -57,7 +57,7 @@ def test_a_model_in_pieces_is_pruned_and_says_so() -> None:
     model.model.layers[1].mlp = Broken(model.model.layers[1].mlp)
     twin = popc.compile(model, config)
     assert relative(run(twin, ids, 10), expected) < 1e-4
-    assert len(twin.popc_plan.regions) == 2
+    assert twin.popc_plan.count("mlp") == 2
     assert twin.popc_plan.breaks
     assert "traced in pieces" in str(twin.popc_plan)
 
@@ -126,7 +126,7 @@ def test_data_dependent_control_flow_still_runs() -> None:
     with torch.no_grad():
         assert torch.allclose(twin(x), model(x), atol=1e-6)
     assert twin.popc_plan.breaks
-    assert [region.channels for region in twin.popc_plan.regions] == [40]
+    assert [region.units for region in twin.popc_plan.regions] == [40]
     assert popc.analyze(model, (x,)).breaks
 
 

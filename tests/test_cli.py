@@ -31,7 +31,7 @@ def test_analyze(folder: str) -> None:
     torch._dynamo.reset()
     result = runner.invoke(cli.app, ["analyze", folder])
     assert result.exit_code == 0, result.output
-    assert "2 regions" in result.output
+    assert "4 regions" in result.output
 
 
 def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     assert figures["agreement"] == 1.0
-    assert figures["ffn_bytes"] == 1.0
+    assert figures["bytes"] == 1.0
     assert figures["perplexity"] == pytest.approx(figures["dense_perplexity"], rel=1e-4)
 
 
@@ -54,6 +54,7 @@ def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
     [
         (["analyze", "no/such/model"], "'no/such/model' could not be loaded"),
         (["generate", "smollm2", "--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
+        (["generate", "smollm2", "--targets", "mlp,heads"], "targets=('mlp', 'heads') is not"),
         (["analyze", "smollm2", "--dtype", "int8"], "dtype='int8' is not allowed"),
     ],
 )

@@ -57,7 +57,7 @@ def left_padding(ids: Tensor, prompt: int) -> Tensor:
     return (torch.arange(ids.shape[1])[None] >= pads).long()
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.75])
+@pytest.mark.parametrize("sparsity", [0.15, 0.4, 0.75])
 @pytest.mark.parametrize("candidate", [0.0, 0.1, 0.5])
 def test_eager_is_the_oracle(sparsity: float, candidate: float) -> None:
     torch._dynamo.reset()
@@ -151,4 +151,4 @@ def test_other_architectures_are_the_oracle(make, batch: int) -> None:
     twin = popc.compile(model, config)
     assert relative(run(twin, ids, 10, mask), expected) < TOLERANCE
     assert relative(run(model, ids, 10, mask), expected) > 100 * TOLERANCE
-    assert len(twin.popc_plan.regions) == 2
+    assert twin.popc_plan.count("mlp") == 2

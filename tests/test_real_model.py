@@ -22,7 +22,8 @@ def smollm2():
 def test_every_layer_is_a_region(smollm2) -> None:
     model, _ = smollm2
     plan = popc.analyze(model)
-    assert [region.channels for region in plan.regions] == [1536] * 30
+    assert [r.units for r in plan.regions if r.kind == "mlp"] == [1536] * 30
+    assert [r.units for r in plan.regions if r.kind == "attention"] == [3] * 30
     assert plan.breaks == []
     config = popc.Config(sparsity=0.4, candidate=0.1)
     assert plan.decode_share(config) == pytest.approx((2 * 0.65 + 0.6) / 3, abs=1e-3)

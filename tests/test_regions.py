@@ -33,14 +33,14 @@ ACTIVATIONS += [tanh_gelu, F.hardswish, nn.ReLU(inplace=True)]
 def test_mlp_is_found(mlp: type, producers: int, act: object, bias: bool) -> None:
     plan = popc.analyze(mlp(act, bias), (torch.randn(2, 3, 16),))
     (region,) = plan.regions
-    assert (region.kind, region.channels) == ("mlp", 40)
+    assert (region.kind, region.units) == ("mlp", 40)
     assert (len(region.producers), len(region.consumers)) == (producers, 1)
 
 
 @pytest.mark.parametrize("mlp", [models.AddmmMLP, models.Scaled])
 def test_other_forms_are_found(mlp: type) -> None:
     plan = popc.analyze(mlp(), (torch.randn(2, 3, 16),))
-    assert [region.channels for region in plan.regions] == [40]
+    assert [region.units for region in plan.regions] == [40]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_other_forms_are_found(mlp: type) -> None:
     [
         (models.InnerNorm, "aten.layer_norm.default mixes"),
         (models.Softmaxed, "aten.softmax.int mixes"),
-        (models.Leaks, "output of the graph"),
-        (models.TwoValues, "different values of the axis"),
+        (models.Leaks, "leave the graph"),
+        (models.TwoValues, "different values of the channels"),
         (models.Square, "aten.matmul.default mixes"),
     ],
 )
@@ -72,12 +72,12 @@ def test_same_regions_from_every_front_end() -> None:
     exported = torch.export.export(mlp, (x,))
     for graph in (mlp, fx.symbolic_trace(mlp), exported, exported.module()):
         plan = popc.analyze(graph, (x,))
-        assert [(r.kind, r.channels) for r in plan.regions] == [("mlp", 40)]
+        assert [(r.kind, r.units) for r in plan.regions] == [("mlp", 40)]
 
 
 def test_llama_plan_reads_as_a_table() -> None:
     plan = popc.analyze(models.tiny_llama())
-    assert [region.channels for region in plan.regions] == [160, 160]
+    assert [(r.kind, r.units) for r in plan.regions] == [("attention", 2), ("mlp", 160)] * 2
     text = str(plan)
     assert "model.layers.1.mlp" in text
     assert "lm_head" in text
@@ -86,7 +86,7 @@ def test_llama_plan_reads_as_a_table() -> None:
 def test_shared_weights_are_two_regions() -> None:
     mlp = models.Plain()
     plan = popc.analyze(nn.Sequential(mlp, mlp), (torch.randn(1, 3, 16),))
-    keys = [region.key for region in plan.regions if region.channels == 40]
+    keys = [region.key for region in plan.regions if region.units == 40]
     assert len(set(keys)) == len(keys) == 2
 
 

@@ -13,7 +13,7 @@ from tests.passes.checks import assert_meta_is_true
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-@pytest.mark.parametrize("mlp", [models.Gated, models.Plain, models.Scaled])
+@pytest.mark.parametrize("mlp", [models.Gated, models.Plain, models.Scaled, models.Interleaved])
 def test_adds_the_sum_of_squares(mlp: type, scope: str) -> None:
     torch.manual_seed(0)
     module, x = mlp().eval(), torch.randn(2, 5, 16)
@@ -30,3 +30,20 @@ def test_adds_the_sum_of_squares(mlp: type, scope: str) -> None:
     total = hidden[0].detach().double().square().sum(dims).view(-1, 40)
     assert sums.dtype == torch.float64
     torch.testing.assert_close(sums, total)
+
+
+def test_heads_that_left_the_cache_count_for_nothing() -> None:
+    """``popc_keep`` zeroes a cached region's h before it is contracted, and before it is summed."""
+    torch.manual_seed(0)
+    module, x = models.CachedAttention().eval(), torch.randn(1, 5, 16)
+    captured = capture_module(module, (x,))
+    (region,) = find_regions(captured).regions
+    assert (region.kind, region.units, region.cached) == ("attention", 4, True)
+    add_statistics(captured, [region], "batch")
+    keep = torch.ones(1, 16)
+    keep[:, region.columns[1]] = 0
+    y, k, v, sums = assert_meta_is_true(captured.gm, module, x, keep)
+    torch.testing.assert_close(y, module(x, keep)[0].detach())
+    torch.testing.assert_close((k, v), module(x)[1:])
+    assert (sums[0, region.columns[1]] == 0).all()
+    assert (sums[0, region.columns[0]] > 0).all()
