@@ -100,7 +100,15 @@ def popc_backend(
     measuring = functools.partial(popc_backend, config=config, mode=mode, measure_only=True)
     try:
         return _CompiledGraph(
-            gm, captured, slots, prefill, example_inputs, config, generate, measuring, on_plan
+            gm,
+            captured,
+            slots,
+            prefill,
+            example_inputs,
+            config,
+            generate,
+            None if measure_only else measuring,
+            on_plan,
         )
     except GraphError as error:
         # The passes work on a re-trace: the graph that Dynamo gave is as it was.
@@ -259,7 +267,7 @@ class _CompiledGraph:
         example_inputs: Sequence[Any],
         config: Config,
         generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
-        measuring: Callable[..., Compiled],
+        measuring: Callable[..., Compiled] | None,
         on_plan: Callable[[Plan], None] | None,
     ) -> None:
         self.gm, self.measuring = gm, measuring
@@ -321,7 +329,9 @@ class _CompiledGraph:
         outputs = self.run(*inputs)
         if self.prefill:
             *outputs, sums = outputs
-            session.add(instance.prefill, self.scope, sums)
+            # One token measures nothing if tokens before it were never seen: it stays dense.
+            if self.measuring is not None or session.whole:
+                session.add(instance.prefill, self.scope, sums)
         return outputs
 
     def _instance(self, args: Sequence[Any]) -> _Instance:
@@ -350,6 +360,7 @@ class _CompiledGraph:
         It measures as a prefill does: the first token of an empty cache is all the prompt there is.
         """
         if self._dense is None:
+            assert self.measuring is not None  # a graph that measures prunes nothing
             self._dense = torch.compile(self.gm, backend=self.measuring)
         return self._dense
 

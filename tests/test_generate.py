@@ -187,6 +187,19 @@ def test_one_token_without_a_partition_is_dense() -> None:
         assert relative(twin(prompt(1)).logits, model(prompt(1)).logits) < 1e-5
 
 
+def test_a_cache_that_others_filled_stays_dense() -> None:
+    """Its tokens were never measured, and one token after another tells nothing of them."""
+    model, ids = tiny_llama(), prompt()
+    twin = popc.compile(model, **OPTIONS)
+    with torch.no_grad():
+        dense, run = Stepper(model, ids), Stepper(model, ids)
+        run.model = twin
+        for _ in range(4):
+            dense.step()
+            run.step()
+            assert relative(run.logits, dense.logits) < 1e-5
+
+
 def test_an_emptied_cache_starts_anew() -> None:
     twin = popc.compile(tiny_llama(), **OPTIONS)
     with torch.no_grad():

@@ -82,8 +82,6 @@ def _piece(
         labels = value.along(dim)
     if labels.shape == nothing.shape:
         return labels
-    if labels.ndim == nothing.ndim:
-        return labels.reshape(nothing.shape) if labels.size == nothing.size else nothing
     # The same for all units, as the rotary part of a latent key is: it is always computed.
     reason = f"{node.target} shares the channels among all units"
     walk.flow.spoil(labels, reason, node, "shared")
