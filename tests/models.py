@@ -16,15 +16,18 @@ CACHE = cache_keyword(LlamaForCausalLM.forward)
 def tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:
     """Two layers, 160 channels, weights large enough that pruning shows in the logits."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        **{"eos_token_id": None, "pad_token_id": 0, "vocab_size": 96, **fields},
-    )
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "vocab_size": 96,
+    }
+    config = LlamaConfig(**{**sizes, **fields})
     return LlamaForCausalLM(config).eval()
 
 

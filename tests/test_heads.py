@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import popc
 from tests.masked import MaskedAnywhere
@@ -15,21 +15,9 @@ from tests.test_oracle import run, tokens
 ALL = ("mlp", "attention")
 
 
-def heads_llama(**fields: object):
+def heads_llama():
     """Four KV groups of two query heads."""
-    fields = {"num_attention_heads": 8, "num_key_value_heads": 4, **fields}
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        initializer_range=0.2,
-        vocab_size=96,
-        eos_token_id=None,
-        pad_token_id=0,
-        **fields,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(num_attention_heads=8, num_key_value_heads=4)
 
 
 def config(**fields: object) -> popc.Config:

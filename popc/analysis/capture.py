@@ -127,7 +127,7 @@ def _drop_inplace(gm: fx.GraphModule) -> None:
         source = node.args[0]
         packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
         overload = getattr(packet, node.target._overloadname, None) if packet else None
-        is_view = source.op == "call_function" and _may_alias(source)
+        is_view = source.op == "call_function" and may_alias(source)
         if (
             overload is None
             or source.op == "placeholder"
@@ -139,6 +139,7 @@ def _drop_inplace(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
+    """Whether the op's output can share memory with an input, as a view does."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(ret.alias_info is not None for ret in schema.returns)

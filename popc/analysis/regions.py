@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from popc.analysis.capture import Captured
+from popc.analysis.capture import Captured, may_alias
 from popc.analysis.labels import NONE, Carried, Event, Mixes
 from popc.analysis.linears import Linear, as_linear
 from popc.analysis.places import common, source_of, where
 from popc.analysis.plan import Plan, Producer, Region, Skipped
 from popc.analysis.rules import rule_of
-from popc.analysis.rules_join import is_view, unview
+from popc.analysis.rules_join import unview
 from popc.analysis.rules_mix import CONTRACTIONS
 from popc.analysis.tokens import runs_in_one_pass
 from popc.analysis.walk import Walk, shape
@@ -150,7 +150,7 @@ class _Analysis:
             if base.op == "placeholder":
                 self.leaks.append(base)
                 return
-            if not is_view(base):
+            if not may_alias(base):
                 return
             value = unview(walk, base, value)
             (base, *_) = base.all_input_nodes
@@ -161,7 +161,7 @@ class _Analysis:
         return any(
             self.order[view] < self.order[writer] < max(self.order[user] for user in view.users)
             for view in base.users
-            if view is not own and view.op == "call_function" and view.users and is_view(view)
+            if view is not own and view.op == "call_function" and view.users and may_alias(view)
         )
 
     # --- what leaves the graph ---

@@ -41,8 +41,7 @@ def pointwise(walk: Walk, node: fx.Node) -> Labels:
         if held is not None:
             lead = rank - len(held.dims)
             operands.append((held, [lead + d for d in range(len(held.dims))]))
-    out = walk.flow.combine(operands, range(rank), dict(enumerate(sizes)))
-    return out
+    return walk.flow.combine(operands, range(rank), dict(enumerate(sizes)))
 
 
 def _same(walk: Walk, node: fx.Node) -> Labels:
@@ -152,11 +151,11 @@ RULES: dict[Any, Rule] = _table(
     (join.written("src"), _ops("copy.default", "copy_.default")),
     (join.index_put, _ops("index_put.default", "index_put_.default")),
     (
-        mix.along(),
+        mix.along,
         _ops("softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default"),
     ),
-    (mix.along(), _ops("cumsum.default", "cumprod.default", "sort.default", "sort.stable")),
-    (mix.along(), _ops("topk.default", "argsort.default", "argsort.stable")),
+    (mix.along, _ops("cumsum.default", "cumprod.default", "sort.default", "sort.stable")),
+    (mix.along, _ops("topk.default", "argsort.default", "argsort.stable")),
     (mix.norm, _ops("layer_norm.default", "rms_norm.default")),
     (mix.group_norm, _ops("group_norm.default")),
     (

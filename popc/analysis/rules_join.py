@@ -235,11 +235,6 @@ def index_put(walk: Walk, node: fx.Node) -> Labels:
 # --- writing in place ---------------------------------------------------------------------------
 
 
-def is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(ret.alias_info is not None for ret in schema.returns)
-
-
 def unview(walk: Walk, view: fx.Node, value: Carried) -> Carried:
     """The labels of what ``view`` is a view of, given the view's.
 

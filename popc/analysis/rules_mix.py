@@ -10,7 +10,6 @@ from torch import fx
 from popc.analysis.labels import Atom, Carried, Mixes, same_size
 from popc.analysis.walk import (
     Labels,
-    Rule,
     Walk,
     argument,
     dims_of,
@@ -22,17 +21,12 @@ from popc.analysis.walk import (
 aten = torch.ops.aten
 
 
-def along(name: str = "dim") -> Rule:
+def along(walk: Walk, node: fx.Node) -> Labels:
     """Keeps the shape, mixes along dims: softmax, cumsum, sort."""
-
-    def rule(walk: Walk, node: fx.Node) -> Labels:
-        value = only_input(walk, node)
-        dims = dims_of(node, len(value.dims), name)
-        out = walk.flow.mix(value, dims, node, mixing(node))
-        many = isinstance(node.meta["val"], tuple | list)
-        return [_fitted(out, val.shape) for val in node.meta["val"]] if many else out
-
-    return rule
+    value = only_input(walk, node)
+    out = walk.flow.mix(value, dims_of(node, len(value.dims)), node, mixing(node))
+    many = isinstance(node.meta["val"], tuple | list)
+    return [_fitted(out, val.shape) for val in node.meta["val"]] if many else out
 
 
 def _fitted(value: Carried, sizes: Any) -> Carried:
@@ -224,10 +218,8 @@ def flex_attention(walk: Walk, node: fx.Node) -> Labels:
         raise Mixes("takes channels in its score function")
     out = _softmax_attention(walk, node, q, k, v, None, shape(q)[-3] != shape(k)[-3])
     assert isinstance(out, Carried)
-    row = out.squeezed(len(out.dims) - 1) if out.is_free(len(out.dims) - 1) else None
-    if row is None:
-        last = len(out.dims) - 1
-        row = walk.flow.mix(out, [last], node, mixing(node)).squeezed(last)
+    last = len(out.dims) - 1
+    row = walk.flow.mix(out, [last], node, mixing(node)).squeezed(last)
     outputs = node.meta["val"]
     return [out, *([row] * (len(outputs) - 1))]
 
