@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -110,3 +110,30 @@ def new_fake_mode() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def load_cpp(source: str) -> None:
+    """Build C++ that registers ops as Inductor builds its own, and load it.
+
+    ``torch.utils.cpp_extension`` is public, but needs ninja, does not know this machine's vector
+    instructions, and builds in a second cache.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    CppCodeCache.load(source)
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors hold the storage of ``tensor``; private because nothing public tells."""
+    storage = tensor.untyped_storage()
+    # One for the tensor, one for `storage`.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
+
+
+def restart_tracing() -> NoReturn:
+    """Have Dynamo trace the frame again, from within a backend.
+
+    For a backend that changed a parameter's strides: the trace and its guards hold the old ones.
+    This is the one exception that Dynamo lets through from a backend for that purpose.
+    """
+    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="popc laid weights out")

@@ -31,6 +31,12 @@ torch.library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
+# The reference by a name of its own, for kernels that leave a case to it.
+torch.library.define(
+    "popc::gather_linear_reference",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, int out_dim) -> Tensor",
+)
+
 gather_linear = torch.ops.popc.gather_linear.default
 gather_experts = torch.ops.popc.gather_experts.default
 
@@ -93,6 +99,7 @@ def _gather_experts(
 
 
 torch.library.impl("popc::gather_linear", "CompositeExplicitAutograd", _gather_linear)
+torch.library.impl("popc::gather_linear_reference", "CompositeExplicitAutograd", _gather_linear)
 torch.library.impl("popc::gather_experts", "CompositeExplicitAutograd", _gather_experts)
 
 

@@ -22,10 +22,14 @@ torch.library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
+torch.library.define(
+    "popc::select_units_reference",
+    "(Tensor h, Tensor norm, Tensor columns, int retained, int active) -> Tensor",
+)
+
 select_units = torch.ops.popc.select_units.default
 
 
-@torch.library.impl("popc::select_units", "CompositeExplicitAutograd")
 def _select_units(h: Tensor, norm: Tensor, columns: Tensor, retained: int, active: int) -> Tensor:
     # One list for the batch is scored on the batch's l2 norm, one per sequence on its own token.
     shared = columns.dim() == 2
@@ -41,6 +45,10 @@ def _select_units(h: Tensor, norm: Tensor, columns: Tensor, retained: int, activ
     chosen = candidates.gather(1, kept[..., None].expand(-1, -1, columns.shape[-1]))
     out = torch.cat((columns[:, :retained], chosen), dim=1).flatten(1)
     return out[0] if shared else out
+
+
+torch.library.impl("popc::select_units_reference", "CompositeExplicitAutograd", _select_units)
+torch.library.impl("popc::select_units", "CompositeExplicitAutograd", _select_units)
 
 
 @torch.library.register_fake("popc::select_units")
