@@ -44,6 +44,7 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.compile takes an nn.Module, not {type(model).__name__}")
     config = Config.of(config, options)
+    _save_as_before(model)
     twin = copy.copy(model)
     forward = model.forward
     plan = Plan()
@@ -73,6 +74,25 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
         # transformers' generate would compile the call once more.
         twin.__dict__["get_compiled_call"] = lambda *_: twin.__call__
     return twin
+
+
+def _save_as_before(model: torch.nn.Module) -> None:
+    """Have ``model.state_dict()`` give weights in the layout that they had: see ``passes.layout``.
+
+    Their shapes and values are the same in either, but formats such as safetensors take only
+    contiguous tensors.
+    """
+    if _contiguous not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(_contiguous)
+
+
+def _contiguous(
+    module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    for name, value in module.named_parameters(remove_duplicate=False):
+        held = state_dict.get(prefix + name)
+        if held is not None and held is not value and held.dim() > 1 and held.mT.is_contiguous():
+            state_dict[prefix + name] = held.contiguous()
 
 
 def _backend(config: Config, plan: Plan) -> Callable[..., Any]:

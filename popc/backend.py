@@ -27,8 +27,10 @@ from popc.analysis.walk import shape
 from popc.config import Config, Counts
 from popc.errors import GraphError
 from popc.log import log_graph, logger
+from popc.ops import native
 from popc.passes.decode import prune_regions
 from popc.passes.experts import can_flatten
+from popc.passes.layout import lay_out, read_as_stored
 from popc.passes.packing import Slot, slot_of
 from popc.passes.prefill import add_statistics
 from popc.state import RegionState, Session
@@ -84,7 +86,7 @@ def popc_backend(
     _leave_what_costs_more(plan, config)
     if not captured.runnable:
         _leave_all(plan, "the graph holds a vmap that can't be traced again", "vmap")
-    regions = [r for r in plan.regions if _prunable(r, config)]
+    regions = _laid_out(captured, plan, config)
     if on_plan is not None:
         on_plan(plan)
     prefill, slots = _phases(regions, config, measure_only)
@@ -96,6 +98,8 @@ def popc_backend(
         len(plan.skipped),
     )
     if not regions:
+        if read_as_stored(captured):
+            return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
     measuring = functools.partial(popc_backend, config=config, mode=mode, measure_only=True)
     try:
@@ -156,6 +160,21 @@ def _leave_what_costs_more(plan: Plan, config: Config) -> None:
             plan.regions.remove(region)
             skip = Skipped(region.name, reason, "", region.source, "costs more")
             plan.skipped.append(skip)
+
+
+def _laid_out(captured: Captured, plan: Plan, config: Config) -> list[Region]:
+    """The regions to rewrite, their weights laid out by channel; Dynamo traces again if need be."""
+    regions = [r for r in plan.regions if _prunable(r, config)]
+    changed, refused = lay_out(captured, regions)
+    if changed:
+        compat.restart_tracing()
+    for region, reason in refused.items():
+        plan.regions.remove(region)
+        plan.skipped.append(Skipped(region.name, reason, "", region.source, "layout"))
+    regions = [region for region in regions if region not in refused]
+    if any(region.hidden.meta["val"].device.type == "cpu" for region in regions):
+        native.load()
+    return regions
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:
@@ -296,6 +315,7 @@ class _CompiledGraph:
             add_statistics(captured, prefill, config.scope)
         if slots:
             self.packing = prune_regions(captured, slots, config.scope)
+        read_as_stored(captured)
         added = [n for n in captured.gm.graph.nodes if n.op == "placeholder"][count:]
         log_graph("rewritten", captured.gm)
         self.run = generate(captured.gm, [*example_inputs, *(n.meta["val"] for n in added)])

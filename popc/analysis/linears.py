@@ -233,6 +233,13 @@ def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
     return node, swapped
 
 
+def is_view_of_weight(node: fx.Node) -> bool:
+    """Whether ``node`` only selects, renames or picks parts of a weight, as a linear's does."""
+    picks = (aten.index.Tensor, aten.index_select.default)
+    known = (*_VIEWS, *_TRANSPOSES, *picks)
+    return node.target in known or _is_cast_to_itself(node)
+
+
 def _is_cast_to_itself(node: fx.Node) -> bool:
     return node.target is aten.to.dtype and (
         node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype

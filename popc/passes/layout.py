@@ -1,0 +1,154 @@
+"""Layout pass: a weight lies in memory by the channels that its lists name.
+
+A gather saves bytes only where a channel's values are neighbours: ``down [D, F]``, read by columns,
+is to be stored as ``[F, D]``. The change is made once, in place of the original storage: the
+parameter keeps its object, shape and values, and becomes a transposed view of new memory; the old
+is freed. No second copy stays, and all that shares the parameter sees the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from popc import compat
+from popc.analysis.capture import Captured
+from popc.analysis.linears import Linear, Weight, as_linear, is_view_of_weight
+from popc.analysis.plan import Region
+from popc.log import logger
+from popc.ops import gather_linear
+from popc.passes.emit import Emitter, finish
+
+aten = torch.ops.aten
+
+
+def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[Region, str]]:
+    """Lay the weights of ``regions`` out by channel, in place.
+
+    Returns:
+        Whether a parameter changed, so that a graph traced before is out of date; and the regions
+        that can't be read by channel, with the reason.
+    """
+    linears = {linear.node for region in regions for linear in _linears(region)}
+    roles: dict[fx.Node, list[tuple[Weight, int]]] = {}
+    for region in regions:
+        uses = [(p.linear.weight, p.linear.weight.out_dim) for p in region.producers]
+        uses += [(c.weight, c.weight.in_dim) for c in region.consumers]
+        for weight, dim in uses:
+            roles.setdefault(weight.parameter, []).append((weight, dim))
+    turned, refused = [], {}
+    for parameter, uses in roles.items():
+        held = captured.parameters[parameter]
+        if not any(_turning_helps(weight, dim, held) for weight, dim in uses):
+            continue
+        if any(_lies_by(weight.node.meta["val"], dim) for weight, dim in uses):
+            continue  # what one list gains another would lose
+        reason = _refusal(parameter, captured, linears)
+        if reason is None:
+            turned.append(held)
+        else:
+            refused[parameter] = reason
+    # One parameter at a time: the peak is one weight above what the model holds.
+    for held in turned:
+        held.data = turn(held.detach())
+    if turned:
+        logger.info("%d weights now lie by channel", len(turned))
+    without = {
+        region: refused[linear.weight.parameter]
+        for region in regions
+        for linear in _linears(region)
+        if linear.weight.parameter in refused
+    }
+    return bool(turned), without
+
+
+def read_as_stored(captured: Captured) -> bool:
+    """Let plain linears whose weight lies by input channel run through popc's kernel on CPUs.
+
+    ATen's products of 16-bit floats with such a weight are slow on CPUs without instructions for
+    them (20 times slower and more were seen). Returns whether the graph changed.
+    """
+    changed = False
+    graph = captured.gm.graph
+    for node in list(graph.nodes):
+        linear = as_linear(node, captured) if node.op == "call_function" else None
+        if linear is None or linear.experts is not None or linear.y_dim != len(_shape(node)) - 1:
+            continue
+        value: Tensor = linear.weight.node.meta["val"]
+        if value.device.type != "cpu" or value.element_size() != 2:
+            continue
+        if _lies_by(value, linear.weight.out_dim) or not _lies_by(value, linear.weight.in_dim):
+            continue
+        with graph.inserting_before(node):
+            args = (linear.x, linear.weight.node, linear.bias, None, None, linear.weight.out_dim)
+            y = Emitter(captured, node).call(gather_linear, *args)
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+        changed = True
+    if changed:
+        finish(captured)
+    return changed
+
+
+def turn(value: Tensor) -> Tensor:
+    """``value``, its last two dims the other way round in memory."""
+    return value.mT.contiguous().mT
+
+
+def _shape(node: fx.Node) -> Sequence[int]:
+    return node.meta["val"].shape
+
+
+def _linears(region: Region) -> list[Linear]:
+    return [*(producer.linear for producer in region.producers), *region.consumers]
+
+
+def _lies_by(value: Tensor, dim: int) -> bool:
+    """Whether the values of one index of ``dim`` (one of the last two) are neighbours."""
+    other = 2 * value.dim() - 3 - dim
+    return value.stride(other) == 1 or value.shape[other] == 1
+
+
+def _turning_helps(weight: Weight, dim: int, held: Tensor) -> bool:
+    if _lies_by(weight.node.meta["val"], dim) or held.dim() < 2:
+        return False
+    turned = weight.replayed(turn(torch.empty_like(held, device="meta")))
+    return _lies_by(turned, dim)
+
+
+def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> str | None:
+    """Why the parameter's storage can't be replaced."""
+    held = captured.parameters[parameter]
+    if held.device.type == "meta":
+        return "its weight is on the meta device, or offloaded: there is no storage to lay out"
+    if type(held) not in (Tensor, torch.nn.Parameter):
+        return f"its weight is a {type(held).__name__}, whose storage is not popc's to lay out"
+    if held.untyped_storage().nbytes() != held.nbytes:
+        return "its weight is a part of a larger storage, which others share"
+    others = [
+        node
+        for node, other in captured.parameters.items()
+        if other is not held and other.device == held.device
+        and other.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
+    ]  # fmt: skip
+    if others or compat.storage_users(held) > 1:
+        return "its weight is tied: other tensors share its storage"
+    foreign = _other_user(parameter, linears)
+    if foreign is not None:
+        return f"its weight is shared with {foreign.target}, which reads it otherwise"
+    return None
+
+
+def _other_user(value: fx.Node, linears: set[fx.Node]) -> fx.Node | None:
+    """A node that reads the weight and is not among ``linears``."""
+    for user in value.users:
+        if user in linears:
+            continue
+        if not is_view_of_weight(user):
+            return user
+        found = _other_user(user, linears)
+        if found is not None:
+            return found
+    return None
