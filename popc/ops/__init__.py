@@ -1,8 +1,32 @@
-"""The ops that popc's passes put into a graph; importing this module registers them."""
+"""The ops that popc's passes put into a graph; importing this module registers them.
+
+Each has a plain ATen reference, which serves every device; ``popc.ops.native`` brings kernels for
+CPUs, and ``popc.ops.triton_gather`` for CUDA.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.select import select_units
 
-__all__ = ["gather_experts", "gather_linear", "select_units"]
+__all__ = ["gather_experts", "gather_linear", "select_units", "served"]
+
+
+def served(op: Any, x: Tensor, weight: Tensor) -> Any:
+    """``gather_linear`` or ``gather_experts`` as it is best put into a graph for these tensors.
+
+    On CUDA a Triton op, which Inductor sees through; C++ kernels answer to the op's own name.
+    """
+    if not triton_gather.serves(x, weight):
+        return op
+    ops = torch.ops.popc
+    return {
+        gather_linear: ops.triton_gather_linear.default,
+        gather_experts: ops.triton_gather_experts.default,
+    }[op]

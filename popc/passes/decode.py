@@ -16,7 +16,7 @@ from torch import fx
 from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear
 from popc.analysis.walk import shape
-from popc.ops import gather_experts, gather_linear, select_units
+from popc.ops import gather_experts, gather_linear, select_units, served
 from popc.passes.emit import Emitter, add_input, finish
 from popc.passes.experts import expert_of_rows, flat_input, shaped_output
 from popc.passes.packing import Packing, Slot
@@ -134,10 +134,10 @@ class _Rewrite:
             )
         rows = self._joined(emit, listed, "fixed rows", linear)
         chosen = self._joined(emit, columns, "fixed columns", linear)
+        held = linear.x.meta["val"], weight.node.meta["val"]
         if experts is None:
-            return emit.call(
-                gather_linear, linear.x, weight.node, linear.bias, rows, chosen, out_dim
-            )
+            op = served(gather_linear, *held)
+            return emit.call(op, linear.x, weight.node, linear.bias, rows, chosen, out_dim)
         owner = next(
             i
             for i, slot in enumerate(self.packing.slots)
@@ -147,7 +147,7 @@ class _Rewrite:
         full = self._list(emit, "full", owner)
         x, expert = flat_input(emit, linear), self._expert(emit, linear)
         args = (x, weight.node, expert, full, rows, chosen, out_dim - 1)
-        return shaped_output(emit, linear, emit.call(gather_experts, *args))
+        return shaped_output(emit, linear, emit.call(served(gather_experts, *held), *args))
 
     def _joined(
         self, emit: Emitter, lists: list[fx.Node], rest: str, linear: Linear

@@ -1,0 +1,74 @@
+"""The Triton kernels compiled for a GPU that need not be there.
+
+To see, on any machine, that they compile, and into what. Importing this needs Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import product
+from typing import Any
+
+import torch
+from triton.backends.compiler import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    GPUTarget,
+)
+from triton.compiler import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    ASTSource,
+)
+from triton.compiler import compile as compile_kernel
+
+from popc.ops.triton_gather import BLOCK_M
+from popc.ops.triton_kernels import gather_columns, gather_kernel, gather_rows
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_USUAL = (torch.bfloat16, torch.float32)
+
+
+def cubins(capability: int, dtypes: Iterable[torch.dtype] = _USUAL) -> dict[str, bytes]:
+    """The binaries of :func:`compile_ahead`."""
+    return {name: made["cubin"] for name, made in compile_ahead(capability, dtypes).items()}
+
+
+def compile_ahead(
+    capability: int, dtypes: Iterable[torch.dtype] = _USUAL, every_config: bool = False
+) -> dict[str, Mapping[str, Any]]:
+    """Compile the kernels for an NVIDIA GPU of ``capability`` 80, 90, ...
+
+    Returned is what Triton made (``"ptx"``, ``"cubin"``, ...), by tiling, form, tokens at once,
+    dtype and blocks: with the first config of each tiling, or with every one.
+    """
+    target = GPUTarget("cuda", capability, 32)
+    made = {}
+    for kernel, tiling in ((gather_rows, "rows"), (gather_columns, "columns")):
+        configs = kernel.configs if every_config else kernel.configs[:1]
+        forms = (("linear", 1), ("linear", BLOCK_M), ("experts", 1))
+        for (form, block), dtype, config in product(forms, dtypes, configs):
+            source = _source(tiling, form, block, _TYPES[dtype], config.kwargs)
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            sizes = "x".join(map(str, config.kwargs.values()))
+            binary = compile_kernel(source, target=target, options=options)
+            made[f"{tiling} {form} {block} {_TYPES[dtype]} {sizes}"] = binary.asm
+    return made
+
+
+def _source(tiling: str, form: str, block: int, dtype: str, blocks: dict[str, int]) -> ASTSource:
+    """The kernel as a model calls it, with the list and the strides that the tiling is for."""
+    rows = tiling == "rows"
+    constants: dict[str, int | None] = {"SPLITS": 1 if rows else 8, "BLOCK_M": block, **blocks}
+    constants |= {"x_input": 1, "weight_input" if rows else "weight_output": 1}
+    absent = ["expert", "full"] if form == "linear" else ["bias"]
+    constants |= dict.fromkeys([*absent, "columns" if rows else "rows"])
+    types = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}")
+    types |= dict.fromkeys(("rows", "columns", "expert", "full"), "*i64")
+    types["y"] = f"*{dtype}" if rows else "*fp32"
+    names = gather_kernel.arg_names
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in names}
+    # Lists may be slices, and as long as they please.
+    odd = ("rows", "columns", "tokens", "listed_rows" if rows else "listed_columns")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(names)
+        if a not in constants and a not in odd
+    }
+    return ASTSource(gather_kernel, signature, constants, aligned)

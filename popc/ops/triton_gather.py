@@ -1,0 +1,228 @@
+"""The gather ops on CUDA, in Triton; ``popc.ops.gather`` says what they compute.
+
+``popc::triton_gather_linear`` and ``popc::triton_gather_experts`` have the arguments and answers of
+``popc::gather_linear`` and ``popc::gather_experts``. Inductor sees through them, down to the kernel
+and the ATen ops around it. Nothing waits for the device and no shape depends on data, so CUDA
+graphs take them. Sums are in float32 and in a fixed order: where the contraction is split, parts
+are kept apart, ``[SPLITS, ...]``, and added by ATen, not by atomics.
+
+``popc::select_units`` needs no kernel: its ATen ops have fixed shapes and never wait either.
+
+None of this has been measured on a GPU. In particular it has not been compared there with what
+Inductor makes of ``(x * W[rows]).sum(-1)``, which it can fuse into one kernel too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens that meet a tile of the weight at once; tensor cores take no fewer.
+BLOCK_M = 16
+# Programs that keep the largest GPUs busy: a few for each of their 132 multiprocessors.
+_PROGRAMS = 512
+_NARROWEST = 64
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton is installed, and with it the ops of this module."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the Triton ops can take the place of popc's for these tensors, real or fake."""
+    return (
+        available()
+        and x.device.type == weight.device.type == "cuda"
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
+    )
+
+
+def _splits(outputs: int, inputs: int, tokens: int) -> int:
+    """In how many parts to cut a contraction of ``inputs``, from sizes that are known beforehand.
+
+    Each part must be long enough that what it writes, 4 bytes for each output and token, is little
+    beside what it reads. Groups are not counted: their number may be symbolic.
+    """
+    wanted = _ceil(_PROGRAMS, _ceil(outputs, _NARROWEST))
+    shortest = 64 if tokens == 1 else 512
+    return max(1, min(wanted, inputs // shortest))
+
+
+def _ceil(a: Any, b: Any) -> Any:
+    return (a + b - 1) // b
+
+
+def _dense(index: Tensor | None) -> Tensor | None:
+    """A list as the kernel takes it: contiguous along its last dim."""
+    return index if index is None or index.stride(-1) == 1 else index.contiguous()
+
+
+def launch_linear(
+    rows_kernel: Any,
+    columns_kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
+) -> Tensor:
+    """``gather_linear`` by two kernels that the caller has made ready to launch."""
+    apart = any(index is not None and index.dim() == 2 for index in (rows, columns))
+    lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
+    y = _launch(
+        rows_kernel,
+        columns_kernel,
+        x.reshape(*lead, x.shape[-1]),
+        weight.unsqueeze(0),
+        bias,
+        None,
+        None,
+        rows,
+        columns,
+        out_dim,
+    )
+    return y.view(*x.shape[:-1], weight.shape[out_dim])
+
+
+def launch_experts(
+    rows_kernel: Any,
+    columns_kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    full: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
+) -> Tensor:
+    """``gather_experts`` by two kernels that the caller has made ready to launch."""
+    return _launch(
+        rows_kernel,
+        columns_kernel,
+        x.unsqueeze(1),
+        weight,
+        None,
+        expert,
+        full,
+        rows,
+        columns,
+        out_dim,
+    ).squeeze(1)
+
+
+def _launch(
+    rows_kernel: Any,
+    columns_kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert: Tensor | None,
+    full: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_dim: int,
+) -> Tensor:
+    """``x [groups, tokens, K]`` and ``weight [experts, ...]`` give ``[groups, tokens, N]``."""
+    bias, expert, full, rows, columns = map(_dense, (bias, expert, full, rows, columns))
+    groups, tokens, inputs = x.shape
+    outputs = weight.shape[1 + out_dim]
+    by_output, by_input = weight.stride(1 + out_dim), weight.stride(2 - out_dim)
+    listed_rows = outputs if rows is None else rows.shape[-1]
+    listed_columns = inputs if columns is None else columns.shape[-1]
+    # An expert that is used in full has as many outputs as its weight.
+    most = outputs if expert is not None else listed_rows
+    if groups == 0 or tokens == 0 or most == 0:
+        return x.new_zeros((groups, tokens, outputs))
+    along_k = by_input <= by_output
+    longest = inputs if expert is not None else listed_columns
+    splits = 1 if along_k else _splits(most, longest, tokens)
+    # Outputs in no list are written by no program.
+    make = x.new_empty if rows is None else x.new_zeros
+    shape = (splits, groups, tokens, outputs)
+    y = make(shape) if splits == 1 else make(shape, dtype=torch.float32)
+    block = 1 if tokens == 1 else BLOCK_M
+    kernel = rows_kernel if along_k else columns_kernel
+    kernel[lambda meta: (_ceil(most, meta["BLOCK_N"]), splits * _ceil(tokens, block), groups)](
+        x,
+        weight,
+        bias,
+        rows,
+        columns,
+        expert,
+        full,
+        y,
+        tokens,
+        outputs,
+        inputs,
+        listed_rows,
+        listed_columns,
+        *x.stride(),
+        weight.stride(0),
+        by_output,
+        by_input,
+        0 if rows is None or rows.dim() == 1 else rows.stride(0),
+        0 if columns is None or columns.dim() == 1 else columns.stride(0),
+        *y.stride()[:3],
+        SPLITS=splits,
+        BLOCK_M=block,
+    )
+    return y.squeeze(0) if splits == 1 else y.sum(0).to(x.dtype)
+
+
+if available():
+    from popc.ops.triton_kernels import gather_columns, gather_rows
+
+    @triton_op("popc::triton_gather_linear", mutates_args=())
+    def triton_gather_linear(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        out_dim: int,
+    ) -> Tensor:
+        """``popc::gather_linear`` in Triton."""
+        return launch_linear(
+            wrap_triton(gather_rows),
+            wrap_triton(gather_columns),
+            x,
+            weight,
+            bias,
+            rows,
+            columns,
+            out_dim,
+        )
+
+    @triton_op("popc::triton_gather_experts", mutates_args=())
+    def triton_gather_experts(
+        x: Tensor,
+        weight: Tensor,
+        expert: Tensor,
+        full: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        out_dim: int,
+    ) -> Tensor:
+        """``popc::gather_experts`` in Triton."""
+        return launch_experts(
+            wrap_triton(gather_rows),
+            wrap_triton(gather_columns),
+            x,
+            weight,
+            expert,
+            full,
+            rows,
+            columns,
+            out_dim,
+        )
