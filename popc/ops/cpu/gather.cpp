@@ -80,6 +80,30 @@ int64_t threads_for(int64_t lines, int64_t line_bytes) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), most));
 }
 
+// Dot products with lines `rows[first:last]`, R of them side by side; the first not done.
+template <typename T, int N, int R>
+int64_t dot_lines(
+    const float* x, const T* stored, const Lines<T>& weight, const List& rows, int64_t first,
+    int64_t last, const T* bias, T* y, int64_t outputs) {
+  float out[R][N];
+  const T* lines[R];
+  const T* next[R];
+  int64_t i = first;
+  for (; i + R <= last; i += R) {
+    for (int r = 0; r < R; ++r) {
+      lines[r] = weight.line(rows[i + r]);
+      next[r] = i + R + r < last ? weight.line(rows[i + R + r]) : lines[r];
+    }
+    dot<T, N, R>(x, stored, weight.width, lines, next, out);
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = rows[i + r];
+      const float plus = bias ? static_cast<float>(bias[row]) : 0.0f;
+      for (int n = 0; n < N; ++n) y[n * outputs + row] = static_cast<T>(out[r][n] + plus);
+    }
+  }
+  return i;
+}
+
 // y[n, rows] = x[n] · W[rows] + bias, for up to most_tokens tokens; y holds zeros elsewhere.
 template <typename T>
 void dots(
@@ -89,15 +113,10 @@ void dots(
   by_tokens(tokens, [&](auto count) {
     constexpr int N = decltype(count)::value;
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = rows.count * begin / threads, last = rows.count * end / threads;
-      float out[N];
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t row = rows[i];
-        const T* next = weight.line(i + 1 < last ? rows[i + 1] : row);
-        dot<T, N>(x, stored, weight.width, weight.line(row), next, out);
-        const float plus = bias ? static_cast<float>(bias[row]) : 0.0f;
-        for (int n = 0; n < N; ++n) y[n * outputs + row] = static_cast<T>(out[n] + plus);
-      }
+      const int64_t last = rows.count * end / threads;
+      int64_t i = rows.count * begin / threads;
+      i = dot_lines<T, N, rows_at_once<N>>(x, stored, weight, rows, i, last, bias, y, outputs);
+      dot_lines<T, N, 1>(x, stored, weight, rows, i, last, bias, y, outputs);
     });
   });
 }
@@ -105,7 +124,7 @@ void dots(
 // Sums of scaled lines `columns[first:last]` into acc [tokens, width].
 template <typename T, int N>
 void add_lines(
-    const float* x, int64_t inputs, const Lines<T>& weight, const List& columns, int64_t first,
+    const T* x, int64_t inputs, const Lines<T>& weight, const List& columns, int64_t first,
     int64_t last, float* acc) {
   constexpr int R = 4;
   float scale[R][most_tokens];
@@ -117,13 +136,15 @@ void add_lines(
       const int64_t column = columns[i + r];
       rows[r] = weight.line(column);
       next[r] = weight.line(i + R + r < last ? columns[i + R + r] : column);
-      for (int n = 0; n < N; ++n) scale[r][n] = x[n * inputs + column];
+      for (int n = 0; n < N; ++n) scale[r][n] = static_cast<float>(x[n * inputs + column]);
     }
     add_scaled<T, N, R>(rows, next, scale, weight.width, acc);
   }
   for (; i < last; ++i) {
     rows[0] = next[0] = weight.line(columns[i]);
-    for (int n = 0; n < N; ++n) scale[0][n] = x[n * inputs + columns[i]];
+    for (int n = 0; n < N; ++n) {
+      scale[0][n] = static_cast<float>(x[n * inputs + columns[i]]);
+    }
     add_scaled<T, N, 1>(rows, next, scale, weight.width, acc);
   }
 }
@@ -131,7 +152,7 @@ void add_lines(
 // y[n] = Σ_c x[n, c] · Wᵀ[c] + bias over the listed columns c; each thread sums its own.
 template <typename T>
 void sums(
-    const float* x, int64_t inputs, int64_t tokens, const Lines<T>& weight, const List& columns,
+    const T* x, int64_t inputs, int64_t tokens, const Lines<T>& weight, const List& columns,
     const T* bias, T* y) {
   const int64_t threads = threads_for(columns.count, weight.width * sizeof(T));
   const int64_t width = weight.width, size = tokens * width;
@@ -147,9 +168,10 @@ void sums(
     });
   });
   for (int64_t n = 0; n < tokens; ++n) {
-    for (int64_t k = 0; k < width; ++k) {
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t k = value_at<T>(i, width);
       float total = bias ? static_cast<float>(bias[k]) : 0.0f;
-      for (int64_t t = 0; t < threads; ++t) total += acc[t * size + n * width + k];
+      for (int64_t t = 0; t < threads; ++t) total += acc[t * size + n * width + i];
       y[n * width + k] = static_cast<T>(total);
     }
   }
@@ -160,7 +182,6 @@ template <typename T>
 void block(
     const T* x, int64_t tokens, int64_t inputs, int64_t outputs, const Lines<T>& weight,
     const List& rows, const List& columns, const T* bias, T* y) {
-  std::vector<float> wide(tokens * inputs);
   std::vector<T> kept;
   const T* stored = x;
   if (weight.by_output && !columns.all()) {
@@ -172,14 +193,17 @@ void block(
     }
     stored = kept.data();
   }
-  widen(stored, wide.data(), tokens * inputs);
   if (weight.by_output) {
+    std::vector<float> wide(tokens * inputs);
+    for (int64_t n = 0; n < tokens; ++n) {
+      widen(stored + n * inputs, wide.data() + n * inputs, inputs);
+    }
     if (!rows.all()) std::fill_n(y, tokens * outputs, T(0));
     return dots(wide.data(), stored, tokens, weight, rows, bias, y, outputs);
   }
-  if (rows.all()) return sums(wide.data(), inputs, tokens, weight, columns, bias, y);
+  if (rows.all()) return sums(x, inputs, tokens, weight, columns, bias, y);
   std::vector<T> whole(tokens * outputs);
-  sums(wide.data(), inputs, tokens, weight, columns, bias, whole.data());
+  sums(x, inputs, tokens, weight, columns, bias, whole.data());
   std::fill_n(y, tokens * outputs, T(0));
   for (int64_t n = 0; n < tokens; ++n) {
     for (int64_t i = 0; i < rows.count; ++i) {

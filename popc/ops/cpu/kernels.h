@@ -5,6 +5,7 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/util/Unroll.h>
 
 #include <cstdint>
 #include <tuple>
@@ -17,15 +18,37 @@ constexpr int64_t lanes = Lanes::size();
 constexpr int64_t step = 2 * lanes;  // values in a vector of 16-bit floats
 constexpr int64_t most_tokens = 8;
 
+// Whether a pair holds the even values and the odd ones, not the first and the last: for bfloat16 a
+// shift and a mask then make float32 of them, without a shuffle.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <typename T>
+constexpr bool dealt = std::is_same_v<T, at::BFloat16>;
+#else
+template <typename T>
+constexpr bool dealt = false;
+#endif
+
+// `step` values as float32. The order is that of dealt<T>, the same for all that is read so.
 template <typename T>
 inline std::tuple<Lanes, Lanes> load_pair(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
     return {Lanes::loadu(from), Lanes::loadu(from + lanes)};
+  } else if constexpr (dealt<T>) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512i both = _mm512_loadu_si512(from);
+    const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
+#elif defined(CPU_CAPABILITY_AVX2)
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
+#endif
   } else {
     return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
   }
 }
 
+// n values as float32, whole steps of them in the order of load_pair.
 template <typename T>
 inline void widen(const T* from, float* to, int64_t n) {
   int64_t i = 0;
@@ -35,6 +58,20 @@ inline void widen(const T* from, float* to, int64_t n) {
     high.store(to + i + lanes);
   }
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+// Which of n values stands at place i of what load_pair has ordered.
+template <typename T>
+inline int64_t value_at(int64_t i, int64_t n) {
+  const int64_t within = i % step;
+  if (!dealt<T> || i - within + step > n) return i;
+  return i - within + (within < lanes ? 2 * within : 2 * (within - lanes) + 1);
+}
+
+// f(0), ..., f(N - 1), unrolled: sums that a loop indexes would live in memory.
+template <int N, typename F>
+inline void each(const F& f) {
+  c10::ForcedUnroll<N>{}(f);
 }
 
 inline float sum(const Lanes& values) {
@@ -50,69 +87,83 @@ inline void prefetch(const T* next, int64_t at) {
 #endif
 }
 
+// How many rows to read side by side for N tokens: as many sums as the registers hold, and several
+// streams of memory at once.
+template <int N>
+constexpr int rows_at_once = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 // Both operands as they are stored: 32 products an instruction.
-template <int N>
+template <int N, int R>
 inline int64_t dot_bf16(
-    const at::BFloat16* x, int64_t width, const at::BFloat16* row, const at::BFloat16* next,
-    float* out) {
-  __m512 acc[N];
-  for (int n = 0; n < N; ++n) acc[n] = _mm512_setzero_ps();
+    const at::BFloat16* x, int64_t width, const at::BFloat16* const* rows,
+    const at::BFloat16* const* next, float (*out)[N]) {
+  __m512 acc[R][N];
+  each<R>([&](auto r) { each<N>([&](auto n) { acc[r][n] = _mm512_setzero_ps(); }); });
   int64_t k = 0;
   for (; k + 32 <= width; k += 32) {
-    prefetch(next, k);
-    const __m512bh w = (__m512bh)_mm512_loadu_si512(row + k);
-    for (int n = 0; n < N; ++n) {
-      acc[n] = _mm512_dpbf16_ps(acc[n], (__m512bh)_mm512_loadu_si512(x + n * width + k), w);
-    }
+    each<R>([&](auto r) {
+      prefetch(next[r], k);
+      const __m512bh w = (__m512bh)_mm512_loadu_si512(rows[r] + k);
+      each<N>([&](auto n) {
+        const __m512bh token = (__m512bh)_mm512_loadu_si512(x + n * width + k);
+        acc[r][n] = _mm512_dpbf16_ps(acc[r][n], token, w);
+      });
+    });
   }
-  for (int n = 0; n < N; ++n) out[n] = _mm512_reduce_add_ps(acc[n]);
+  each<R>([&](auto r) { each<N>([&](auto n) { out[r][n] = _mm512_reduce_add_ps(acc[r][n]); }); });
   return k;
 }
 #endif
 
-// out[n] = x[n] · row, for N tokens; x is [N, width] in float32 and, as `stored`, in T.
-template <typename T, int N>
+// out[r][n] = x[n] · rows[r]; x is [N, width] as widen() makes it of `stored`.
+template <typename T, int N, int R>
 inline void dot(
-    const float* x, const T* stored, int64_t width, const T* row, const T* next, float* out) {
+    const float* x, const T* stored, int64_t width, const T* const* rows, const T* const* next,
+    float (*out)[N]) {
   int64_t k = 0;
-  for (int n = 0; n < N; ++n) out[n] = 0.0f;
+  bool done = false;
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
   if constexpr (std::is_same_v<T, at::BFloat16>) {
-    k = dot_bf16<N>(stored, width, row, next, out);
+    k = dot_bf16<N, R>(stored, width, rows, next, out);
+    done = true;
   }
 #endif
-  if (k == 0) {
-    constexpr int parts = N == 1 ? 2 : 1;  // one token alone would wait for its own sums
-    Lanes acc[N][2 * parts];
-    for (int n = 0; n < N; ++n) {
-      for (int p = 0; p < 2 * parts; ++p) acc[n][p] = Lanes(0.0f);
+  if (!done) {
+    constexpr int halves = N * R <= 4 ? 2 : 1;  // few sums alone would wait for each other
+    Lanes acc[R][N][halves];
+    each<R>([&](auto r) {
+      each<N>([&](auto n) { each<halves>([&](auto h) { acc[r][n][h] = Lanes(0.0f); }); });
+    });
+    for (; k + step <= width; k += step) {
+      each<R>([&](auto r) {
+        prefetch(next[r], k);
+        const auto pair = load_pair(rows[r] + k);
+        each<N>([&](auto n) {
+          const float* token = x + n * width + k;
+          Lanes& low = acc[r][n][0];
+          Lanes& high = acc[r][n][halves - 1];
+          low = at::vec::fmadd(std::get<0>(pair), Lanes::loadu(token), low);
+          high = at::vec::fmadd(std::get<1>(pair), Lanes::loadu(token + lanes), high);
+        });
+      });
     }
-    for (; k + parts * step <= width; k += parts * step) {
-      for (int p = 0; p < parts; ++p) {
-        const int64_t at = k + p * step;
-        prefetch(next, at);
-        const auto [low, high] = load_pair(row + at);
-        for (int n = 0; n < N; ++n) {
-          const float* token = x + n * width + at;
-          acc[n][2 * p] = at::vec::fmadd(low, Lanes::loadu(token), acc[n][2 * p]);
-          acc[n][2 * p + 1] = at::vec::fmadd(high, Lanes::loadu(token + lanes), acc[n][2 * p + 1]);
-        }
-      }
-    }
-    for (int n = 0; n < N; ++n) {
-      Lanes total = acc[n][0] + acc[n][1];
-      for (int p = 1; p < parts; ++p) total = total + acc[n][2 * p] + acc[n][2 * p + 1];
-      out[n] = sum(total);
-    }
+    each<R>([&](auto r) {
+      each<N>([&](auto n) {
+        out[r][n] = sum(halves == 2 ? acc[r][n][0] + acc[r][n][halves - 1] : acc[r][n][0]);
+      });
+    });
   }
   for (; k < width; ++k) {
-    const float value = static_cast<float>(row[k]);
-    for (int n = 0; n < N; ++n) out[n] += value * x[n * width + k];
+    for (int r = 0; r < R; ++r) {
+      const float value = static_cast<float>(rows[r][k]);
+      for (int n = 0; n < N; ++n) out[r][n] += value * x[n * width + k];
+    }
   }
 }
 
-// acc[n] += Σ_r scale[r][n] · rows[r], for N tokens and R rows; acc is [N, width].
+// acc[n] += Σ_r scale[r][n] · rows[r], for N tokens and R rows; acc is [N, width], in the order of
+// load_pair.
 template <typename T, int N, int R>
 inline void add_scaled(
     const T* const* rows, const T* const* next, const float (*scale)[most_tokens], int64_t width,
@@ -120,21 +171,21 @@ inline void add_scaled(
   int64_t k = 0;
   for (; k + step <= width; k += step) {
     Lanes low[R], high[R];
-    for (int r = 0; r < R; ++r) {
+    each<R>([&](auto r) {
       prefetch(next[r], k);
       std::tie(low[r], high[r]) = load_pair(rows[r] + k);
-    }
-    for (int n = 0; n < N; ++n) {
+    });
+    each<N>([&](auto n) {
       float* to = acc + n * width + k;
       Lanes a = Lanes::loadu(to), b = Lanes::loadu(to + lanes);
-      for (int r = 0; r < R; ++r) {
+      each<R>([&](auto r) {
         const Lanes by(scale[r][n]);
         a = at::vec::fmadd(low[r], by, a);
         b = at::vec::fmadd(high[r], by, b);
-      }
+      });
       a.store(to);
       b.store(to + lanes);
-    }
+    });
   }
   for (; k < width; ++k) {
     for (int n = 0; n < N; ++n) {
