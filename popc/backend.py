@@ -27,10 +27,10 @@ from popc.analysis.walk import shape
 from popc.config import Config, Counts
 from popc.errors import GraphError
 from popc.log import log_graph, logger
-from popc.ops import native
 from popc.passes.decode import prune_regions
 from popc.passes.experts import can_flatten
 from popc.passes.layout import lay_out, read_as_stored
+from popc.passes.pack import has_kernel, pack_weights
 from popc.passes.packing import Slot, slot_of
 from popc.passes.prefill import add_statistics
 from popc.state import RegionState, Session
@@ -165,16 +165,15 @@ def _leave_what_costs_more(plan: Plan, config: Config) -> None:
 def _laid_out(captured: Captured, plan: Plan, config: Config) -> list[Region]:
     """The regions to rewrite, their weights laid out by channel; Dynamo traces again if need be."""
     regions = [r for r in plan.regions if _prunable(r, config)]
+    if not regions or not has_kernel(regions[0].hidden.meta["val"].device):
+        return regions
     changed, refused = lay_out(captured, regions)
     if changed:
         compat.restart_tracing()
     for region, reason in refused.items():
         plan.regions.remove(region)
         plan.skipped.append(Skipped(region.name, reason, "", region.source, "layout"))
-    regions = [region for region in regions if region not in refused]
-    if any(region.hidden.meta["val"].device.type == "cpu" for region in regions):
-        native.load()
-    return regions
+    return [region for region in regions if region not in refused]
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:
@@ -315,6 +314,8 @@ class _CompiledGraph:
             add_statistics(captured, prefill, config.scope)
         if slots:
             self.packing = prune_regions(captured, slots, config.scope)
+        device = (slots[0].region if slots else prefill[0]).hidden.meta["val"].device
+        self.packer = None if has_kernel(device) else pack_weights(captured)
         read_as_stored(captured)
         added = [n for n in captured.gm.graph.nodes if n.op == "placeholder"][count:]
         log_graph("rewritten", captured.gm)
@@ -346,6 +347,10 @@ class _CompiledGraph:
                 with state.use(session):
                     return self.dense(*args)
             inputs += [partition.index, partition.norm]
+            if self.packer is not None:
+                if partition.weights is None:
+                    partition.weights = self.packer(inputs)
+                inputs += partition.weights
         outputs = self.run(*inputs)
         if self.prefill:
             *outputs, sums = outputs

@@ -49,12 +49,16 @@ class RegionState:
     one_pass: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Partition:
-    """Packed inputs of a decode graph: see :func:`popc.passes.decode.prune_regions`."""
+    """Inputs of a decode graph: see :func:`popc.passes.decode.prune_regions`.
+
+    ``weights`` are copies of live rows, where :func:`popc.passes.pack.pack_weights` has them made.
+    """
 
     index: Tensor
     norm: Tensor
+    weights: Sequence[Tensor] | None = None
 
 
 class Session:
