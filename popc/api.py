@@ -16,9 +16,10 @@ from popc import compat, state
 from popc.analysis.capture import capture_dynamo, capture_module
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
-from popc.backend import Template, popc_backend
+from popc.backend import popc_backend
 from popc.config import Config
 from popc.errors import GraphError, ModelError
+from popc.runtime import Template
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

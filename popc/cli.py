@@ -1,14 +1,15 @@
-"""The command ``popc``: demo, analyze, explain, generate, eval."""
+"""The command ``popc``: demo, analyze, explain, generate, eval, bench."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -17,7 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import popc
-from popc.bench import decode_rates
+from popc.bench import Settings, decode_rates
+from popc.bench.models import SHAPES, default_dtype
+from popc.bench.settings import DTYPES
+from popc.config import POLICIES
 from popc.errors import PopcError
 from popc.evaluate import evaluate
 from popc.models import DEFAULT, load_model
@@ -34,7 +38,8 @@ Candidate = Annotated[float, typer.Option(help="γ: share of channels each token
 Targets = Annotated[str, typer.Option(help="Kinds of region to prune: mlp,attention,experts.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Number = TypeVar("Number", int, float)
+
 DEMO_PROMPT = (
     "Explain in simple words why the sky is blue, why sunsets are red, "
     "and what colour the sky has on Mars."
@@ -51,9 +56,11 @@ def demo(
         model, tokenizer = _load(DEFAULT, "float32")
         configs = {r: popc.Config(sparsity=r) for r in (0.2, 0.4)}
         pruned = {r: popc.compile(model, config) for r, config in configs.items()}
+        # popc lays the weights of `model` out anew: dense has weights of its own, as they were.
+        dense = copy.deepcopy(model)
         models: dict[str, Any] = {
-            "dense, eager": model,
-            "dense, torch.compile": torch.compile(model.forward),
+            "dense, eager": dense,
+            "dense, torch.compile": torch.compile(dense.forward),
             **{f"popc, r = {r}": twin for r, twin in pruned.items()},
         }
         ids = _prompt(tokenizer, DEMO_PROMPT)["input_ids"]
@@ -166,6 +173,74 @@ def evaluate_command(
             console.print(f"{name:>18}  {shown}", highlight=False)
         if out is not None:
             out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help=f"{', '.join(SHAPES)}, or as elsewhere.")] = DEFAULT,
+    ffn: Annotated[bool, typer.Option("--ffn", help="One FFN alone, not MODEL.")] = False,
+    hidden: Annotated[int, typer.Option(min=1, help="D of that FFN.")] = 2048,
+    channels: Annotated[int, typer.Option(min=1, help="F of that FFN.")] = 5632,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Of shapes bfloat16, else float32.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences: 1,4,8; of an FFN 1.")] = None,
+    context: Annotated[str, typer.Option(help="Tokens in the cache.")] = "128,1024,4096",
+    prefill: Annotated[int, typer.Option(min=0, help="Of those prefilled, at most; 0: all.")] = 512,
+    sparsity: Annotated[str, typer.Option(help="r: one or more.")] = "0,0.2,0.4,0.5",
+    candidate: Candidate = 0.1,
+    policies: Annotated[str, typer.Option(help="One or more.")] = ",".join(POLICIES),
+    targets: Targets = "mlp,experts",
+    tokens: Annotated[int, typer.Option(min=1, help="Steps in a round of each.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which all take turns.")] = 5,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers.")] = None,
+    extras: Annotated[bool, typer.Option(help="Compilation, memory, prefill, host time.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot, as .png or .svg.")] = None,
+) -> None:
+    """Time MODEL dense and pruned, in turn, beside what the bytes read allow at best."""
+    from popc.bench import command, show
+    from popc.bench.ffn import Shape, ffn_steps
+
+    with _errors():
+        settings = Settings(
+            model=model,
+            device=device,
+            dtype=dtype or ("bfloat16" if ffn else default_dtype(model)),
+            batch=_numbers("batch", batch or ("1" if ffn else "1,4,8"), int),
+            context=_numbers("context", context, int),
+            prefill=prefill,
+            sparsity=_numbers("sparsity", sparsity, float),
+            candidate=candidate,
+            policies=_words(policies),
+            targets=_words(targets),
+            tokens=tokens,
+            rounds=rounds,
+            layers=layers,
+        )
+        if ffn:
+            with _progress("building", ffn_steps(settings)) as step:
+                result = command.bench_ffn(Shape(hidden, channels), settings, step)
+        else:
+            with _progress("building", command.total_steps(settings, extras)) as step:
+                result = command.bench_model(settings, extras, step)
+        console.print(show.show(result))
+        if out is not None:
+            result.write(out)
+        if plot is not None:
+            show.plot(result, plot)
+        for path in filter(None, (out, plot)):
+            console.print(f"written to {path}", markup=False, highlight=False)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(word) for word in _words(text))
+    except ValueError:
+        raise popc.ConfigError(name, text, "numbers with commas between them") from None
 
 
 def _config(sparsity: float, candidate: float, targets: str) -> popc.Config:

@@ -1,0 +1,14 @@
+#!/bin/sh
+# The figures on a CPU, into benchmarks/results. Run from the project's folder on a machine that
+# does nothing else; on two cores it takes hours, most of them compiling.
+# More options go to every benchmark: `benchmarks/cpu.sh --rounds 9`.
+set -eu
+popc="${POPC:-.venv/bin/popc}"
+results=benchmarks/results
+
+"$popc" bench --ffn --tokens 50 --rounds 15 \
+    --out $results/ffn-cpu.json --plot $results/ffn-cpu.png "$@"
+"$popc" bench smollm2 \
+    --out $results/decode-smollm2-cpu.json --plot $results/decode-smollm2-cpu.png "$@"
+"$popc" bench tinyllama-shape \
+    --out $results/decode-tinyllama-cpu.json --plot $results/decode-tinyllama-cpu.png "$@"

@@ -1,0 +1,15 @@
+#!/bin/sh
+# The figures on a CUDA device, into benchmarks/results. Run from the project's folder.
+# Two instances of a model are held, one for dense runs: of the MoE shape (61 GB) as many layers as
+# fit twice. `LAYERS=12 benchmarks/cuda.sh` for less than 80 GB.
+# More options go to every benchmark: `benchmarks/cuda.sh --rounds 9`.
+set -eu
+popc="${POPC:-.venv/bin/popc}"
+results=benchmarks/results
+
+"$popc" bench --ffn --device cuda --hidden 4096 --channels 14336 --tokens 200 --rounds 15 \
+    --out $results/ffn-cuda.json --plot $results/ffn-cuda.png "$@"
+"$popc" bench llama3-8b-shape --device cuda \
+    --out $results/decode-llama3-8b-cuda.json --plot $results/decode-llama3-8b-cuda.png "$@"
+"$popc" bench qwen3-moe-shape --device cuda --layers "${LAYERS:-24}" \
+    --out $results/decode-qwen3-moe-cuda.json --plot $results/decode-qwen3-moe-cuda.png "$@"

@@ -1,0 +1,162 @@
+"""Decode of a whole model: dense, dense under ``torch.compile``, and popc, in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import popc
+from popc import state
+from popc.analysis.plan import Plan
+from popc.bench.rates import WARMING, Context, Progress, interleaved
+from popc.bench.results import Run, Spread, runs_of, step_bytes
+from popc.bench.settings import Settings
+from popc.config import Config
+from popc.errors import ModelError
+
+EAGER, COMPILED = "dense, eager", "dense, compiled"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a model: its forward, and popc's options where it prunes."""
+
+    forward: Callable[..., Any]
+    config: Config | None = None
+    plan: Plan | None = None
+
+
+def name_of(config: Config) -> str:
+    return f"popc {config.policy}, r = {config.sparsity:g}"
+
+
+def dense_ways(model: Any, settings: Settings) -> dict[str, Way]:
+    """The two baselines."""
+    return {EAGER: Way(model.forward), COMPILED: Way(settings.compiled(model.forward))}
+
+
+def pruned_way(model: Any, config: Config) -> Way:
+    twin = popc.compile(model, config)
+    return Way(twin.forward, config, twin.popc_plan)
+
+
+def random_prompt(model: Any, batch: int, length: int, device: str) -> Tensor:
+    """Random tokens, int64 ``[batch, length]``; the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
+
+
+def steps(settings: Settings) -> int:
+    """How often :func:`decode` calls ``progress``."""
+    ways = 2 + len(settings.policies) * len(settings.sparsity)
+    each = len(settings.policies) + ways * (1 + settings.rounds)
+    return len(settings.batch) * len(settings.context) * each
+
+
+@torch.no_grad()
+def decode(
+    dense: Any, model: Any, settings: Settings, bandwidth: Spread, progress: Progress
+) -> list[Run]:
+    """Every way to run the model, at every batch size and context.
+
+    Args:
+        dense: for the baselines; ``model``, another instance of the same model, for popc, which
+            lays weights out anew.
+        bandwidth: of a copy, in bytes per second.
+        progress: called with what comes next, :func:`steps` times.
+    """
+    runs = []
+    for batch in settings.batch:
+        for context in settings.context:
+            # Else the second size would make the first one's static shapes dynamic.
+            torch.compiler.reset()
+            gc.collect()
+            runs += _decode_at(dense, model, settings, bandwidth, progress, batch, context)
+    return runs
+
+
+def _decode_at(
+    dense: Any,
+    model: Any,
+    settings: Settings,
+    bandwidth: Spread,
+    progress: Progress,
+    batch: int,
+    context: int,
+) -> list[Run]:
+    where = f"batch {batch}, context {context}: "
+    # What prunes nothing leaves weights as they are, so it shares the dense model's.
+    twins = {
+        name_of(config): pruned_way(model if config.sparsity else dense, config)
+        for config in settings.configs()
+    }
+    ways = {**dense_ways(dense, settings), **twins}
+    contexts = _contexts(model, twins, settings, batch, context, lambda s: progress(where + s))
+    first = next(iter(contexts.values()))
+
+    def seconds(way: Way, tokens: int) -> float:
+        held = contexts[way.config.policy] if way.config else first
+        return held.decode(way.forward, tokens)[0] / tokens
+
+    for name, way in ways.items():
+        progress(f"{where}compiling {name}")
+        seconds(way, min(WARMING, settings.tokens))
+        if way.config is not None and way.plan is not None:
+            check_pruned(way.plan, way.config, state.of_cache(contexts[way.config.policy].cache))
+    turns = {name: lambda way=way: seconds(way, settings.tokens) for name, way in ways.items()}
+    rounds = interleaved(turns, settings.rounds, lambda name: progress(where + name))
+    plan = next(way.plan for way in twins.values() if way.plan is not None)
+    read = {
+        name: step_bytes(dense, way.plan or plan, way.config, batch, first.bytes)
+        for name, way in ways.items()
+    }
+    configs = {name: way.config for name, way in ways.items()}
+    return runs_of(configs, rounds, read, bandwidth, batch, context)
+
+
+def _contexts(
+    model: Any,
+    twins: dict[str, Way],
+    settings: Settings,
+    batch: int,
+    context: int,
+    progress: Progress,
+) -> dict[str, Context]:
+    """One filled cache for each policy.
+
+    Statistics belong to the cache, and are the same at every sparsity: prefill runs dense. So the
+    twin that prunes most fills it for all. The dense model decodes from it too: what a step costs
+    does not depend on the values in it.
+    """
+    length = min(context, settings.prefill or context)
+    prompt = random_prompt(model, batch, length, settings.device)
+    room = max(settings.tokens, WARMING)
+    contexts = {}
+    for policy in settings.policies:
+        progress("compiling the prefill")
+        ours = [way for way in twins.values() if way.config and way.config.policy == policy]
+        most = max(ours, key=lambda way: way.config.sparsity if way.config else 0)
+        contexts[policy] = Context(
+            model.config, prompt, room, most.forward, context, allocate=model.forward
+        )
+    return contexts
+
+
+def check_pruned(plan: Plan, config: Config, session: state.Session | None) -> None:
+    """That decode steps had a partition: without one popc is right, but dense.
+
+    Raises:
+        ModelError: a targeted region has no statistics in the session.
+    """
+    for region in plan.regions:
+        wanted = region.kind in config.targets and not region.one_pass
+        if not wanted or config.counts(region.units).active == region.units:
+            continue
+        if session is None or session.statistics(region.key, config.scope) is None:
+            raise ModelError(f"{region.name} was not pruned: its prefill is not known at decode")

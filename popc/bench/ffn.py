@@ -1,0 +1,157 @@
+"""One gated FFN, alone: ``down(silu(gate x) * up x)``.
+
+Steps run through as many blocks as exceed the last-level cache several times, so weights come from
+memory, as they do in a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from popc import compat, state
+from popc.analysis.plan import Plan
+from popc.backend import popc_backend
+from popc.bench.decode import COMPILED, EAGER, check_pruned, name_of
+from popc.bench.machine import last_level_cache
+from popc.bench.models import fill
+from popc.bench.rates import WARMING, Progress, interleaved, wait
+from popc.bench.results import Run, Spread, runs_of, step_bytes
+from popc.bench.settings import DTYPES, Settings
+from popc.config import Config
+
+PROMPT = 64  # tokens that the partition is made from
+WEIGHTS = 512 << 20  # bytes of all blocks, at least
+FEWEST, MOST = 8, 64  # blocks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """D and F of an FFN: gate and up ``[F, D]``, down ``[D, F]``."""
+
+    hidden: int = 2048
+    channels: int = 5632
+
+    def __str__(self) -> str:
+        return f"FFN D={self.hidden} F={self.channels}"
+
+
+class Block(nn.Module):
+    """An FFN with its residual."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.hidden, shape.channels, bias=False)
+        self.up = nn.Linear(shape.hidden, shape.channels, bias=False)
+        self.down = nn.Linear(shape.channels, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(silu(self.gate(x)) * self.up(x))
+
+
+def build_blocks(shape: Shape, settings: Settings) -> nn.Sequential:
+    """``settings.layers`` blocks, or as many as exceed the cache, with random weights."""
+    each = 3 * shape.hidden * shape.channels * DTYPES[settings.dtype].itemsize
+    wanted = -(-max(WEIGHTS, 4 * last_level_cache()) // each)
+    count = settings.layers or min(max(wanted, FEWEST), MOST)
+    with torch.device("meta"):
+        blocks = nn.Sequential(*(Block(shape) for _ in range(count)))
+    blocks = blocks.to(DTYPES[settings.dtype]).to_empty(device=settings.device)
+    fill(blocks)
+    return blocks.eval()
+
+
+def ffn_steps(settings: Settings) -> int:
+    """How often :func:`ffn` calls ``progress``."""
+    ways = 2 + len(settings.policies) * len(settings.sparsity)
+    return len(settings.batch) * (len(settings.policies) + ways * (1 + settings.rounds))
+
+
+@torch.no_grad()
+def ffn(
+    shape: Shape, settings: Settings, bandwidth: Spread, progress: Progress
+) -> tuple[list[Run], nn.Sequential]:
+    """Every way to run the blocks, at every batch size; and the blocks.
+
+    A run's seconds and bytes are those of one block. There is no cache, so a session is named
+    around the calls, where a model's cache would tell it.
+    """
+    dense, blocks = (build_blocks(shape, settings) for _ in range(2))
+    runs = []
+    for batch in settings.batch:
+        torch.compiler.reset()
+        runs += _ffn_at(dense, blocks, shape, settings, bandwidth, progress, batch)
+    return runs, dense
+
+
+def _ffn_at(
+    dense: nn.Sequential,
+    blocks: nn.Sequential,
+    shape: Shape,
+    settings: Settings,
+    bandwidth: Spread,
+    progress: Progress,
+    batch: int,
+) -> list[Run]:
+    prompt, x = (_random(batch, count, shape, settings) for count in (PROMPT, 1))
+    configs = {name_of(config): config for config in settings.configs()}
+    plans = {name: Plan() for name in configs}
+    twins = {
+        name: compat.compile_alone(
+            (blocks if config.sparsity else dense).forward,  # at 0 weights stay as they are
+            functools.partial(popc_backend, config=config, on_plan=plans[name].extend),
+        )
+        for name, config in configs.items()
+    }
+    sessions = {}
+    for policy in settings.policies:
+        progress(f"batch {batch}: compiling the prefill")
+        ours = [name for name, config in configs.items() if config.policy == policy]
+        most = max(ours, key=lambda name: configs[name].sparsity)
+        sessions[policy] = state.Session()
+        with state.use(sessions[policy]):
+            twins[most](prompt)
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {
+        EAGER: dense.forward,
+        COMPILED: settings.compiled(dense.forward),
+        **twins,
+    }
+
+    def seconds(name: str, times: int) -> float:
+        """Of one block."""
+        forward = forwards[name]
+        with state.use(sessions[configs[name].policy if name in configs else settings.policies[0]]):
+            wait(x.device)
+            start = time.perf_counter()
+            for _ in range(times):
+                forward(x)
+            wait(x.device)
+        return (time.perf_counter() - start) / times / len(dense)
+
+    for name in forwards:
+        progress(f"batch {batch}: compiling {name}")
+        seconds(name, WARMING)
+        if name in configs:
+            check_pruned(plans[name], configs[name], sessions[configs[name].policy])
+    turns = {name: lambda name=name: seconds(name, settings.tokens) for name in forwards}
+    rounds = interleaved(turns, settings.rounds, lambda name: progress(f"batch {batch}: {name}"))
+    ways: dict[str, Config | None] = {name: configs.get(name) for name in forwards}
+    whole = next(iter(plans.values()))
+    read = {
+        name: step_bytes(dense, plans.get(name, whole), config, batch).each(len(dense))
+        for name, config in ways.items()
+    }
+    return runs_of(ways, rounds, read, bandwidth, batch)
+
+
+def _random(batch: int, tokens: int, shape: Shape, settings: Settings) -> Tensor:
+    """``[batch, tokens, D]``; the same values each time."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(batch, tokens, shape.hidden, generator=generator)
+    return x.to(settings.device, DTYPES[settings.dtype])

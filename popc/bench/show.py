@@ -1,0 +1,134 @@
+"""Results for people: tables, and a plot."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from popc.bench.results import Extras, Result, Run
+from popc.errors import ModelError
+
+
+def show(result: Result) -> RenderableType:
+    """A table of the runs, then one of the extras."""
+    parts: list[RenderableType] = [_runs(result)]
+    if result.extras is not None:
+        parts.append(_extras(result.extras))
+    return Group(*parts)
+
+
+def _runs(result: Result) -> Table:
+    where = result.machine.gpu or result.machine.cpu
+    bandwidth = f"{result.copy_bandwidth.median / 1e9:.1f} GB/s copied"
+    table = Table(
+        title=f"{result.model.name}, {result.settings['dtype']}, {where}, {bandwidth}",
+        caption="Speed-up is over the faster dense run; its limit is dense bytes / bytes read.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    ffn = result.kind == "ffn"
+    rate = "µs / block" if ffn else "tokens/s"
+    for heading in ("", f"{rate} (low – high)", "speed-up", "limit", "of limit", "of copy"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for size, group in groupby(result.runs, key=_size):
+        table.add_row(f"[bold]{_sized(*size)}[/]")
+        for run in group:
+            table.add_row(*_cells(run, ffn))
+    return table
+
+
+def _cells(run: Run, ffn: bool) -> list[str]:
+    spread, scale = (run.seconds, 1e6) if ffn else (run.tokens_per_s, 1)
+    values = (scale * value for value in (spread.median, spread.low, spread.high))
+    median, low, high = (f"{value:.{1 if value < 100 else 0}f}" for value in values)
+    return [
+        run.name,
+        f"{median} ({low} – {high})",
+        f"{run.speedup:.2f} ×",
+        f"{run.limit:.2f} ×",
+        f"{run.of_limit:.0%}",
+        f"{run.of_bandwidth:.0%}",
+    ]
+
+
+def _extras(extras: Extras) -> Table:
+    title = "beside decode, batch 1, highest sparsity"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", "dense, compiled", "popc", "popc / dense"):
+        table.add_column(heading, justify="right" if heading else "left")
+    dense, popc = extras.cold["dense"], extras.cold["popc"]
+
+    def row(name: str, first: float, second: float, form: str = "{:.1f}") -> None:
+        ratio = f"{second / first:.3f}" if first else ""
+        table.add_row(name, form.format(first), form.format(second), ratio)
+
+    table.add_row("popc's CPU kernels, built once, s", "", f"{popc.kernels_s:.1f}", "")
+    row("first prefill, s", dense.prefill_s, popc.prefill_s)
+    row("first two decode steps, s", dense.decode_s, popc.decode_s)
+    row("peak memory, MB", dense.peak_bytes / 1e6, popc.peak_bytes / 1e6)
+    if dense.running_peak_bytes and popc.running_peak_bytes:
+        both = (dense.running_peak_bytes / 1e6, popc.running_peak_bytes / 1e6)
+        row("peak memory once compiled, MB", *both)
+    both = (1e3 * extras.dense_prefill.median, 1e3 * extras.popc_prefill.median)
+    row(f"prefill of {extras.prefill_tokens} tokens, ms", *both)
+    compilations = (extras.dense_compilations, extras.popc_compilations)
+    row(f"graphs for {extras.prompts} lengths of prompts", *compilations, form="{:d}")
+    table.add_row("popc's Python, µs per token", "", f"{1e6 * extras.host.median:.0f}", "")
+    return table
+
+
+def plot(result: Result, path: Path) -> None:
+    """Speed-up against the share of bytes left unread, with the limit; the suffix is the format.
+
+    Raises:
+        ModelError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ModelError("a plot needs matplotlib: pip install 'popc[bench]'") from error
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    pruned = [run for run in result.runs if run.policy is not None]
+    saved = np.linspace(0, min(0.9, max(run.saved for run in pruned) + 0.05), 100)
+    axes.plot(100 * saved, 1 / (1 - saved), color="black", label="limit")
+    axes.axhline(1, color="grey", linestyle=":", label="faster dense run")
+    for number, (key, group) in enumerate(groupby(pruned, key=lambda r: (r.policy, _size(r)))):
+        runs = sorted(group, key=lambda run: run.saved)
+        speeds = np.array([run.speedup for run in runs])
+        # A round's rate over the median one, at the median's speed-up.
+        low, high = (
+            np.array([getattr(run.tokens_per_s, end) / run.tokens_per_s.median for run in runs])
+            for end in ("low", "high")
+        )
+        policy, size = key
+        axes.errorbar(
+            [100 * run.saved for run in runs],
+            speeds,
+            yerr=np.stack((speeds * (1 - low), speeds * (high - 1))),
+            label=f"{policy}, {_sized(*size)}",
+            marker="osD^v"[number % 5],
+            capsize=3,
+        )
+    axes.set_xlabel("bytes of a dense step left unread, %")
+    axes.set_ylabel("speed-up over the faster dense run")
+    where = result.machine.gpu or result.machine.cpu
+    axes.set_title(f"{result.model.name}, {result.settings['dtype']}, {where}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _size(run: Run) -> tuple[int, int | None]:
+    return run.batch, run.context
+
+
+def _sized(batch: int, context: int | None) -> str:
+    return f"batch {batch}" + ("" if context is None else f", context {context}")
