@@ -8,10 +8,11 @@ is freed. No second copy stays, and all that shares the parameter sees the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.capture import Captured
@@ -19,6 +20,7 @@ from popc.analysis.linears import Linear, Weight, as_linear, is_view_of_weight
 from popc.analysis.plan import Region
 from popc.log import logger
 from popc.ops import gather_linear
+from popc.ops.pages import collapse
 from popc.passes.emit import Emitter, finish
 
 aten = torch.ops.aten
@@ -55,6 +57,8 @@ def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[R
         held.data = turn(held.detach())
     if turned:
         logger.info("%d weights now lie by channel", len(turned))
+    else:
+        _collapse(captured.parameters[parameter] for parameter in roles)
     without = {
         region: refused[linear.weight.parameter]
         for region in regions
@@ -62,6 +66,18 @@ def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[R
         if linear.weight.parameter in refused
     }
     return bool(turned), without
+
+
+_collapsed = WeakTensorKeyDictionary()
+
+
+def _collapse(weights: Iterable[Tensor]) -> None:
+    """Ask for huge pages, once for each storage."""
+    for weight in weights:
+        where = weight.untyped_storage().data_ptr()
+        if _collapsed.get(weight) != where:
+            _collapsed[weight] = where
+            collapse(weight)
 
 
 def read_as_stored(captured: Captured) -> bool:

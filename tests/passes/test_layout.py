@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import popc
+from popc.ops.pages import collapse
 from popc.passes.layout import turn
 from popc.state import Session, use
 from tests.models import AddmmMLP, Gated, tiny_llama
@@ -178,3 +179,12 @@ def test_every_graph_reads_turned_weights_right(dtype) -> None:
 def test_turn_keeps_values() -> None:
     value = torch.randn(3, 4, 5)
     assert torch.equal(turn(value), value) and turn(value).stride() == (20, 1, 4)
+
+
+def test_huge_pages_keep_values() -> None:
+    weight = torch.randn(4096, 512)  # 8 MB
+    before, where = weight.clone(), weight.data_ptr()
+    done = collapse(weight)
+    assert torch.equal(weight, before) and weight.data_ptr() == where
+    assert isinstance(done, bool)
+    assert not collapse(torch.randn(8, 8)), "less than a page"

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace popc {
@@ -28,6 +29,18 @@ float size_of(const T* h, int64_t tokens, int64_t width, const int64_t* columns,
   return std::sqrt(total);
 }
 
+// A total order as one number, the best first: NaN, then by score, then by place. So the choice is
+// the same every time.
+uint64_t key_of(float score, int64_t place) {
+  uint32_t bits = 0xffffffff;
+  if (!std::isnan(score)) {
+    score += 0.0f;  // of -0 and 0, which are equal, one
+    std::memcpy(&bits, &score, sizeof bits);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000;  // floats by size as unsigned ones
+  }
+  return static_cast<uint64_t>(~bits) << 32 | static_cast<uint64_t>(place);
+}
+
 // The active units' columns of one sequence: R, then the best of C in the order of the list.
 template <typename T>
 void select_one(
@@ -36,25 +49,15 @@ void select_one(
   std::copy_n(columns, retained * m, out);
   const int64_t wanted = active - retained;
   if (wanted == 0) return;
-  std::vector<float> score(units);
-  std::vector<int64_t> order;
-  order.reserve(units - retained);
+  std::vector<uint64_t> keys;
+  keys.reserve(units - retained);
   for (int64_t u = retained; u < units; ++u) {
-    score[u] = norm[u] * size_of(h, tokens, width, columns + u * m, m);
-    order.push_back(u);
+    keys.push_back(key_of(norm[u] * size_of(h, tokens, width, columns + u * m, m), u));
   }
-  // A total order: NaN first, then by score, then by place. So the choice is the same every time.
-  const auto before = [&](int64_t a, int64_t b) {
-    const bool a_nan = std::isnan(score[a]), b_nan = std::isnan(score[b]);
-    if (a_nan != b_nan) return a_nan;
-    if (!a_nan && score[a] != score[b]) return score[a] > score[b];
-    return a < b;
-  };
-  if (wanted < static_cast<int64_t>(order.size())) {
-    std::nth_element(order.begin(), order.begin() + wanted, order.end(), before);
-    order.resize(wanted);
-    std::sort(order.begin(), order.end());
-  }
+  std::nth_element(keys.begin(), keys.begin() + wanted - 1, keys.end());
+  std::vector<int64_t> order(wanted);
+  for (int64_t i = 0; i < wanted; ++i) order[i] = keys[i] & 0xffffffff;
+  std::sort(order.begin(), order.end());
   int64_t* to = out + retained * m;
   for (int64_t u : order) to = std::copy_n(columns + u * m, m, to);
 }
