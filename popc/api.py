@@ -111,8 +111,9 @@ def _noting_breaks(plan: Plan) -> Iterator[None]:
     before = compat.graph_breaks()
     yield
     after = compat.graph_breaks()
-    new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
-    plan.extend(Plan(breaks=new))
+    if after != before:
+        new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
+        plan.extend(Plan(breaks=new))
 
 
 def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -91,7 +91,7 @@ def popc_backend(
         len(plan.skipped),
     )
     if not regions:
-        if read_as_stored(captured):
+        if captured.runnable and read_as_stored(captured):
             return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
     measuring = functools.partial(popc_backend, config=config, mode=mode, measure_only=True)

@@ -32,7 +32,7 @@ class Way:
 
 
 def name_of(config: Config) -> str:
-    return f"popc {config.policy}, r = {config.sparsity:g}"
+    return f"popc {config.policy} r={config.sparsity:g}"
 
 
 def dense_ways(model: Any, settings: Settings) -> dict[str, Way]:
