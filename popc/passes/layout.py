@@ -40,7 +40,8 @@ def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[R
         uses += [(c.weight, c.weight.in_dim) for c in region.consumers]
         for weight, dim in uses:
             roles.setdefault(weight.parameter, []).append((weight, dim))
-    turned, refused = [], {}
+    turned = 0
+    refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         held = captured.parameters[parameter]
         if not any(_turning_helps(weight, dim, held) for weight, dim in uses):
@@ -49,14 +50,13 @@ def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[R
             continue  # what one list gains another would lose
         reason = _refusal(parameter, captured, linears)
         if reason is None:
-            turned.append(held)
+            # One parameter at a time: the peak is one weight above what the model holds.
+            held.data = turn(held.detach())
+            turned += 1
         else:
             refused[parameter] = reason
-    # One parameter at a time: the peak is one weight above what the model holds.
-    for held in turned:
-        held.data = turn(held.detach())
     if turned:
-        logger.info("%d weights now lie by channel", len(turned))
+        logger.info("%d weights now lie by channel", turned)
     else:
         _collapse(captured.parameters[parameter] for parameter in roles)
     without = {
@@ -73,7 +73,7 @@ _collapsed = WeakTensorKeyDictionary()
 
 def _collapse(weights: Iterable[Tensor]) -> None:
     """Ask for huge pages, once for each storage."""
-    for weight in weights:
+    for weight in filter(_is_plain, weights):
         where = weight.untyped_storage().data_ptr()
         if _collapsed.get(weight) != where:
             _collapsed[weight] = where
@@ -127,6 +127,11 @@ def _lies_by(value: Tensor, dim: int) -> bool:
     return value.stride(other) == 1 or value.shape[other] == 1
 
 
+def _is_plain(value: Tensor) -> bool:
+    """Whether its storage is what it seems: no subclass, and no tensor of inference mode."""
+    return type(value) in (Tensor, torch.nn.Parameter) and not value.is_inference()
+
+
 def _turning_helps(weight: Weight, dim: int, held: Tensor) -> bool:
     if _lies_by(weight.node.meta["val"], dim) or held.dim() < 2:
         return False
@@ -139,8 +144,9 @@ def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> s
     held = captured.parameters[parameter]
     if held.device.type == "meta":
         return "its weight is on the meta device, or offloaded: there is no storage to lay out"
-    if type(held) not in (Tensor, torch.nn.Parameter):
-        return f"its weight is a {type(held).__name__}, whose storage is not popc's to lay out"
+    if not _is_plain(held):
+        kind = type(held).__name__
+        return f"its weight is a {kind} that is no plain tensor, or was made in inference mode"
     if held.untyped_storage().nbytes() != held.nbytes:
         return "its weight is a part of a larger storage, which others share"
     others = [

@@ -132,6 +132,13 @@ def test_a_part_of_a_larger_storage_is_refused() -> None:
     assert "larger storage" in refusal(model)
 
 
+def test_a_weight_of_inference_mode_is_refused() -> None:
+    model = Gated()
+    with torch.inference_mode():
+        model.c.weight = nn.Parameter(torch.randn(16, 40), requires_grad=False)
+    assert "inference mode" in refusal(model)
+
+
 def test_refused_runs_dense() -> None:
     torch.manual_seed(0)
     model = Tied()
