@@ -113,7 +113,7 @@ def _noting_breaks(plan: Plan) -> Iterator[None]:
     after = compat.graph_breaks()
     if after != before:
         new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
-        plan.extend(Plan(breaks=new))
+        plan.extend(Plan(breaks=[reason.strip().splitlines()[0] for reason in new]))
 
 
 def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -133,7 +133,8 @@ def _in_session(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         out = call(*args, **kwargs)
     returned = out.values() if isinstance(out, Mapping) else out
     for cache in (*caches, *_caches(returned if isinstance(returned, Iterable) else ())):
-        state.bind(cache, session)
+        if state.of_cache(cache) is not session:
+            state.bind(cache, session)
     return out
 
 

@@ -99,10 +99,7 @@ def is_caught_in_vmap(value: Any) -> bool:
 
 def graph_breaks() -> dict[str, int]:
     """Dynamo's count of graph breaks so far, by reason. Private because nothing public tells."""
-    return {
-        reason.strip().splitlines()[0]: count
-        for reason, count in torch._dynamo.utils.counters["graph_break"].items()
-    }
+    return dict(torch._dynamo.utils.counters["graph_break"])
 
 
 def new_fake_mode() -> FakeTensorMode:
