@@ -20,9 +20,9 @@ _INCLUDE = '#include "kernels.h"\n'
 
 def source() -> str:
     """All of it as one translation unit."""
-    kernels = (FOLDER / "kernels.h").read_text(encoding="utf-8")
-    parts = [(FOLDER / name).read_text(encoding="utf-8") for name in ("gather.cpp", "select.cpp")]
-    return "\n".join(parts).replace(_INCLUDE, kernels)
+    names = ("kernels.h", "gather.cpp", "select.cpp")
+    parts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
+    return "\n".join(parts).replace(_INCLUDE, "")
 
 
 @functools.cache

@@ -70,8 +70,7 @@ def _by_rows(
     part = None if bias is None else emit.call(aten.index_select.default, bias, 0, rows)
     y = emit.call(aten.linear.default, x, held, part)
     sizes = [emit.size(x, d) for d in range(len(shape(x)) - 1)]
-    kind = {"dtype": y.meta["val"].dtype, "device": y.meta["val"].device}
-    zeros = emit.call(aten.zeros.default, [*sizes, shape(node)[-1]], **kind)
+    zeros = emit.call(aten.new_zeros.default, y, [*sizes, shape(node)[-1]])
     return emit.call(aten.index_copy.default, zeros, -1, rows, y)
 
 

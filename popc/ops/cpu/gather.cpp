@@ -37,11 +37,7 @@ struct List {
 
   List(const int64_t* listed, int64_t n, int64_t size, const char* name)
       : at(listed), count(n), given(true) {
-    for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK_INDEX(
-          listed[i] >= 0 && listed[i] < size, "popc: ", name, " lists channel ", listed[i], " of ",
-          size);
-    }
+    check_channels(listed, n, size, name);
   }
   explicit List(int64_t size) : count(size) {}
 
@@ -232,7 +228,7 @@ bool lies_in_lines(const Tensor& weight) {
 bool is_served(const Tensor& x, const Tensor& weight) {
   const auto type = x.scalar_type();
   return weight.device().is_cpu() && lies_in_lines(weight) && weight.scalar_type() == type &&
-      (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf);
+      is_served_type(type);
 }
 
 void check_list(const MaybeTensor& list, const char* name) {
@@ -247,30 +243,23 @@ void check_list(const MaybeTensor& list, const char* name) {
 }
 
 struct HeldList {
-  Tensor held;
-  bool given = false;
+  Tensor held;  // undefined where no list is given
   const char* name;
   int64_t size;
 
   HeldList(const MaybeTensor& list, const char* list_name, int64_t channels)
       : name(list_name), size(channels) {
     check_list(list, list_name);
-    if (list) held = list->contiguous(), given = true;
+    if (list) held = list->contiguous();
   }
-  bool per_item() const { return given && held.dim() == 2; }
+  bool given() const { return held.defined(); }
+  bool per_item() const { return given() && held.dim() == 2; }
   List of(int64_t item) const {
-    if (!given) return List(size);
+    if (!given()) return List(size);
     const int64_t n = held.size(-1), at = per_item() ? item : 0;
     return List(held.const_data_ptr<int64_t>() + at * n, n, size, name);
   }
 };
-
-template <typename F>
-void by_type(at::ScalarType type, F&& run) {
-  if (type == at::kFloat) return run(float());
-  if (type == at::kBFloat16) return run(at::BFloat16());
-  return run(at::Half());
-}
 
 Tensor reference(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& rows,
@@ -359,7 +348,7 @@ Tensor gather_linear(
   for (const HeldList* list : {&row_list, &column_list}) {
     TORCH_CHECK_VALUE(
         !list->per_item() || (list->held.size(0) == sequences && x.size(0) == sequences),
-        "popc::gather_linear: a list for each of ", list->given ? list->held.size(0) : 0,
+        "popc::gather_linear: a list for each of ", list->given() ? list->held.size(0) : 0,
         " sequences does not fit x ", x.sizes());
   }
   TORCH_CHECK_VALUE(
@@ -438,7 +427,7 @@ Tensor gather_experts(
   // Neighbours that meet the same weight with the same lists share a reading of it.
   const auto run_from = [&](int64_t s) {
     int64_t n = 1;
-    const bool alone = column_list.given && !dense[owners[s]];
+    const bool alone = column_list.given() && !dense[owners[s]];
     while (!alone && n < most_tokens && s + n < tokens && owners[s + n] == owners[s]) ++n;
     return n;
   };

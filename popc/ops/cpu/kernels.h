@@ -1,10 +1,10 @@
 // What reads the weights: a dot product per row, and a sum of scaled rows. Both stream each row once
 // for up to `most_tokens` tokens, in float32, by at::vec: AVX-512, AVX2, NEON or portable, as the
 // flags of the build say.
-#pragma once
-
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Unroll.h>
 
 #include <cstdint>
@@ -17,6 +17,27 @@ using Lanes = at::vec::Vectorized<float>;
 constexpr int64_t lanes = Lanes::size();
 constexpr int64_t step = 2 * lanes;  // values in a vector of 16-bit floats
 constexpr int64_t most_tokens = 8;
+
+// The types that the kernels are made for; others are left to the reference.
+inline bool is_served_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// run(T()) for the C++ type of a served one.
+template <typename F>
+void by_type(at::ScalarType type, F&& run) {
+  if (type == at::kFloat) return run(float());
+  if (type == at::kBFloat16) return run(at::BFloat16());
+  return run(at::Half());
+}
+
+inline void check_channels(const int64_t* listed, int64_t n, int64_t size, const char* name) {
+  for (int64_t i = 0; i < n; ++i) {
+    TORCH_CHECK_INDEX(
+        listed[i] >= 0 && listed[i] < size, "popc: ", name, " lists channel ", listed[i], " of ",
+        size);
+  }
+}
 
 // Whether a pair holds the even values and the odd ones, not the first and the last: for bfloat16 a
 // shift and a mask then make float32 of them, without a shuffle.

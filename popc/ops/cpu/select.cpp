@@ -10,6 +10,8 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels.h"
+
 namespace popc {
 namespace {
 
@@ -83,8 +85,7 @@ Tensor select_units(
   auto sizes = columns.sizes().vec();
   sizes.pop_back();
   sizes.back() = active * m;
-  const auto type = h.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) {
+  if (!is_served_type(h.scalar_type())) {
     static auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("popc::select_units_reference", "")
@@ -93,14 +94,11 @@ Tensor select_units(
   }
   const Tensor values = h.contiguous(), norms = norm.contiguous(), listed = columns.contiguous();
   const int64_t* list = listed.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < listed.numel(); ++i) {
-    TORCH_CHECK_INDEX(
-        list[i] >= 0 && list[i] < width, "popc: columns lists channel ", list[i], " of ", width);
-  }
+  check_channels(list, listed.numel(), width, "columns");
   Tensor out = at::empty(sizes, columns.options());
   if (sequences == 0) return out;
   const int64_t tokens = values.numel() / std::max<int64_t>(1, width * sequences);
-  const auto run = [&](auto zero) {
+  by_type(h.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     for (int64_t s = 0; s < sequences; ++s) {
       select_one<T>(
@@ -108,10 +106,7 @@ Tensor select_units(
           norms.const_data_ptr<float>() + s * units, list + s * units * m, units, m, retained,
           active, out.data_ptr<int64_t>() + s * active * m);
     }
-  };
-  if (type == at::kFloat) run(float());
-  else if (type == at::kBFloat16) run(at::BFloat16());
-  else run(at::Half());
+  });
   return out;
 }
 
