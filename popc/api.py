@@ -132,7 +132,10 @@ def _in_session(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     with state.use(session):
         out = call(*args, **kwargs)
     returned = out.values() if isinstance(out, Mapping) else out
-    for cache in (*caches, *_caches(returned if isinstance(returned, Iterable) else ())):
+    for cache in _caches(returned if isinstance(returned, Iterable) else ()):
+        if not any(cache is known for known in caches):
+            caches.append(cache)
+    for cache in caches:
         if state.of_cache(cache) is not session:
             state.bind(cache, session)
     return out

@@ -23,7 +23,7 @@ from popc.bench import Result, Run, Settings, command, decode, extras, ffn, resu
 from popc.bench.cold import cold_start, start
 from popc.bench.machine import Machine, copy_bandwidth, last_level_cache, machine, versions
 from popc.bench.models import SHAPES, build, random_model
-from popc.bench.rates import Context, Spread, Stopwatch, decode_rates, interleaved
+from popc.bench.rates import WARMING, Context, Spread, Stopwatch, decode_rates, interleaved
 from popc.bench.show import plot
 from popc.errors import ModelError
 from tests.models import tiny_llama
@@ -191,9 +191,17 @@ def test_a_step_without_partition_is_no_result(twin: Twin) -> None:
 def test_host_time_is_popcs_own(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow work of popc counts, in the runner of a graph and around the call."""
     settings = Settings(tokens=3, rounds=3)
+    steps = WARMING + settings.rounds * settings.tokens
+    slept = 0
 
     def slow(call: object) -> object:
-        return lambda *args, **kwargs: (time.sleep(0.03), call(*args, **kwargs))[1]
+        def slower(*args: object, **kwargs: object) -> object:
+            nonlocal slept
+            slept += 1
+            time.sleep(0.03)
+            return call(*args, **kwargs)
+
+        return slower
 
     context = twin.context(twin.way.forward)
     usual = extras.host_seconds(twin.way, context, settings).low
@@ -201,7 +209,10 @@ def test_host_time_is_popcs_own(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> 
     for owner, name in ((state.Session, "partition"), (state, "of_cache")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, slow(getattr(owner, name)))
-            assert 0.03 <= extras.host_seconds(twin.way, context, settings).low < 0.06
+            slept = 0
+            taken = extras.host_seconds(twin.way, context, settings).low
+            assert slept >= steps
+            assert 0 <= taken - 0.03 * slept / steps < 0.03
 
 
 def test_a_long_context_is_filled() -> None:

@@ -146,7 +146,7 @@ def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
         linear = _as_plain(node, captured, form)
         if linear is not None:
             return linear
-    if node.target in _grouped_ops():
+    if node.target in grouped_ops():
         return _as_grouped(node, captured)
     if node.target in (aten.bmm.default, aten.matmul.default):
         return _as_batched(node, captured)
@@ -165,7 +165,7 @@ def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:
     return Linear(node, x, len(shape(x)) - 1, last, weight, bias)  # type: ignore[arg-type]
 
 
-def _grouped_ops() -> list[Any]:
+def grouped_ops() -> list[Any]:
     """Grouped matmul ``(x [S, K], w [E, K, N], offsets [E])``: torch's, and those of its schema."""
     ops: list[Any] = [aten._grouped_mm.default]
     # transformers' stand-in for dtypes that torch's op does not take under torch.compile

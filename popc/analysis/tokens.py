@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from popc.analysis.labels import same_size
+from popc.analysis.linears import grouped_ops
 from popc.analysis.walk import argument, is_tensor, shape
 
 aten = torch.ops.aten
@@ -133,8 +134,7 @@ def _same_rows(node: fx.Node) -> list[tuple[fx.Node, bool]]:
         return [(first, True)]  # type: ignore[list-item]
     if node.target in _ROWWISE:
         return [(first, False)]  # type: ignore[list-item]
-    grouped = getattr(node.target, "_schema", None)
-    if grouped is not None and any(a.name == "offs" for a in grouped.arguments):
+    if node.target in grouped_ops():
         return [(first, False)]  # type: ignore[list-item]
     if node.target in _PRODUCTS:
         operands: list[Any] = [a for a in node.args if is_tensor(a)]
