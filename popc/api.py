@@ -13,13 +13,14 @@ import torch
 from torch import fx
 
 from popc import compat, state
-from popc.analysis.capture import capture_dynamo, capture_module
+from popc.analysis.capture import Captured, capture_dynamo, capture_module
+from popc.analysis.inputs import find_inputs
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
 from popc.backend import popc_backend
 from popc.config import Config
 from popc.errors import GraphError, ModelError
-from popc.runtime import Template
+from popc.runtime import InputsTemplate, Template
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -58,7 +59,7 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
         grad = torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)
         with torch.set_grad_enabled(grad), _noting_breaks(plan):
             out = compat.call_compiled(_in_session, compiled, args, kwargs)
-        if not warned and not plan.regions and plan.skipped:
+        if not warned and not plan.regions and not plan.inputs and plan.skipped:
             warned = True
             warnings.warn(
                 "popc found nothing to prune in this model; it runs dense. "
@@ -174,15 +175,21 @@ def analyze(
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
-        return find_regions(capture_module(model.module(), args, kwargs))
+        return _found(capture_module(model.module(), args, kwargs))
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.analyze takes an nn.Module or a graph, not {type(model).__name__}")
     if not args and not kwargs and hasattr(model, "dummy_inputs"):
         kwargs = cast(Mapping[str, Any], model.dummy_inputs)
     with torch.no_grad():
         if isinstance(model, fx.GraphModule):
-            return find_regions(capture_module(model, args, kwargs))
+            return _found(capture_module(model, args, kwargs))
         return _analyze_traced(model, args, kwargs or {})
+
+
+def _found(captured: Captured) -> Plan:
+    plan = find_regions(captured)
+    plan.inputs = find_inputs(captured, plan.regions)
+    return plan
 
 
 def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
@@ -194,14 +201,17 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
         except GraphError as error:
             plan.extend(Plan(breaks=[str(error)]))
             return gm.forward
-        found = find_regions(captured)
+        found = _found(captured)
         plan.extend(found)
         templates = [Template.of(region, captured) for region in found.regions]
+        inputs = [InputsTemplate.of(group, captured) for group in found.inputs]
 
-        def run(*inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
             # One graph may serve several layers.
-            plan.extend(Plan(regions=[template.named(inputs) for template in templates]))
-            return gm.forward(*inputs)
+            named = [template.named(args) for template in templates]
+            groups = [template.named(args) for template in inputs]
+            plan.extend(Plan(regions=named, inputs=groups))
+            return gm.forward(*args)
 
         return run
 

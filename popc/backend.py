@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from popc import compat
 from popc.analysis.capture import Captured, capture_dynamo
 from popc.analysis.cost import saves
+from popc.analysis.inputs import Inputs, find_inputs
 from popc.analysis.plan import Plan, Region, Skipped
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
@@ -27,8 +28,9 @@ from popc.log import log_graph, logger
 from popc.passes.experts import can_flatten
 from popc.passes.layout import lay_out, read_as_stored
 from popc.passes.pack import has_kernel
-from popc.passes.packing import Slot, slot_of
-from popc.runtime import Compiled, CompiledGraph
+from popc.passes.packing import slot_of
+from popc.resolve import resolve
+from popc.runtime import Compiled, CompiledGraph, Work
 
 
 def popc_backend(
@@ -75,22 +77,27 @@ def popc_backend(
     log_graph("captured", captured.gm)
     plan = find_regions(captured)
     plan.regions = [_as_known(region, captured) for region in plan.regions]
-    config = _resolved(config, captured, plan)
-    _leave_what_costs_more(plan, config)
     if not captured.runnable:
         _leave_all(plan, "the graph holds a vmap that can't be traced again", "vmap")
-    regions = _laid_out(captured, plan, config)
+    else:
+        plan.inputs = find_inputs(captured, plan.regions)
+    sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
+    config = resolve(config, sum(sizes.values()), plan)
+    plan.inputs = [g for g in plan.inputs if _contracts(g, config)]
+    _leave_what_costs_more(plan, config)
+    regions, inputs = _laid_out(captured, plan, config)
     if on_plan is not None:
         on_plan(plan)
-    prefill, slots = _phases(regions, config, measure_only)
+    work = _work(regions, inputs, config, measure_only)
     logger.info(
-        "%d regions: %d pruned here, %d measured; %d refusals",
+        "%d regions and %d inputs of linears: %d pruned here, %d measured; %d refusals",
         len(plan.regions),
-        len(slots),
-        len(prefill),
+        len(plan.inputs),
+        len(work.pruned) + len(work.contracted),
+        len(work.measured) + len(work.measured_inputs),
         len(plan.skipped),
     )
-    if not regions:
+    if work.device is None:
         if captured.runnable and read_as_stored(captured):
             return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
@@ -99,8 +106,7 @@ def popc_backend(
         return CompiledGraph(
             gm,
             captured,
-            slots,
-            prefill,
+            work,
             example_inputs,
             config,
             generate,
@@ -131,15 +137,6 @@ def _as_known(region: Region, captured: Captured) -> Region:
     return region
 
 
-def _resolved(config: Config, captured: Captured, plan: Plan) -> Config:
-    """``config`` with a sparsity for this graph's regions, where the model's is given."""
-    if config.model_sparsity is None:
-        return config
-    sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
-    prunable = sum(r.parameters for r in plan.regions if r.kind in config.targets)
-    return config.resolved(sum(sizes.values()), prunable)
-
-
 def _leave_all(plan: Plan, reason: str, kind: str) -> None:
     plan.skipped += [Skipped(r.name, reason, "", r.source, kind) for r in plan.regions]
     plan.regions.clear()
@@ -148,25 +145,40 @@ def _leave_all(plan: Plan, reason: str, kind: str) -> None:
 def _leave_what_costs_more(plan: Plan, config: Config) -> None:
     """Refuse targeted regions whose lists are larger than what pruning leaves unread."""
     for region in list(plan.regions):
-        reason = saves(region, config) if region.kind in config.targets else None
-        if reason is not None and config.counts(region.units).active < region.units:
+        reason = saves(region, config) if region.by_units(config) else None
+        if reason is not None and _active(region, config) < region.units:
             plan.regions.remove(region)
             skip = Skipped(region.name, reason, "", region.source, "costs more")
             plan.skipped.append(skip)
 
 
-def _laid_out(captured: Captured, plan: Plan, config: Config) -> list[Region]:
-    """The regions to rewrite, their weights laid out by channel; Dynamo traces again if need be."""
+def _laid_out(captured: Captured, plan: Plan, config: Config) -> tuple[list[Region], list[Inputs]]:
+    """What to rewrite, its weights laid out by channel; Dynamo traces again if need be."""
     regions = [r for r in plan.regions if _prunable(r, config)]
-    if not regions or not has_kernel(regions[0].hidden.meta["val"].device):
-        return regions
-    changed, refused = lay_out(captured, regions)
+    device = Work(measured=regions, measured_inputs=plan.inputs).device
+    if device is None or not has_kernel(device):
+        return regions, list(plan.inputs)
+    changed, refused = lay_out(captured, [*regions, *plan.inputs])
     if changed:
         compat.restart_tracing()
-    for region, reason in refused.items():
-        plan.regions.remove(region)
-        plan.skipped.append(Skipped(region.name, reason, "", region.source, "layout"))
-    return [region for region in regions if region not in refused]
+    for owner, reason in refused.items():
+        plan.skipped.append(Skipped(owner.name, reason, "", owner.source, "layout"))
+    plan.regions = [region for region in plan.regions if region not in refused]
+    plan.inputs = [group for group in plan.inputs if group not in refused]
+    return [region for region in regions if region not in refused], list(plan.inputs)
+
+
+def _contracts(group: Inputs, config: Config) -> bool:
+    if config.policy_of(group.kind) != "contraction" or config.contraction_budget.share >= 1:
+        return False
+    if config.scope == "batch" or len(shape(group.x)) == 3:
+        return True
+    rows = rows_of(group.x)
+    return rows is not None and rows.is_plain
+
+
+def _active(region: Region, config: Config) -> int:
+    return config.counts(region.units, region.kind).active
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:
@@ -177,7 +189,7 @@ def _needs_grad(inputs: Sequence[Any]) -> bool:
 
 def _prunable(region: Region, config: Config) -> bool:
     """Whether ``config`` wants the region rewritten; with every unit active it stays dense."""
-    if region.kind not in config.targets:
+    if not region.by_units(config):
         return False
     linears = [*(p.linear for p in region.producers), *region.consumers]
     if region.experts and (
@@ -188,21 +200,26 @@ def _prunable(region: Region, config: Config) -> bool:
         rows = rows_of(region.hidden)
         if region.one_pass or rows is None or not rows.is_plain:
             return False
-    return config.counts(region.units).active < region.units
+    return _active(region, config) < region.units
 
 
-def _phases(
-    regions: Sequence[Region], config: Config, measure_only: bool
-) -> tuple[list[Region], list[Slot]]:
-    """The regions to measure, and those to prune."""
-    single = {region.key: is_one_token(region.hidden) for region in regions}
-    # Where a region's rows can't be told apart, it runs on the tokens that the others run on.
+def _work(
+    regions: Sequence[Region], inputs: Sequence[Inputs], config: Config, measure_only: bool
+) -> Work:
+    """What to measure in a graph, and what to prune."""
+    single: dict[Any, bool | None] = {r: is_one_token(r.hidden) for r in regions}
+    single |= {group: is_one_token(group.x) for group in inputs}
+    # Where rows can't be told apart, they are of the tokens that the others are of.
     default = any(single.values())
-    prefill, slots = [], []
-    for region in regions:
-        one = single[region.key]
-        if region.one_pass or ((default if one is None else one) and not measure_only):
-            slots.append(slot_of(region, config.counts(region.units)))
-        else:
-            prefill.append(region)
-    return prefill, slots
+
+    def prunes(owner: Region | Inputs) -> bool:
+        one = single[owner]
+        return (default if one is None else one) and not measure_only
+
+    slots = [r for r in regions if r.one_pass or prunes(r)]
+    return Work(
+        measured=[r for r in regions if r not in slots],
+        pruned=[slot_of(r, config.counts(r.units, r.kind)) for r in slots],
+        measured_inputs=[group for group in inputs if not prunes(group)],
+        contracted=[group for group in inputs if prunes(group)],
+    )

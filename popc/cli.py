@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import popc
+from popc import policies as known
 from popc.bench import Settings, decode_rates
 from popc.bench.models import SHAPES, default_dtype
 from popc.bench.settings import DTYPES
-from popc.config import POLICIES
 from popc.errors import PopcError
 from popc.evaluate import evaluate
 from popc.models import DEFAULT, load_model
@@ -35,7 +35,10 @@ console = Console()
 Model = Annotated[str, typer.Argument(help=f"'{DEFAULT}', a model folder, or a hub id.")]
 Sparsity = Annotated[float, typer.Option(help="r: share of channels inactive at decode.")]
 Candidate = Annotated[float, typer.Option(help="γ: share of channels each token re-scores.")]
-Targets = Annotated[str, typer.Option(help="Kinds of region to prune: mlp,attention,experts.")]
+Policy = Annotated[str, typer.Option(help=f"{', '.join(known.names())}.")]
+Targets = Annotated[
+    str | None, typer.Option(help="mlp,attention,experts,other,head; the policy's usual ones.")
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 Number = TypeVar("Number", int, float)
@@ -101,13 +104,14 @@ def analyze(model: Model = DEFAULT, dtype: Dtype = "float32") -> None:
 def explain(
     model: Model = DEFAULT,
     html: Annotated[Path | None, typer.Option(help="Write a page with a picture.")] = None,
+    policy: Policy = "contraction",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
     dtype: Dtype = "float32",
 ) -> None:
     """Show what is pruned in MODEL, what a decode step reads, and what would help the rest."""
     with _errors():
-        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        config = _config(policy, None, sparsity=sparsity, candidate=candidate)
         loaded, _ = _load(model, dtype)
         with console.status("tracing"):
             explanation = Explanation(popc.analyze(loaded), config, model)
@@ -121,15 +125,16 @@ def explain(
 def generate(
     model: Model = DEFAULT,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")] = DEMO_PROMPT,
+    policy: Policy = "contraction",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
-    targets: Targets = "mlp,experts",
+    targets: Targets = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 64,
     dtype: Dtype = "float32",
 ) -> None:
     """Answer PROMPT with MODEL, pruned."""
     with _errors():
-        config = _config(sparsity, candidate, targets)
+        config = _config(policy, targets, sparsity=sparsity, candidate=candidate)
         loaded, tokenizer = _load(model, dtype)
         twin = popc.compile(loaded, config)
         with console.status("compiling and generating"):
@@ -140,9 +145,10 @@ def generate(
 @app.command(name="eval")
 def evaluate_command(
     model: Model = DEFAULT,
+    policy: Policy = "contraction",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
-    targets: Targets = "mlp,experts",
+    targets: Targets = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of Wikipedia text.")] = 8,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens prefilled in each.")] = 256,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens decoded in each.")] = 256,
@@ -153,19 +159,21 @@ def evaluate_command(
     from popc import text
 
     with _errors():
-        config = _config(sparsity, candidate, targets)
+        config = _config(policy, targets, sparsity=sparsity, candidate=candidate, count=True)
         loaded, tokenizer = _load(model, dtype)
         twin = popc.compile(loaded, config)
         with console.status("reading text"):
+            plan = popc.analyze(loaded)
             rows = text.windows(tokenizer, windows, prompt + continuation)
         with _progress("window", windows) as step:
-            quality = evaluate(loaded, twin, rows, prompt, lambda: step("window"))
+            quality = evaluate(loaded, twin, rows, prompt, lambda: step("window"), plan)
         figures = {
             "model": model,
+            "policy": config.policy_name,
+            "targets": config.targets,
             "sparsity": sparsity,
             "candidate": candidate,
-            "targets": targets,
-            "bytes": twin.popc_plan.decode_share(config),
+            "pruned_bytes": twin.popc_plan.decode_share(config),
             **asdict(quality),
         }
         for name, value in figures.items():
@@ -188,8 +196,8 @@ def bench(
     prefill: Annotated[int, typer.Option(min=0, help="Of those prefilled, at most; 0: all.")] = 512,
     sparsity: Annotated[str, typer.Option(help="r: one or more.")] = "0,0.2,0.4,0.5",
     candidate: Candidate = 0.1,
-    policies: Annotated[str, typer.Option(help="One or more.")] = ",".join(POLICIES),
-    targets: Targets = "mlp,experts",
+    policies: Annotated[str, typer.Option(help="One or more.")] = "contraction,pop",
+    targets: Targets = None,
     tokens: Annotated[int, typer.Option(min=1, help="Steps in a round of each.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which all take turns.")] = 5,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers.")] = None,
@@ -212,7 +220,7 @@ def bench(
             sparsity=_numbers("sparsity", sparsity, float),
             candidate=candidate,
             policies=_words(policies),
-            targets=_words(targets),
+            targets=_words(targets) if targets else None,
             tokens=tokens,
             rounds=rounds,
             layers=layers,
@@ -243,9 +251,12 @@ def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
         raise popc.ConfigError(name, text, "numbers with commas between them") from None
 
 
-def _config(sparsity: float, candidate: float, targets: str) -> popc.Config:
-    kinds = tuple(kind.strip() for kind in targets.split(","))
-    return popc.Config(sparsity=sparsity, candidate=candidate, targets=kinds)
+def _config(policy: str, targets: str | None, **options: Any) -> popc.Config:
+    """Options of a command as a Config; ``policy`` is a name, or ``mlp=pop,attention=...``."""
+    given: Any = policy
+    if "=" in policy:
+        given = dict(word.split("=", 1) for word in _words(policy))
+    return popc.Config(policy=given, targets=_words(targets) if targets else None, **options)
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:

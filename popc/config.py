@@ -7,30 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from popc import policies
+from popc.budget import LEAST, Budget
 from popc.errors import ConfigError
+from popc.policies import Contraction, Counts, Dense, Policy
 
-POLICIES = ("pop",)
-TARGETS = ("mlp", "attention", "experts")
+TARGETS = ("mlp", "attention", "experts", "other", "head")
 SCOPES = ("batch", "sequence")
+BUDGETS = ("fixed", "elastic")
 CODEGENS = ("inductor", "eager")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Static unit counts of one region (arXiv 2602.06822, section 3: partition).
-
-    ``retained + candidate`` units are computed at decode, of which ``active`` are kept. A unit is
-    a channel of an MLP, or a KV group of attention heads.
-    """
-
-    retained: int
-    candidate: int
-    active: int
-
-    @property
-    def live(self) -> int:
-        """|R| + |C|: the units that a decode step computes."""
-        return self.retained + self.candidate
 
 
 @dataclass(frozen=True)
@@ -43,8 +28,20 @@ class Config:
         model_sparsity: share of the whole model's parameters that a decode step leaves unread.
             Given, it replaces ``sparsity``: r of the targeted regions is raised until it holds,
             in each graph on the parameters which that graph uses.
-        policy: how channels are chosen; ``"pop"`` is the paper's.
-        targets: the kinds of region to prune; a subset of ``("mlp", "attention", "experts")``.
+        policy: how channels are chosen: a name, or one for each kind of target.
+            ``"contraction"``: every linear reads the input channels that matter to the token;
+            ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"dense"``: nothing is
+            pruned. Under ``"contraction"``, experts and encoders are pruned by ``"pop"``.
+        targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by contraction alone also
+            ``"other"`` linears, and ``"head"``, the last ones. None: the policy's usual ones, or
+            the kinds that ``policy`` names.
+        bytes: share of the weight bytes of all linears but the last that a decode step reads.
+            Given, it replaces ``sparsity``: r of what is targeted is raised until it holds, in each
+            graph on the linears of that graph.
+        budget: ``"fixed"``, or ``"elastic"``: each prompt reads what it needs to keep ``mass``, but
+            no less than half of what ``sparsity`` leaves; contraction only.
+        mass: share of the squared scores of a typical token that ``"elastic"`` keeps.
+        count: decode graphs also count what contraction reads: see :meth:`popc.Plan.read_share`.
         scope: ``"batch"`` has one partition for the batch (statistics are added over it),
             ``"sequence"`` one for each sequence.
         codegen: ``"inductor"`` generates code; ``"eager"`` interprets the rewritten graph node by
@@ -57,9 +54,13 @@ class Config:
 
     sparsity: float = 0.2
     candidate: float = 0.1
-    policy: str = "pop"
-    targets: tuple[str, ...] = ("mlp", "experts")
+    policy: str | Mapping[str, str] = "contraction"
+    targets: tuple[str, ...] | None = None
     model_sparsity: float | None = None
+    bytes: float | None = None
+    budget: str = "fixed"
+    mass: float = 0.98
+    count: bool = False
     scope: str = "batch"
     codegen: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -69,22 +70,70 @@ class Config:
         _check_share("candidate", self.candidate, below_one=False)
         if self.model_sparsity is not None:
             _check_share("model_sparsity", self.model_sparsity, below_one=True)
-        _check_choice("policy", self.policy, POLICIES)
+        if self.bytes is not None:
+            if self.model_sparsity is not None:
+                raise ConfigError("bytes", self.bytes, "None where model_sparsity is given")
+            _check_share("bytes", self.bytes, below_one=False)
+        _check_share("mass", self.mass, below_one=True)
+        _check_choice("budget", self.budget, BUDGETS)
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("codegen", self.codegen, CODEGENS)
-        if isinstance(self.targets, str):
-            object.__setattr__(self, "targets", (self.targets,))
-        try:
-            object.__setattr__(self, "targets", tuple(self.targets))
-        except TypeError:
-            raise ConfigError("targets", self.targets, f"a subset of {TARGETS}") from None
-        for target in self.targets:
-            if target not in TARGETS:
-                raise ConfigError("targets", self.targets, f"a subset of {TARGETS}")
+        self._check_policy()
+        self._check_targets()
         if not isinstance(self.inductor, Mapping):
             raise ConfigError("inductor", self.inductor, "a mapping of Inductor option to value")
         # A copy: a caller's later change of the dict must not change a compiled model's options.
         object.__setattr__(self, "inductor", dict(self.inductor))
+
+    def _check_policy(self) -> None:
+        if isinstance(self.policy, Mapping):
+            # A copy, as of all that a caller could change later.
+            object.__setattr__(self, "policy", dict(self.policy))
+            for kind, name in self.policy.items():
+                _check_choice("policy", kind, TARGETS)
+                _check_choice("policy", name, policies.names())
+        else:
+            _check_choice("policy", self.policy, policies.names())
+        if self.budget == "elastic" and set(self._policies()) - {"contraction", "dense"}:
+            raise ConfigError("budget", self.budget, "'fixed' with any policy but 'contraction'")
+
+    def _check_targets(self) -> None:
+        given = self.targets
+        if given is None:
+            if isinstance(self.policy, Mapping):
+                given = tuple(kind for kind, name in self.policy.items() if name != "dense")
+            else:
+                given = policies.get(self.policy).targets
+        given = (given,) if isinstance(given, str) else given
+        try:
+            object.__setattr__(self, "targets", tuple(given))
+        except TypeError:
+            raise ConfigError("targets", given, f"a subset of {TARGETS}") from None
+        for target in self.target_kinds:
+            if target not in TARGETS:
+                raise ConfigError("targets", self.targets, f"a subset of {TARGETS}")
+
+    @property
+    def target_kinds(self) -> tuple[str, ...]:
+        """``targets``, which a Config always has."""
+        assert self.targets is not None
+        return self.targets
+
+    def _policies(self) -> list[str]:
+        return list(self.policy.values()) if isinstance(self.policy, Mapping) else [self.policy]
+
+    @property
+    def policy_name(self) -> str:
+        """The policy in a few words, for people and as a key."""
+        if isinstance(self.policy, Mapping):
+            return ", ".join(f"{kind}: {name}" for kind, name in self.policy.items())
+        return self.policy
+
+    def policy_of(self, kind: str) -> str:
+        """The policy for a kind of target; ``"dense"`` for those that are none."""
+        if kind not in self.target_kinds:
+            return "dense"
+        return self.policy.get(kind, "dense") if isinstance(self.policy, Mapping) else self.policy
 
     @classmethod
     def of(cls, config: Config | None = None, options: Mapping[str, Any] | None = None) -> Config:
@@ -102,18 +151,27 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(name, value, f"the fields are {', '.join(names)}{hint}")
         values = {name: getattr(config, name) for name in names} if config else {}
-        return cls(**{**values, **(options or {})})
+        options = dict(options or {})
+        if "policy" in options and "targets" not in options:
+            values.pop("targets", None)  # they were another policy's
+        return cls(**{**values, **options})
 
-    def counts(self, units: int) -> Counts:
-        """How many of ``units`` are retained, candidates and active.
+    def counts(self, units: int, kind: str = "mlp") -> Counts:
+        """How many of ``units`` are retained, candidates and active: see :class:`Policy`."""
+        return self.unit_policy(kind).counts(units, self.sparsity, self.candidate)
 
-        ``active = round((1 - r)·U)``; R is the top ``(1 - r - γ/2)·U`` and C the next ``γ·U``,
-        both cut so that ``retained <= active <= retained + candidate <= units``.
-        """
-        active = max(1, round((1 - self.sparsity) * units))
-        retained = min(max(0, round((1 - self.sparsity - self.candidate / 2) * units)), active)
-        live = min(units, max(active, retained + round(self.candidate * units)))
-        return Counts(retained, live - retained, active)
+    @property
+    def contraction_budget(self) -> Budget:
+        """What the linears that contraction prunes may read."""
+        share = 1 - self.sparsity
+        if self.budget == "elastic":
+            return Budget(share, 1 - self.mass, max(LEAST, share / 2))
+        return Budget(share)
+
+    def unit_policy(self, kind: str) -> Policy:
+        """What prunes the units of a region of ``kind``; POP, where its policy has no units."""
+        policy = policies.get(self.policy_of(kind))
+        return policies.get("pop") if isinstance(policy, Contraction | Dense) else policy
 
     def resolved(self, parameters: int, prunable: int) -> Config:
         """With ``model_sparsity`` turned into ``sparsity``, as the paper does.

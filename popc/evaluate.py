@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
+from popc import state
+from popc.analysis.plan import Plan
 from popc.models import cache_keyword
 
 
@@ -22,12 +24,15 @@ class Quality:
     Attributes:
         perplexity, dense_perplexity: over all continuation tokens; no unit.
         agreement: share of positions where both models' most likely token is the same.
+        read: share of the weight bytes of all linears but the last that a decode step read, as
+            counted if ``compiled`` counts, else as planned; None without a plan.
         windows, prompt, continuation: how much text, in tokens for the last two.
     """
 
     perplexity: float
     dense_perplexity: float
     agreement: float
+    read: float | None
     windows: int
     prompt: int
     continuation: int
@@ -40,6 +45,7 @@ def evaluate(
     windows: Tensor,
     prompt: int = 256,
     progress: Callable[[], None] = lambda: None,
+    plan: Plan | None = None,
 ) -> Quality:
     """Teacher-forced: ``prompt`` tokens prefilled, each later one decoded on its own.
 
@@ -48,9 +54,11 @@ def evaluate(
         compiled: the model to judge, as from :func:`popc.compile`.
         windows: int64 ``[count, length]``, ``length > prompt``.
         progress: called after each window.
+        plan: of the model, as from :func:`popc.analyze`.
     """
     loss = dense_loss = 0.0
     same = 0
+    reads: dict[Any, list[int]] = {}
     for window in windows:
         ids = window[None]
         expected = window[prompt:]
@@ -65,6 +73,9 @@ def evaluate(
         loss += float(cross_entropy(logits, expected, reduction="sum"))
         dense_loss += float(cross_entropy(dense, expected, reduction="sum"))
         same += int((logits.argmax(-1) == dense.argmax(-1)).sum())
+        session = state.of_cache(next(iter(cache.values())))
+        for key, steps in session.reads.items() if session is not None else ():
+            reads.setdefault(key, []).extend(steps)
         progress()
     continuation = windows.shape[1] - prompt
     tokens = windows.shape[0] * continuation
@@ -72,6 +83,7 @@ def evaluate(
         math.exp(loss / tokens),
         math.exp(dense_loss / tokens),
         same / tokens,
+        None if plan is None else plan.read_share(compiled.popc_config, reads),
         windows.shape[0],
         prompt,
         continuation,

@@ -21,6 +21,7 @@ from popc.analysis.plan import Plan, Region, Skipped, generic
 from popc.api import analyze
 from popc.config import Config
 from popc.picture import CSS, Box, layers, legend, picture
+from popc.resolve import resolve
 
 # What helps against each kind of refusal; {op} is the op that caused it.
 _REMEDIES = {
@@ -70,9 +71,8 @@ def explain(
     """
     config = config or Config()
     plan = analyze(model, args, inputs)
-    if config.model_sparsity is not None:
-        prunable = sum(r.parameters for r in plan.regions if r.kind in config.targets)
-        config = config.resolved(sum(p.numel() for p in model.parameters()), prunable)
+    if config.model_sparsity is not None or config.bytes is not None:
+        config = resolve(config, sum(p.numel() for p in model.parameters()), plan)
     return Explanation(plan, config, type(model).__name__)
 
 
@@ -121,7 +121,7 @@ class Read:
 
     @classmethod
     def of(cls, region: Region, config: Config) -> Read:
-        targeted = region.kind in config.targets
+        targeted = config.policy_of(region.kind) != "dense"
         note = (saves(region, config) or "") if targeted else "not a target"
         dense, pruned = (cost.at(B=1, T=1, S=0).bytes for cost in region_cost(region, config))
         return cls(region, dense, dense if note else pruned, note)

@@ -12,18 +12,22 @@ from torch import fx
 
 from popc import state
 from popc.analysis.capture import Captured, identity
+from popc.analysis.inputs import Inputs
 from popc.analysis.labels import same_size
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
-from popc.config import Config, Counts
+from popc.budget import Demand
+from popc.config import Config
 from popc.log import log_graph
+from popc.passes.contract import add_histograms, contract_inputs
 from popc.passes.decode import prune_regions
 from popc.passes.layout import read_as_stored
 from popc.passes.pack import has_kernel, pack_weights
 from popc.passes.packing import Slot
 from popc.passes.prefill import add_statistics
-from popc.state import RegionState, Session
+from popc.policies import Counts, Policy
+from popc.state import InputsState, RegionState, Session
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -51,7 +55,7 @@ class Template:
         identities = tuple((identity(args[at]), *c.weight.identity[1:]) for c, at in consumers)
         return replace(self.region, key=(identities, *self.region.key[1:]))
 
-    def state(self, args: Sequence[Any], counts: Counts) -> RegionState:
+    def state(self, args: Sequence[Any], counts: Counts, policy: Policy) -> RegionState:
         region = self.region
         columns = torch.from_numpy(region.columns)
         squares = []
@@ -70,16 +74,81 @@ class Template:
             norm=torch.stack(squares).sum(0).sqrt().float(),
             cached=region.cached,
             one_pass=region.one_pass,
+            policy=policy,
         )
 
 
 @dataclass(frozen=True, eq=False)
+class InputsTemplate:
+    """Linears of a compiled graph that share an input, and at which inputs their weights are."""
+
+    group: Inputs
+    weights: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: Inputs, captured: Captured) -> InputsTemplate:
+        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+        place = {node: i for i, node in enumerate(placeholders)}
+        return cls(group, tuple(place[linear.weight.parameter] for linear in group.linears))
+
+    def named(self, args: Sequence[Any]) -> Inputs:
+        """The group as it is for the parameters among ``args``."""
+        linears = zip(self.group.linears, self.weights, strict=True)
+        own = tuple((identity(args[at]), *linear.weight.identity[1:]) for linear, at in linears)
+        return replace(self.group, key=(own, *self.group.key[1:]))
+
+    def state(self, args: Sequence[Any]) -> InputsState:
+        group = self.group
+        demand = Demand(group.width, group.weight_bytes, group.alike)
+        return InputsState(self.named(args).key, demand)
+
+    def norm(self, args: Sequence[Any]) -> torch.Tensor:
+        """``‖W[:, c]‖`` over all the linears, float32 ``[K]``."""
+        squares = []
+        for linear, at in zip(self.group.linears, self.weights, strict=True):
+            real = linear.weight.replayed(args[at].detach())
+            wide = torch.promote_types(real.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(real, dim=linear.weight.out_dim, dtype=wide)
+            squares.append(norm.square())
+        return torch.stack(squares).sum(0).sqrt().float()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done in one graph: regions to measure and to prune, inputs likewise."""
+
+    measured: Sequence[Region] = ()
+    pruned: Sequence[Slot] = ()
+    measured_inputs: Sequence[Inputs] = ()
+    contracted: Sequence[Inputs] = ()
+
+    @property
+    def prunes(self) -> bool:
+        return bool(self.pruned or self.contracted)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where it is done; None if there is nothing to do."""
+        hidden = [region.hidden for region in self.measured]
+        hidden += [slot.region.hidden for slot in self.pruned]
+        hidden += [group.x for group in (*self.measured_inputs, *self.contracted)]
+        return hidden[0].meta["val"].device if hidden else None
+
+
+@dataclass(frozen=True, eq=False)
 class _Instance:
-    """The states of a graph's regions for the parameters of one layer, or of one model."""
+    """The states of a graph's regions for the parameters of one layer, or of one model.
+
+    ``scale`` and ``measured_scale`` are norms, as :mod:`popc.passes.contract` takes them.
+    """
 
     owner: object
     slots: list[RegionState]
     prefill: list[RegionState]
+    contracted: list[InputsState]
+    measured_inputs: list[InputsState]
+    scale: torch.Tensor | None
+    measured_scale: torch.Tensor | None
 
 
 class CompiledGraph:
@@ -93,8 +162,7 @@ class CompiledGraph:
         self,
         gm: fx.GraphModule,
         captured: Captured,
-        slots: list[Slot],
-        prefill: list[Region],
+        work: Work,
         example_inputs: Sequence[Any],
         config: Config,
         generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
@@ -103,32 +171,42 @@ class CompiledGraph:
     ) -> None:
         self.gm, self.measuring = gm, measuring
         self.on_plan = on_plan
-        self.scope = config.scope
+        self.scope, self.counting = config.scope, config.count
+        self.budget = config.contraction_budget
         placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        self.slots = [(Template.of(slot.region, captured), slot.counts) for slot in slots]
+        self.slots = [(Template.of(s.region, captured), s.counts, config) for s in work.pruned]
         self.prefill = [
-            (Template.of(region, captured), config.counts(region.units)) for region in prefill
+            (Template.of(region, captured), config.counts(region.units, region.kind), config)
+            for region in work.measured
         ]
-        templates = [template for template, _ in (*self.slots, *self.prefill)]
+        self.contracted = [InputsTemplate.of(group, captured) for group in work.contracted]
+        self.measured_inputs = [InputsTemplate.of(g, captured) for g in work.measured_inputs]
+        templates: list[Template | InputsTemplate] = [t for t, _, _ in (*self.slots, *self.prefill)]
+        templates += [*self.contracted, *self.measured_inputs]
         self.weights = sorted({i for template in templates for i in template.weights})
         self._instances: dict[tuple[int, ...], _Instance] = {}
         self._last: tuple[list[weakref.ref[Any]], _Instance] | None = None
-        self.batch = _batch_of(slots, prefill, placeholders, config.scope)
+        self.batch = _batch_of(work, placeholders, config.scope)
         self.activations = [
             i
             for i, node in enumerate(placeholders)
             if node not in captured.parameters and _is_cache_like(node.meta.get("val"))
         ]
         self.written = [i for i in self.activations if _is_written(placeholders[i])]
-        self.cached = any(region.cached for region in prefill)
+        self.cached = any(region.cached for region in work.measured)
         self._dense: Compiled | None = None
         count = len(placeholders)
-        if prefill:
-            add_statistics(captured, prefill, config.scope)
-        if slots:
-            self.packing = prune_regions(captured, slots, config.scope)
-        device = (slots[0].region if slots else prefill[0]).hidden.meta["val"].device
-        self.packer = None if has_kernel(device) else pack_weights(captured)
+        if work.contracted:
+            contract_inputs(captured, work.contracted, config.scope, config.count)
+        if work.measured_inputs:
+            add_histograms(captured, work.measured_inputs, config.scope)
+        if work.measured:
+            policies = [config.unit_policy(region.kind) for region in work.measured]
+            add_statistics(captured, work.measured, policies, config.scope)
+        if work.pruned:
+            self.packing = prune_regions(captured, work.pruned, config.scope)
+        assert work.device is not None
+        self.packer = None if has_kernel(work.device) else pack_weights(captured)
         read_as_stored(captured)
         added = [n for n in captured.gm.graph.nodes if n.op == "placeholder"][count:]
         log_graph("rewritten", captured.gm)
@@ -146,9 +224,17 @@ class CompiledGraph:
         return outputs
 
     def _run(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
+        """Inputs and outputs in the order in which ``__init__`` has the passes add them."""
         instance = self._instance(args)
         batch = self.batch(args)
         inputs = list(args)
+        if self.contracted:
+            limits = self._limits(instance, session, batch)
+            if limits is None:
+                return self._run_dense(args, session)
+            inputs += [instance.scale, limits]
+        if self.measured_inputs:
+            inputs.append(instance.measured_scale)
         if self.cached:
             cached = [region for region in instance.prefill if region.cached]
             inputs.append(session.keep(cached, self.scope, batch or 1))
@@ -157,20 +243,40 @@ class CompiledGraph:
                 instance.owner, instance.slots, self.packing, self.scope, batch
             )
             if partition is None:
-                with state.use(session):
-                    return self.dense(*args)
+                return self._run_dense(args, session)
             inputs += [partition.index, partition.norm]
             if self.packer is not None:
                 if partition.weights is None:
                     partition.weights = self.packer(inputs)
                 inputs += partition.weights
         outputs = self.run(*inputs)
+        # One token measures nothing if tokens before it were never seen: it stays dense.
+        measures = self.measuring is not None or session.whole
         if self.prefill:
             *outputs, sums = outputs
-            # One token measures nothing if tokens before it were never seen: it stays dense.
-            if self.measuring is not None or session.whole:
+            if measures:
                 session.add(instance.prefill, self.scope, sums)
+        if self.measured_inputs:
+            *outputs, counted = outputs
+            if measures:
+                session.add_histograms(instance.measured_inputs, self.scope, counted)
+        if self.contracted and self.counting:
+            *outputs, read = outputs
+            session.count(instance.contracted, read)
         return outputs
+
+    def _run_dense(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
+        with state.use(session):
+            return self.dense(*args)
+
+    def _limits(
+        self, instance: _Instance, session: Session, batch: int | None
+    ) -> torch.Tensor | None:
+        """Thresholds ``[G, S]`` on the device, or None if they are not known."""
+        assert instance.scale is not None
+        groups = instance.contracted
+        limits = session.limits(instance.owner, groups, self.scope, self.budget, instance.scale)
+        return limits if batch is None or limits is None or limits.shape[1] == batch else None
 
     def _instance(self, args: Sequence[Any]) -> _Instance:
         """The states for the parameters among ``args``."""
@@ -180,16 +286,30 @@ class CompiledGraph:
                 return instance
         key = tuple(identity(args[i]) for i in self.weights)
         if key not in self._instances:
-            self._instances[key] = _Instance(
-                owner=object(),
-                slots=[template.state(args, counts) for template, counts in self.slots],
-                prefill=[template.state(args, counts) for template, counts in self.prefill],
-            )
-            if self.on_plan is not None:
-                every = (*self.slots, *self.prefill)
-                self.on_plan(Plan(regions=[template.named(args) for template, _ in every]))
+            self._instances[key] = self._new_instance(args)
         self._last = [weakref.ref(args[i]) for i in self.weights], self._instances[key]
         return self._instances[key]
+
+    def _new_instance(self, args: Sequence[Any]) -> _Instance:
+        def states(held: Sequence[tuple[Template, Counts, Config]]) -> list[RegionState]:
+            return [t.state(args, n, config.unit_policy(t.region.kind)) for t, n, config in held]
+
+        def scale(held: Sequence[InputsTemplate]) -> torch.Tensor | None:
+            return torch.cat([template.norm(args) for template in held]) if held else None
+
+        if self.on_plan is not None:
+            regions = [t.named(args) for t, _, _ in (*self.slots, *self.prefill)]
+            groups = [t.named(args) for t in (*self.contracted, *self.measured_inputs)]
+            self.on_plan(Plan(regions=regions, inputs=groups))
+        return _Instance(
+            owner=object(),
+            slots=states(self.slots),
+            prefill=states(self.prefill),
+            contracted=[template.state(args) for template in self.contracted],
+            measured_inputs=[template.state(args) for template in self.measured_inputs],
+            scale=scale(self.contracted),
+            measured_scale=scale(self.measured_inputs),
+        )
 
     @property
     def dense(self) -> Compiled:
@@ -206,8 +326,13 @@ class CompiledGraph:
         """The session of the cache tensors among ``args``; a new one where there is none."""
         session = state.of_tensors(args[i] for i in self.activations)
         if session is None:
-            return Session(whole=not self.slots or not self.activations)
-        if self.prefill and self.written and not any(bool(args[i].any()) for i in self.written[:1]):
+            prunes = self.slots or self.contracted
+            return Session(whole=not prunes or not self.activations)
+        if (
+            (self.prefill or self.measured_inputs)
+            and self.written
+            and not any(bool(args[i].any()) for i in self.written[:1])
+        ):
             # A static cache that was reset holds zeros: a new generation begins in it.
             return Session()
         return session
@@ -237,14 +362,16 @@ def _is_written(node: fx.Node) -> bool:
 
 
 def _batch_of(
-    slots: Sequence[Slot], prefill: Sequence[Region], placeholders: Sequence[fx.Node], scope: str
+    work: Work, placeholders: Sequence[fx.Node], scope: str
 ) -> Callable[[Sequence[Any]], int | None]:
     """How to tell the batch size of the regions from a call's inputs; None: it is not needed."""
-    hidden = [*(slot.region.hidden for slot in slots), *(region.hidden for region in prefill)]
-    if scope == "batch" or not hidden:
+    values = [slot.region.hidden for slot in work.pruned]
+    values += [region.hidden for region in work.measured]
+    values += [group.x for group in (*work.contracted, *work.measured_inputs)]
+    if scope == "batch" or not values:
         return lambda args: None
-    rows = rows_of(hidden[0])
-    batch = shape(rows.grid if rows is not None else hidden[0])[0]
+    rows = rows_of(values[0])
+    batch = shape(rows.grid if rows is not None else values[0])[0]
     if isinstance(batch, int):
         return lambda args: batch
     for i, node in enumerate(placeholders):

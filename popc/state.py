@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from popc.config import Counts
+from popc.budget import Budget, Demand, allocate
 from popc.passes.packing import Packing
+from popc.policies import Counts, Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,20 @@ class RegionState:
     norm: Tensor
     cached: bool
     one_pass: bool
+    policy: Policy
+
+    @property
+    def measure(self) -> Hashable:
+        """By what its statistics are known: the region, and the policy that measures."""
+        return self.key, self.policy.name
+
+
+@dataclass(frozen=True, eq=False)
+class InputsState:
+    """What the runtime must know of linears that share an input: see :class:`Inputs`."""
+
+    key: Hashable
+    demand: Demand
 
 
 @dataclass
@@ -68,6 +83,7 @@ class Session:
 
     Attributes:
         whole: whether it began with an empty cache, so that all its tokens were seen.
+        reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
     def __init__(self, whole: bool = True) -> None:
@@ -75,21 +91,68 @@ class Session:
         self._sums: dict[tuple[Hashable, str], Tensor] = {}
         self._living: dict[tuple[Hashable, str], Tensor] = {}
         self._partitions: dict[Hashable, Partition] = {}
+        self._histograms: dict[tuple[Hashable, str], Tensor] = {}
+        self._limits: dict[Hashable, Tensor] = {}
+        self.reads: dict[Hashable, list[int]] = {}
 
     def add(self, regions: Sequence[RegionState], scope: str, sums: Tensor) -> None:
         """Add a prefill's statistics ``[S, ΣK]`` float64 and let the partition be renewed."""
         widths = [region.width * max(1, region.experts) for region in regions]
         pieces = sums.detach().split(widths, dim=-1)
         for region, piece in zip(regions, pieces, strict=True):
-            before = self._sums.get((region.key, scope))
+            before = self._sums.get((region.measure, scope))
             known = before is not None and before.shape == piece.shape
             # A copy: the compiled graph may reuse the memory of its output.
-            self._sums[region.key, scope] = before + piece if known else piece.clone()
+            self._sums[region.measure, scope] = before + piece if known else piece.clone()
         self._partitions.clear()
 
-    def statistics(self, key: Hashable, scope: str) -> Tensor | None:
+    def statistics(self, key: Hashable, scope: str, policy: str = "pop") -> Tensor | None:
         """The sum of squares ``[S, K]`` of a region so far, or None before its prefill."""
-        return self._sums.get((key, scope))
+        return self._sums.get(((key, policy), scope))
+
+    def add_histograms(self, groups: Sequence[InputsState], scope: str, counted: Tensor) -> None:
+        """Add a prefill's histograms ``[S, G, BINS + 1]`` and let thresholds be renewed."""
+        for group, piece in zip(groups, counted.detach().unbind(1), strict=True):
+            before = self._histograms.get((group.key, scope))
+            if before is not None and before.shape == piece.shape:
+                piece = before + piece
+            self._histograms[group.key, scope] = piece.clone()
+        self._limits.clear()
+
+    def histogram(self, key: Hashable, scope: str) -> Tensor | None:
+        """The scores of a group of inputs so far, ``[S, BINS + 1]``; None before its prefill."""
+        return self._histograms.get((key, scope))
+
+    def limits(
+        self,
+        owner: Hashable,
+        groups: Sequence[InputsState],
+        scope: str,
+        budget: Budget,
+        like: Tensor,
+    ) -> Tensor | None:
+        """The thresholds of ``groups``, float32 ``[G, S]`` on the device of ``like``.
+
+        None if a group's prefill is not known. ``owner`` as in :meth:`partition`.
+        """
+        held = self._limits.get(owner)
+        if held is not None:
+            return held
+        found = [self.histogram(group.key, scope) for group in groups]
+        counted = [histogram for histogram in found if histogram is not None]
+        if len(counted) < len(groups) or len({len(histogram) for histogram in counted}) > 1:
+            return None
+        demands = [group.demand for group in groups]
+        by_sequence = [
+            allocate(one, demands, budget).thresholds for one in torch.stack(counted, 1).cpu()
+        ]
+        self._limits[owner] = torch.stack(by_sequence, 1).to(like.device)
+        return self._limits[owner]
+
+    def count(self, groups: Sequence[InputsState], read: Tensor) -> None:
+        """Note how many channels ``[G]`` a decode step read."""
+        for group, channels in zip(groups, read.tolist(), strict=True):
+            self.reads.setdefault(group.key, []).append(channels)
 
     def keep(self, regions: Sequence[RegionState], scope: str, batch: int) -> Tensor:
         """``popc_keep`` of :func:`popc.passes.prefill.add_statistics` for cached regions."""
@@ -145,7 +208,7 @@ class Session:
                 norms.append(region.norm.expand(sequences, -1))
                 full.append(None)
                 continue
-            sums = self._sums.get((region.key, scope))
+            sums = self._sums.get((region.measure, scope))
             if sums is None:
                 return None
             units, norm = split(sums, region, self._living.get((region.key, scope)))
@@ -174,7 +237,7 @@ def _unseen(sums: Tensor, region: RegionState) -> Tensor:
 
 
 def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """R and C by rank of importance ``I_u = ‖W[:, u]‖ · sqrt(Σ h²)`` (arXiv 2602.06822).
+    """R and C by rank of the policy's importance, the paper's ``‖W[:, u]‖ · sqrt(Σ h²)``.
 
     Args:
         sums: ``Σ h²``, float64 ``[S, K]``; with experts ``[1, E·K]``.
@@ -187,8 +250,8 @@ def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tu
     """
     counts = region.counts
     columns = region.columns.to(sums.device)
-    importance = _by_expert(sums, region)[:, columns].sum(-1).sqrt()
-    importance = importance * region.norm.to(torch.float64)
+    squares = _by_expert(sums, region)[:, columns].sum(-1)
+    importance = region.policy.importance(squares, region.norm)
     # NaN would rank first for good; such a unit was never usefully measured.
     importance = importance.nan_to_num(nan=0.0)
     if living is not None and living.shape == importance.shape:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from popc.analysis.inputs import Inputs
 from popc.analysis.labels import same_size
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import VIEWS, rows_of
@@ -87,11 +88,14 @@ def region_cost(region: Region, config: Config | None = None) -> RegionCost:
 
     With ``config`` r and γ are gone: its rounded counts stand for them, and its scope counts.
     """
+    if config is not None and config.policy_of(region.kind) == "contraction":
+        if not region.by_units(config):
+            return _contraction_cost(region, config)
     units = sympy.Integer(region.units)
     live = units * sympy.Min(1, sympy.Max(1 - r + gamma / 2, gamma))
     active = units * (1 - r)
     if config is not None:
-        counts = config.counts(region.units)
+        counts = config.counts(region.units, region.kind)
         live, active = sympy.Integer(counts.live), sympy.Integer(counts.active)
     width = region.columns.shape[1]
     if region.one_pass:
@@ -106,6 +110,28 @@ def region_cost(region: Region, config: Config | None = None) -> RegionCost:
     pruned = Cost(pruned.flops, times * pruned.weights, times * lists)
     attention = _attention(region) if region.kind == "attention" else Cost(ZERO, ZERO)
     return RegionCost(dense + attention, pruned + attention)
+
+
+def _contraction_cost(region: Region, config: Config) -> RegionCost:
+    """By contraction each linear reads 1 - r of what it contracts, and a norm for each channel."""
+    units = sympy.Integer(region.units)
+    dense, share = _linears(region, units, units), 1 - sympy.Float(config.sparsity)
+    linears = [*(producer.linear for producer in region.producers), *region.consumers]
+    norms = NORM * sum({linear.x: linear.inputs for linear in linears}.values())
+    pruned = Cost(share * dense.flops, share * dense.weights, sympy.Integer(norms))
+    attention = _attention(region) if region.kind == "attention" else Cost(ZERO, ZERO)
+    return RegionCost(dense + attention, pruned + attention)
+
+
+def inputs_cost(group: Inputs, config: Config) -> RegionCost:
+    """The cost of linears that share an input, dense and by contraction, in B and T."""
+    flops = 2 * B * T * sympy.Integer(group.parameters)
+    dense = Cost(flops, sympy.Integer(group.weight_bytes))
+    if config.policy_of(group.kind) != "contraction":
+        return RegionCost(dense, dense)
+    share = 1 - sympy.Float(config.sparsity)
+    norms = sympy.Integer(NORM * group.width)
+    return RegionCost(dense, Cost(share * dense.flops, share * dense.weights, norms))
 
 
 def saves(region: Region, config: Config, B: int = 1) -> str | None:
@@ -262,10 +288,15 @@ def plan_cost(plan: Plan, B: int, T: int, S: int, config: Config) -> PlanCost:
     rows, both = [], (Cost(ZERO, ZERO), Cost(ZERO, ZERO))
     for region in plan.regions:
         dense, pruned = region_cost(region, config)
-        note = "its kind is no target" if region.kind not in config.targets else None
+        note = "its kind is no target" if config.policy_of(region.kind) == "dense" else None
         note = note or saves(region, config, B)
         pruned = dense if note else pruned
         both = (both[0] + dense, both[1] + pruned)
         rows.append(Row(region.kind, region.name, dense.at(**at), pruned.at(**at), note or ""))
+    for group in plan.inputs:
+        if group.kind in ("other", "head") and config.policy_of(group.kind) != "dense":
+            dense, pruned = inputs_cost(group, config)
+            both = (both[0] + dense, both[1] + pruned)
+            rows.append(Row(group.kind, group.name, dense.at(**at), pruned.at(**at), ""))
     rows.append(Row("total", "", both[0].at(**at), both[1].at(**at), ""))
     return PlanCost(f"popc: cost at B={B}, T={T}, S={S}, r={config.sparsity}", tuple(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from rich.table import Table
 from torch import fx
 
 from popc.analysis.linears import Linear
-from popc.config import Config, Counts
+from popc.config import Config
+from popc.policies import Counts
 
 if TYPE_CHECKING:
     from popc.analysis.cost import PlanCost
+    from popc.analysis.inputs import Inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,16 @@ class Region:
         """E, the number of experts whose weights are stacked; 0 in other regions."""
         held = self.consumers[0].experts
         return held.count if held is not None else 0
+
+    def by_units(self, config: Config) -> bool:
+        """Whether ``config`` prunes its units, not its linears' inputs: see :mod:`popc.policies`.
+
+        Contraction needs one weight for all tokens, and a decode phase.
+        """
+        policy = config.policy_of(self.kind)
+        if policy == "contraction":
+            return bool(self.experts) or self.one_pass
+        return policy != "dense"
 
     @property
     def width(self) -> int:
@@ -140,17 +153,21 @@ class Plan:
     Attributes:
         regions: what can be pruned, in graph order.
         skipped: linears left dense, each with its reason.
+        inputs: linears of which a decode step leaves input channels out, by what they read.
         breaks: reasons for which the model was traced in more than one piece.
     """
 
     regions: list[Region] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    inputs: list[Inputs] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
 
     def extend(self, other: Plan) -> None:
         """Add another graph's plan; what both hold is listed once."""
         known = {region.key for region in self.regions}
         self.regions += [region for region in other.regions if region.key not in known]
+        read = {group.key for group in self.inputs}
+        self.inputs += [group for group in other.inputs if group.key not in read]
         self.skipped += [skip for skip in other.skipped if skip not in self.skipped]
         self.breaks += [reason for reason in other.breaks if reason not in self.breaks]
 
@@ -159,10 +176,49 @@ class Plan:
         return sum(region.kind == kind for region in self.regions)
 
     def decode_share(self, config: Config) -> float:
-        """The share of the targeted regions' weight bytes that a decode step reads."""
-        regions = [region for region in self.regions if region.kind in config.targets]
+        """The share of the pruned linears' weight bytes that a decode step reads.
+
+        Of contraction it is what thresholds are set for; tokens read more and less than that.
+        """
+        regions = [region for region in self.regions if region.by_units(config)]
         dense = sum(region.weight_bytes for region in regions)
-        read = sum(r.decode_bytes(config.counts(r.units)) for r in regions)
+        read = sum(r.decode_bytes(config.counts(r.units, r.kind)) for r in regions)
+        for group in self.inputs:
+            if config.policy_of(group.kind) == "contraction":
+                dense += group.weight_bytes
+                read += (1 - config.sparsity) * group.weight_bytes
+        return read / dense if dense else 1.0
+
+    def read_share(self, config: Config, reads: Mapping[Any, Sequence[int]] | None = None) -> float:
+        """The share of the weight bytes of all linears but the last that a decode step reads.
+
+        For plans of :func:`popc.analyze`, which hold all linears.
+
+        Args:
+            reads: what was counted, as sessions hold it under ``Config(count=True)``: the channels
+                that groups of ``inputs`` read, step by step. Without it, what thresholds are for.
+        """
+        dense = read = 0.0
+        for region in self.regions:
+            by_units = region.by_units(config)
+            if region.experts or region.one_pass:
+                dense += region.weight_bytes  # which are in none of the inputs
+            if by_units:
+                counts = config.counts(region.units, region.kind)
+                read += region.decode_bytes(counts)
+                read -= 0 if region.experts or region.one_pass else region.weight_bytes
+            elif region.experts or region.one_pass:
+                read += region.weight_bytes
+        for group in self.inputs:
+            if group.kind == "head":
+                continue
+            share = 1.0
+            if config.policy_of(group.kind) == "contraction":
+                steps = (reads or {}).get(group.key)
+                share = 1 - config.sparsity
+                share = sum(steps) / len(steps) / group.width if steps else share
+            dense += group.weight_bytes
+            read += share * group.weight_bytes
         return read / dense if dense else 1.0
 
     def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:

@@ -32,7 +32,7 @@ class Way:
 
 
 def name_of(config: Config) -> str:
-    return f"popc {config.policy} r={config.sparsity:g}"
+    return f"popc {config.policy_name} r={config.sparsity:g}"
 
 
 def dense_ways(model: Any, settings: Settings) -> dict[str, Way]:
@@ -101,14 +101,16 @@ def _decode_at(
     first = next(iter(contexts.values()))
 
     def seconds(way: Way, tokens: int) -> float:
-        held = contexts[way.config.policy] if way.config else first
+        held = contexts[way.config.policy_name] if way.config else first
         return held.decode(way.forward, tokens)[0] / tokens
 
     for name, way in ways.items():
         progress(f"{where}compiling {name}")
         seconds(way, min(WARMING, settings.tokens))
         if way.config is not None and way.plan is not None:
-            check_pruned(way.plan, way.config, state.of_cache(contexts[way.config.policy].cache))
+            check_pruned(
+                way.plan, way.config, state.of_cache(contexts[way.config.policy_name].cache)
+            )
     turns = {name: lambda way=way: seconds(way, settings.tokens) for name, way in ways.items()}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(where + name))
     plan = next(way.plan for way in twins.values() if way.plan is not None)
@@ -140,7 +142,7 @@ def _contexts(
     contexts = {}
     for policy in settings.policies:
         progress("compiling the prefill")
-        ours = [way for way in twins.values() if way.config and way.config.policy == policy]
+        ours = [way for way in twins.values() if way.config and way.config.policy_name == policy]
         most = max(ours, key=lambda way: way.config.sparsity if way.config else 0)
         contexts[policy] = Context(
             model.config, prompt, room, most.forward, context, allocate=model.forward
@@ -155,8 +157,12 @@ def check_pruned(plan: Plan, config: Config, session: state.Session | None) -> N
         ModelError: a targeted region has no statistics in the session.
     """
     for region in plan.regions:
-        wanted = region.kind in config.targets and not region.one_pass
-        if not wanted or config.counts(region.units).active == region.units:
+        wanted = region.by_units(config) and not region.one_pass
+        if not wanted or config.counts(region.units, region.kind).active == region.units:
             continue
-        if session is None or session.statistics(region.key, config.scope) is None:
+        policy = config.unit_policy(region.kind).name
+        if session is None or session.statistics(region.key, config.scope, policy) is None:
             raise ModelError(f"{region.name} was not pruned: its prefill is not known at decode")
+    for group in plan.inputs:
+        if session is None or session.histogram(group.key, config.scope) is None:
+            raise ModelError(f"{group.name} was not pruned: its prefill is not known at decode")

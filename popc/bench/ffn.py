@@ -112,7 +112,7 @@ def _ffn_at(
     sessions = {}
     for policy in settings.policies:
         progress(f"batch {batch}: compiling the prefill")
-        ours = [name for name, config in configs.items() if config.policy == policy]
+        ours = [name for name, config in configs.items() if config.policy_name == policy]
         most = max(ours, key=lambda name: configs[name].sparsity)
         sessions[policy] = state.Session()
         with state.use(sessions[policy]):
@@ -126,7 +126,9 @@ def _ffn_at(
     def seconds(name: str, times: int) -> float:
         """Of one block."""
         forward = forwards[name]
-        with state.use(sessions[configs[name].policy if name in configs else settings.policies[0]]):
+        with state.use(
+            sessions[configs[name].policy_name if name in configs else settings.policies[0]]
+        ):
             wait(x.device)
             start = time.perf_counter()
             for _ in range(times):
@@ -138,7 +140,7 @@ def _ffn_at(
         progress(f"batch {batch}: compiling {name}")
         seconds(name, WARMING)
         if name in configs:
-            check_pruned(plans[name], configs[name], sessions[configs[name].policy])
+            check_pruned(plans[name], configs[name], sessions[configs[name].policy_name])
     turns = {name: lambda name=name: seconds(name, settings.tokens) for name in forwards}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(f"batch {batch}: {name}"))
     ways: dict[str, Config | None] = {name: configs.get(name) for name in forwards}

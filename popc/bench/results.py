@@ -216,7 +216,7 @@ def runs_of(
         runs.append(
             Run(
                 name=name,
-                policy=config.policy if config else None,
+                policy=config.policy_name if config else None,
                 sparsity=config.sparsity if config else None,
                 batch=batch,
                 context=context,

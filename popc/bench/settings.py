@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from popc.config import POLICIES, Config
+from popc.config import Config
 from popc.errors import ConfigError
 from popc.models import DEFAULT
 
@@ -49,8 +49,8 @@ class Settings:
     prefill: int = 512
     sparsity: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5)
     candidate: float = 0.1
-    policies: tuple[str, ...] = POLICIES
-    targets: tuple[str, ...] = ("mlp", "experts")
+    policies: tuple[str, ...] = ("contraction", "pop")
+    targets: tuple[str, ...] | None = None
     tokens: int = 32
     rounds: int = 5
     layers: int | None = None
@@ -111,5 +111,5 @@ class Settings:
     @property
     def most_pruned(self) -> Config:
         """Of the first policy, at the highest sparsity."""
-        ours = [config for config in self.configs() if config.policy == self.policies[0]]
+        ours = [config for config in self.configs() if config.policy_name == self.policies[0]]
         return max(ours, key=lambda config: config.sparsity)

@@ -13,9 +13,19 @@ from torch import Tensor
 
 from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
+from popc.ops.measure import score_histogram, sum_squares
 from popc.ops.select import select_units
+from popc.ops.threshold import threshold_linear
 
-__all__ = ["gather_experts", "gather_linear", "select_units", "served"]
+__all__ = [
+    "gather_experts",
+    "gather_linear",
+    "score_histogram",
+    "select_units",
+    "served",
+    "sum_squares",
+    "threshold_linear",
+]
 
 
 def served(op: Any, x: Tensor, weight: Tensor) -> Any:
@@ -23,7 +33,7 @@ def served(op: Any, x: Tensor, weight: Tensor) -> Any:
 
     On CUDA a Triton op, which Inductor sees through; C++ kernels answer to the op's own name.
     """
-    if not triton_gather.serves(x, weight):
+    if op is threshold_linear or not triton_gather.serves(x, weight):
         return op
     ops = torch.ops.popc
     return {

@@ -20,7 +20,7 @@ _INCLUDE = '#include "kernels.h"\n'
 
 def source() -> str:
     """All of it as one translation unit."""
-    names = ("kernels.h", "gather.cpp", "select.cpp")
+    names = ("kernels.h", "gather.cpp", "threshold.cpp", "select.cpp", "measure.cpp")
     parts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
     return "\n".join(parts).replace(_INCLUDE, "")
 

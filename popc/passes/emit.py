@@ -32,13 +32,26 @@ class Emitter:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.like.meta:
                 node.meta[key] = self.like.meta[key]
+        node.meta["val"] = self._value(target, args, kwargs)
+        return node
+
+    def change(self, node: fx.Node, target: Any, *args: Any) -> None:
+        """Make ``node`` compute ``target(*args)``: whoever holds the node still holds the value.
+
+        Raises:
+            GraphError: the op refuses these arguments.
+        """
+        value = self._value(target, args, {})
+        node.target, node.args, node.kwargs = target, args, {}
+        node.meta["val"] = value
+
+    def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
         fake_args, fake_kwargs = map_arguments(args, kwargs, lambda n: n.meta["val"])
         try:
             with self.mode:
-                node.meta["val"] = target(*fake_args, **fake_kwargs)
+                return target(*fake_args, **fake_kwargs)
         except Exception as error:
             raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
-        return node
 
     def size(self, value: fx.Node, dim: int) -> Any:
         """A size of ``value`` as an argument: a number, or a node where it is symbolic."""
@@ -61,6 +74,15 @@ def add_input(captured: Captured, name: str, value: torch.Tensor) -> fx.Node:
         node = graph.placeholder(name)
     node.meta["val"] = value
     return node
+
+
+def append_output(captured: Captured, target: Any, *args: Any) -> None:
+    """A new last output: ``target(*args)``."""
+    output = captured.gm.graph.output_node()
+    with captured.gm.graph.inserting_before(output):
+        added = Emitter(captured, output).call(target, *args)
+    (values,) = output.args
+    output.args = ((*values, added),)  # type: ignore[misc]
 
 
 def finish(captured: Captured) -> None:

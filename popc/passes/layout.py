@@ -8,6 +8,7 @@ is freed. No second copy stays, and all that shares the parameter sees the same 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.capture import Captured
+from popc.analysis.inputs import Inputs
 from popc.analysis.linears import Linear, Weight, as_linear, is_view_of_weight
 from popc.analysis.plan import Region
 from popc.log import logger
@@ -25,21 +27,21 @@ from popc.passes.emit import Emitter, finish
 
 aten = torch.ops.aten
 
+Owner = Region | Inputs
 
-def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[Region, str]]:
-    """Lay the weights of ``regions`` out by channel, in place.
+
+def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Owner, str]]:
+    """Lay the weights of regions and of inputs out by channel, in place.
 
     Returns:
-        Whether a parameter changed, so that a graph traced before is out of date; and the regions
+        Whether a parameter changed, so that a graph traced before is out of date; and the owners
         that can't be read by channel, with the reason.
     """
-    linears = {linear.node for region in regions for linear in _linears(region)}
+    linears = {linear.node for owner in owners for linear, _ in _uses(owner)}
     roles: dict[fx.Node, list[tuple[Weight, int]]] = {}
-    for region in regions:
-        uses = [(p.linear.weight, p.linear.weight.out_dim) for p in region.producers]
-        uses += [(c.weight, c.weight.in_dim) for c in region.consumers]
-        for weight, dim in uses:
-            roles.setdefault(weight.parameter, []).append((weight, dim))
+    for owner in owners:
+        for linear, dim in _uses(owner):
+            roles.setdefault(linear.weight.parameter, []).append((linear.weight, dim))
     turned = 0
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
@@ -49,9 +51,12 @@ def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[R
         if any(_lies_by(weight.node.meta["val"], dim) for weight, dim in uses):
             continue  # what one list gains another would lose
         reason = _refusal(parameter, captured, linears)
-        if reason is None:
+        if held in _turned:
+            warnings.warn(_TAKEN, stacklevel=2)  # and what lists leave out is still left out
+        elif reason is None:
             # One parameter at a time: the peak is one weight above what the model holds.
             held.data = turn(held.detach())
+            _turned[held] = True
             turned += 1
         else:
             refused[parameter] = reason
@@ -60,14 +65,19 @@ def lay_out(captured: Captured, regions: Sequence[Region]) -> tuple[bool, dict[R
     else:
         _collapse(captured.parameters[parameter] for parameter in roles)
     without = {
-        region: refused[linear.weight.parameter]
-        for region in regions
-        for linear in _linears(region)
+        owner: refused[linear.weight.parameter]
+        for owner in owners
+        for linear, _ in _uses(owner)
         if linear.weight.parameter in refused
     }
     return bool(turned), without
 
 
+_turned = WeakTensorKeyDictionary()
+_TAKEN = (
+    "another popc.compile of this model, under another policy, has laid its weights out otherwise: "
+    "this one is right, but reads more than it needs. Compile a copy.deepcopy of the model instead."
+)
 _collapsed = WeakTensorKeyDictionary()
 
 
@@ -117,8 +127,12 @@ def _shape(node: fx.Node) -> Sequence[int]:
     return node.meta["val"].shape
 
 
-def _linears(region: Region) -> list[Linear]:
-    return [*(producer.linear for producer in region.producers), *region.consumers]
+def _uses(owner: Owner) -> list[tuple[Linear, int]]:
+    """The owner's linears, each with the dim of its weight that lists name channels of."""
+    if isinstance(owner, Inputs):
+        return [(linear, linear.weight.in_dim) for linear in owner.linears]
+    made = [(p.linear, p.linear.weight.out_dim) for p in owner.producers]
+    return made + [(linear, linear.weight.in_dim) for linear in owner.consumers]
 
 
 def _lies_by(value: Tensor, dim: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from popc.analysis.plan import Region
-from popc.config import Counts
+from popc.policies import Counts
 
 
 @dataclass(frozen=True, eq=False)

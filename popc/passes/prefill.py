@@ -15,16 +15,21 @@ from popc.analysis.capture import Captured
 from popc.analysis.plan import Region
 from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
-from popc.passes.emit import Emitter, add_input, finish
+from popc.ops import sum_squares
+from popc.passes.emit import Emitter, add_input, append_output, finish
 from popc.passes.experts import expert_of_rows, flat_input
 from popc.passes.validity import emit_valid_rows
+from popc.policies import Policy
 
 aten = torch.ops.aten
 
 
-def add_statistics(captured: Captured, regions: Sequence[Region], scope: str) -> None:
+def add_statistics(
+    captured: Captured, regions: Sequence[Region], policies: Sequence[Policy], scope: str
+) -> None:
     """Append the output ``[S, ΣK]`` float64, the regions' statistics side by side.
 
+    Each is the sum of squares of what the region's policy measures: of h itself for the paper's.
     S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. K is the width of a region's
     h, E · K where experts are stacked. If some regions are cached, the graph also gains the input
     ``popc_keep`` float32 ``[S, ΣK]``: 0 for the columns of heads whose keys and values the cache
@@ -37,12 +42,18 @@ def add_statistics(captured: Captured, regions: Sequence[Region], scope: str) ->
     valid = [emit_valid_rows(captured, region.hidden, output, memo) for region in regions]
     with graph.inserting_before(output):
         sums = [
-            _emit_sum(captured, region, hidden.get(region.hidden, region.hidden), mask, scope)
-            for region, mask in zip(regions, valid, strict=True)
+            _emit_sum(
+                captured,
+                region,
+                policy.measured(
+                    Emitter(captured, output), hidden.get(region.hidden, region.hidden)
+                ),
+                mask,
+                scope,
+            )
+            for region, policy, mask in zip(regions, policies, valid, strict=True)
         ]
-        packed = Emitter(captured, output).call(aten.cat.default, sums, -1)
-    (values,) = output.args
-    output.args = ((*values, packed),)  # type: ignore[misc]
+    append_output(captured, aten.cat.default, sums, -1)
     finish(captured)
 
 
@@ -83,27 +94,29 @@ def _emit_sum(
 ) -> fx.Node:
     """Nodes for ``Σ h²`` of one region, ``[S, K]``, or ``[1, E·K]`` with experts."""
     emit = Emitter(captured, h)
+    if region.experts:
+        return _sum_by_expert(emit, region, h, valid)
+    rank = len(shape(h))
+    sizes = [emit.size(h, 0), -1] if rank > 2 else [1, -1]
+    if scope == "sequence" and rank == 2:
+        rows = rows_of(h)
+        assert rows is not None
+        sizes = [emit.size(rows.grid, d) for d in range(2)]
+    h = emit.call(aten.reshape.default, h, [*sizes, region.width])
+    if valid is not None:
+        valid = emit.call(aten.reshape.default, valid, sizes)
+    total = emit.call(sum_squares, h, valid)
+    return total if scope == "sequence" else emit.call(aten.sum.dim_IntList, total, [0], True)
+
+
+def _sum_by_expert(emit: Emitter, region: Region, h: fx.Node, valid: fx.Node | None) -> fx.Node:
+    """Each expert's sum over the rows routed to it."""
     hidden = emit.call(aten.to.dtype, h, torch.float64)
     squares = emit.call(aten.mul.Tensor, hidden, hidden)
     if valid is not None:
         # where, not a product: a NaN in a padding token must not reach the statistic.
         zero = emit.call(aten.zeros_like.default, squares)
         squares = emit.call(aten.where.self, valid, squares, zero)
-    if region.experts:
-        return _sum_by_expert(emit, region, squares)
-    rank = len(shape(h))
-    if scope == "sequence" and rank == 2:
-        rows = rows_of(h)
-        assert rows is not None
-        sizes = [emit.size(rows.grid, d) for d in range(2)]
-        squares, rank = emit.call(aten.reshape.default, squares, [*sizes, region.width]), 3
-    tokens = list(range(rank - 1)) if scope == "batch" else list(range(1, rank - 1))
-    total = emit.call(aten.sum.dim_IntList, squares, tokens)
-    return total if scope == "sequence" else emit.call(aten.unsqueeze.default, total, 0)
-
-
-def _sum_by_expert(emit: Emitter, region: Region, squares: fx.Node) -> fx.Node:
-    """Each expert's sum over the rows routed to it."""
     linear = region.consumers[0]
     flat = flat_input(emit, linear)
     rows = emit.call(aten.reshape.default, squares, [-1, region.width])

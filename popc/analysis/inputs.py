@@ -1,0 +1,136 @@
+"""Linears by the input that they share: what can leave input channels out, token by token.
+
+Every linear contracts its input's channels, so any of them may be left out where it is small. No
+life of a channel has to be followed for that, only what the linears of one input belong to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from popc.analysis.capture import Captured
+from popc.analysis.linears import Linear, as_linear
+from popc.analysis.places import common, source_of, where
+from popc.analysis.plan import Region
+from popc.analysis.walk import shape
+
+aten = torch.ops.aten
+
+# What picks by value: a linear whose output only decides such a choice routes tokens.
+_CHOICES = (
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+    aten.argmax.default,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The linears that contract one value.
+
+    Attributes:
+        kind: ``"mlp"`` or ``"attention"``, after the region that they produce or consume;
+            ``"head"`` where no other linear comes after; else ``"other"``.
+        name: where in the model, for people.
+        x: what they read, ``[..., K]``.
+        linears: those that read it; each has one weight for all rows.
+        key: the same in every graph that they are part of.
+        alike: the same for groups that do the same in other layers.
+    """
+
+    kind: str
+    name: str
+    x: fx.Node
+    linears: tuple[Linear, ...]
+    key: tuple[Any, ...]
+    source: str = ""
+
+    @property
+    def width(self) -> int:
+        """K, how many channels x has."""
+        return self.linears[0].inputs
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        return (self.kind, self.width, tuple(linear.outputs for linear in self.linears))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the linears' weights."""
+        return sum(linear.weight.bytes for linear in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the linears have."""
+        return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+
+def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
+    """Every plain linear of a graph, grouped by what it reads, in graph order.
+
+    Left out are experts' linears, which have an input for each expert, linears that route, and
+    those of regions that run in one pass.
+    """
+    graph = captured.gm.graph
+    kinds: dict[fx.Node, str] = {}
+    once: set[fx.Node] = set()
+    for region in regions:
+        for linear in (*(p.linear for p in region.producers), *region.consumers):
+            kinds.setdefault(linear.node, region.kind)
+            if region.one_pass:
+                once.add(linear.node)
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    linears = list(filter(None, (as_linear(node, captured) for node in nodes)))
+    inner = _before(linear.node for linear in linears)
+    groups: dict[tuple[fx.Node, str], list[Linear]] = {}
+    for linear in linears:
+        rank = len(shape(linear.x))
+        plain = linear.experts is None and linear.x_dim == rank - 1 == linear.y_dim
+        if not plain or linear.node in once or _routes(linear):
+            continue
+        last = "head" if linear.node not in inner else "other"
+        groups.setdefault((linear.x, kinds.get(linear.node, last)), []).append(linear)
+    uses: Counter[Any] = Counter()
+    found = []
+    for (x, kind), members in groups.items():
+        identities = tuple(linear.weight.identity for linear in members)
+        name = common([where(linear.node) for linear in members])
+        key = (identities, uses[identities])
+        uses[identities] += 1
+        found.append(Inputs(kind, name, x, tuple(members), key, source_of(members[0].node)))
+    return found
+
+
+def _before(nodes: Iterator[fx.Node]) -> set[fx.Node]:
+    """All that some of ``nodes`` depends on, without those that only depend on others."""
+    seen: set[fx.Node] = set()
+    stack = [source for node in nodes for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def _routes(linear: Linear) -> bool:
+    """Whether the output is small and decides a choice before any other product meets it."""
+    stack, seen = list(linear.node.users), set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if node.target in _CHOICES:
+            return True
+        if all(source in seen or source is linear.node for source in node.all_input_nodes):
+            stack += node.users
+    return False

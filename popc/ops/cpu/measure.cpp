@@ -1,0 +1,126 @@
+// popc::sum_squares and popc::score_histogram on CPUs. See popc/ops/measure.py for what they mean.
+
+#include <cstring>
+#include <limits>
+
+namespace popc {
+namespace {
+
+constexpr int shift = 21;
+constexpr int64_t bins = 1 << 10;
+
+void check_measured(const Tensor& x, const MaybeTensor& valid) {
+  TORCH_CHECK_VALUE(
+      !valid || (valid->scalar_type() == at::kBool && valid->sizes() == x.sizes().slice(0, 2)),
+      "popc: valid must be bool [B, T] for ", x.sizes());
+}
+
+// run(first, last, part) for `parts` shares of `size`, in parallel.
+template <typename F>
+void in_parts(int64_t size, int64_t parts, F&& run) {
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) run(size * p / parts, size * (p + 1) / parts, p);
+  });
+}
+
+int64_t parts_for(int64_t values) {
+  if (at::in_parallel_region()) return 1;
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), values >> 14));
+}
+
+Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
+  TORCH_CHECK_VALUE(h.dim() == 3, "popc::sum_squares takes h [B, T, K], not ", h.sizes());
+  check_measured(h, valid);
+  const int64_t batch = h.size(0), tokens = h.size(1), width = h.size(2);
+  if (!is_served_type(h.scalar_type())) {
+    Tensor squares = h.to(at::kDouble).square();
+    if (valid) squares.masked_fill_(valid->unsqueeze(-1).logical_not(), 0.0);
+    return squares.sum(1);
+  }
+  const Tensor given = h.contiguous(), marks = valid ? valid->contiguous() : Tensor();
+  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
+  Tensor out = at::zeros({batch, width}, h.options().dtype(at::kDouble));
+  by_type(h.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = given.const_data_ptr<T>();
+    double* sums = out.data_ptr<double>();
+    // By channels, so that no thread adds into another's: the order of a sum is always the same.
+    in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
+      for (int64_t b = 0; b < batch; ++b) {
+        double* to = sums + b * width;
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (counts && !counts[b * tokens + t]) continue;
+          const T* from = values + (b * tokens + t) * width;
+          for (int64_t i = first; i < last; ++i) {
+            const double value = static_cast<float>(from[i]);
+            to[i] += value * value;
+          }
+        }
+      }
+    });
+  });
+  return out;
+}
+
+Tensor score_histogram(const Tensor& x, const Tensor& norm, const MaybeTensor& valid) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "popc::score_histogram takes x [B, T, K], not ", x.sizes());
+  check_measured(x, valid);
+  TORCH_CHECK_VALUE(
+      norm.scalar_type() == at::kFloat && norm.numel() == x.size(2),
+      "popc::score_histogram: norm must be float32 [K]");
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const Tensor given = (is_served_type(x.scalar_type()) ? x : x.to(at::kFloat)).contiguous();
+  const Tensor norms = norm.contiguous(), marks = valid ? valid->contiguous() : Tensor();
+  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
+  const float* scale = norms.const_data_ptr<float>();
+  Tensor out = at::zeros({batch, bins + 1}, x.options().dtype(at::kDouble));
+  by_type(given.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = given.const_data_ptr<T>();
+    const int64_t parts = parts_for(given.numel());
+    std::vector<int64_t> found(parts * bins);
+    std::vector<double> logs(tokens);
+    for (int64_t b = 0; b < batch; ++b) {
+      std::fill(found.begin(), found.end(), 0);
+      in_parts(tokens, parts, [&](int64_t first, int64_t last, int64_t p) {
+        // Neighbours often share a bin: two tables, so that one addition need not wait for another.
+        std::vector<int32_t> even(bins), odd(bins);
+        std::vector<float> scores(width);
+        for (int64_t t = first; t < last; ++t) {
+          logs[t] = 0.0;
+          if (counts && !counts[b * tokens + t]) continue;
+          const T* from = values + (b * tokens + t) * width;
+          for (int64_t c = 0; c < width; ++c) {
+            const float value = static_cast<float>(from[c]) * scale[c];
+            scores[c] = value * value;
+          }
+          float total = 0.0f;
+          for (int64_t c = 0; c < width; ++c) {
+            uint32_t bits;
+            std::memcpy(&bits, &scores[c], sizeof bits);
+            ++(c & 1 ? odd : even)[bits >> shift & (bins - 1)];
+            total += scores[c];
+          }
+          const double ln = std::log(std::max(total, std::numeric_limits<float>::min()));
+          logs[t] = std::isfinite(ln) ? ln : 0.0;
+        }
+        for (int64_t i = 0; i < bins; ++i) found[p * bins + i] = int64_t(even[i]) + odd[i];
+      });
+      double* to = out.data_ptr<double>() + b * (bins + 1);
+      for (int64_t p = 0; p < parts; ++p) {
+        for (int64_t i = 0; i < bins; ++i) to[i] += found[p * bins + i];
+      }
+      for (int64_t t = 0; t < tokens; ++t) to[bins] += logs[t];
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(popc, CPU, m) {
+  m.impl("sum_squares", sum_squares);
+  m.impl("score_histogram", score_histogram);
+}
+
+}  // namespace popc

@@ -1,0 +1,68 @@
+"""What a prefill measures: sums that add over chunks and leave padding out.
+
+- ``popc::sum_squares(h, valid) -> float64 [B, K]``: ``Σ_t h²`` of ``h [B, T, K]``.
+- ``popc::score_histogram(x, norm, valid) -> float64 [B, BINS + 1]``: how many of the scores
+  ``(x_c · norm_c)²`` of ``x [B, T, K]`` fall into each bin, and last the sum over tokens of
+  ``ln Σ_c (x_c · norm_c)²``.
+
+``valid`` bool ``[B, T]`` or None: padding tokens count for nothing, whatever they hold. A bin is a
+quarter of an octave: the exponent of a float32 and the first two bits of its fraction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SHIFT = 21
+BINS = 1 << 10  # 8 bits of exponent, 2 of fraction; scores have no sign
+
+torch.library.define("popc::sum_squares", "(Tensor h, Tensor? valid) -> Tensor")
+torch.library.define("popc::score_histogram", "(Tensor x, Tensor norm, Tensor? valid) -> Tensor")
+
+sum_squares = torch.ops.popc.sum_squares.default
+score_histogram = torch.ops.popc.score_histogram.default
+
+
+def edges() -> Tensor:
+    """Float64 ``[BINS + 1]``: where bins begin; the last ones are infinite or no numbers."""
+    bits = torch.arange(BINS, dtype=torch.int32) << _SHIFT
+    values = bits.view(torch.float32).double()
+    return torch.cat((values, values.new_tensor([float("inf")])))
+
+
+def _sum_squares(h: Tensor, valid: Tensor | None) -> Tensor:
+    squares = h.double().square()
+    if valid is not None:
+        # where, not a product: a NaN in a padding token must not reach the statistic.
+        squares = torch.where(valid[..., None], squares, 0.0)
+    return squares.sum(1)
+
+
+def _score_histogram(x: Tensor, norm: Tensor, valid: Tensor | None) -> Tensor:
+    scores = (x.float() * norm).square()
+    counted = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
+    if valid is not None:
+        counted = valid.double()
+    place = (scores.view(torch.int32) >> _SHIFT) & (BINS - 1)
+    out = torch.zeros((x.shape[0], BINS + 1), dtype=torch.float64, device=x.device)
+    weight = counted[..., None].expand(scores.shape)
+    out.scatter_add_(1, place.flatten(1).long(), weight.flatten(1))
+    totals = scores.sum(-1).double().clamp(min=torch.finfo(torch.float32).tiny).log()
+    finite = totals.isfinite() & (counted > 0)
+    out[:, -1] = torch.where(finite, totals, 0.0).sum(1)
+    return out
+
+
+torch.library.impl("popc::sum_squares", "CompositeExplicitAutograd", _sum_squares)
+torch.library.impl("popc::score_histogram", "CompositeExplicitAutograd", _score_histogram)
+
+
+@torch.library.register_fake("popc::sum_squares")
+def _sum_squares_fake(h: Tensor, valid: Tensor | None) -> Tensor:
+    return h.new_empty((h.shape[0], h.shape[2]), dtype=torch.float64)
+
+
+@torch.library.register_fake("popc::score_histogram")
+def _score_histogram_fake(x: Tensor, norm: Tensor, valid: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], BINS + 1), dtype=torch.float64)
