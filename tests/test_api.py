@@ -64,7 +64,7 @@ def test_a_model_in_pieces_is_pruned_and_says_so() -> None:
 
 def test_nothing_prunable_warns_once_and_is_dense() -> None:
     model = InnerNorm().eval()
-    twin, x = popc.compile(model, sparsity=0.5), torch.randn(1, 4, 16)
+    twin, x = popc.compile(model, policy="pop", sparsity=0.5), torch.randn(1, 4, 16)
     with torch.no_grad():
         with pytest.warns(UserWarning, match="found nothing to prune"):
             y = twin(x)
@@ -76,7 +76,7 @@ def test_nothing_prunable_warns_once_and_is_dense() -> None:
 
 def test_inputs_that_require_grad_run_dense_with_a_warning() -> None:
     model = Plain().eval()
-    twin = popc.compile(model, sparsity=0.5, codegen="eager")
+    twin = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
     x = torch.randn(1, 4, 16, requires_grad=True)
     with pytest.warns(UserWarning, match="needs gradients and runs dense"):
         y = twin(x)
@@ -88,7 +88,7 @@ def test_inputs_that_require_grad_run_dense_with_a_warning() -> None:
 def test_two_twins_of_one_model_have_options_of_their_own() -> None:
     model, ids = tiny_llama(), tokens()
     for sparsity in (0.3, 0.6):
-        config = popc.Config(sparsity=sparsity, codegen="eager")
+        config = popc.Config(policy="pop", sparsity=sparsity, codegen="eager")
         expected = oracle_run(model, config, ids, 10)
         assert relative(run(popc.compile(model, config), ids, 10), expected) < 1e-4
 
@@ -122,7 +122,7 @@ class Counter(nn.Module):
 
 def test_data_dependent_control_flow_still_runs() -> None:
     model, x = Counter().eval(), torch.randn(1, 4, 16)
-    twin = popc.compile(model, sparsity=0.5, codegen="eager")
+    twin = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
     with torch.no_grad():
         assert torch.allclose(twin(x), model(x), atol=1e-6)
     assert twin.popc_plan.breaks

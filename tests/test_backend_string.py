@@ -15,7 +15,7 @@ from tests.oracle import relative
 from tests.test_generate import prompt
 from tests.test_oracle import TOLERANCE, oracle_run, run, tokens
 
-OPTIONS = {"sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
+OPTIONS = {"policy": "pop", "sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ SMALL = {
     "layers": LAYERS,
 }
 # r = 0.4: 96 channels are active, and 104 are retained or candidates.
-PRUNED = {"sparsity": (0.0, 0.4), "codegen": "eager"}
+PRUNED = {"policies": ("pop",), "sparsity": (0.0, 0.4), "codegen": "eager"}
 ACTIVE, LIVE = 96, 104
 
 
@@ -84,7 +84,7 @@ def lists(regions: int, live: int, active: int, shape: tuple[int, int]) -> int:
     d, f = shape
     module = ffn.Block(ffn.Shape(d, f)).eval()
     plan = popc.analyze(module, (torch.randn(1, 1, d),))
-    config = popc.Config(sparsity=0.4)
+    config = popc.Config(policy="pop", sparsity=0.4)
     counts = config.counts(f)
     assert (counts.live, counts.active) == (live, active)
     return regions * int(region_cost(plan.regions[0], config).pruned.lists)
@@ -158,13 +158,15 @@ def test_plot_is_a_picture(result: Result, tmp_path: Path) -> None:
 def twin() -> Twin:
     torch.compiler.reset()
     model = tiny_llama(num_hidden_layers=1)
-    return Twin(model, decode.pruned_way(model, popc.Config(sparsity=0.4, codegen="eager")))
+    return Twin(
+        model, decode.pruned_way(model, popc.Config(policy="pop", sparsity=0.4, codegen="eager"))
+    )
 
 
 @torch.no_grad()
 def test_twins_share_a_prefill(twin: Twin) -> None:
     """A twin that decodes from another one's cache decodes what it would after its own prefill."""
-    most = popc.compile(twin.model, sparsity=0.7, codegen="eager").forward
+    most = popc.compile(twin.model, policy="pop", sparsity=0.7, codegen="eager").forward
     dense, less = twin.model.forward, twin.way.forward
 
     def decoded(fill: object, forward: object) -> list[int]:
@@ -329,7 +331,7 @@ def test_experts_that_no_token_meets_are_not_read() -> None:
         unmet = 2 * (8 - met) * 3 * 32 * 40 * 4
         rows = 4 * 32 * (64 - batch)  # of the embedding
         assert results.step_bytes(model, plan, None, batch).dense == every - unmet - rows
-    pruned = results.step_bytes(model, plan, popc.Config(sparsity=0.5), 1)
+    pruned = results.step_bytes(model, plan, popc.Config(policy="pop", sparsity=0.5), 1)
     assert 0 < pruned.saved < 0.5
 
 

@@ -17,7 +17,9 @@ from popc.analysis.regions import find_regions
 from tests.forms import ATTENTIONS, D, Experts, heads, merged
 from tests.models import CACHE, Gated, Plain, tiny_llama
 
-CONFIG = popc.Config(sparsity=0.4, candidate=0.2, targets=("mlp", "attention", "experts"))
+CONFIG = popc.Config(
+    policy="pop", sparsity=0.4, candidate=0.2, targets=("mlp", "attention", "experts")
+)
 
 
 def region_of(module: nn.Module, x: torch.Tensor) -> popc.Region:
@@ -160,7 +162,7 @@ def test_pruned_bytes_are_rows_columns_and_lists() -> None:
 def test_pruned_heads_are_whole_units(name: str) -> None:
     """q, k and v of live KV groups, o's columns of active ones; the cache is read in full."""
     region = replace(region_of(ATTENTIONS[name][0](), torch.randn(2, 6, D)), one_pass=False)
-    config = popc.Config(sparsity=0.5, candidate=0.0, targets="attention")
+    config = popc.Config(policy="pop", sparsity=0.5, candidate=0.0, targets="attention")
     dense, pruned = cost.region_cost(region, config)
     counts = config.counts(region.units)
     assert (counts.live, counts.active) == (region.units // 2, region.units // 2)
@@ -200,7 +202,7 @@ def test_pruned_flops_are_those_of_the_gathers() -> None:
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.4, 1.0])
 def test_shares_are_the_counts_where_nothing_is_rounded(r: float, gamma: float) -> None:
     region = region_of(Gated(), torch.randn(1, 1, 16))
-    exact = cost.region_cost(region, popc.Config(sparsity=r, candidate=gamma)).pruned
+    exact = cost.region_cost(region, popc.Config(policy="pop", sparsity=r, candidate=gamma)).pruned
     assert cost.region_cost(region).pruned.at(B=3, T=1, r=r, gamma=gamma) == exact.at(B=3, T=1)
 
 
@@ -253,6 +255,6 @@ def test_the_table_of_a_plan() -> None:
     assert [row.kind for row in rows] == ["attention", "mlp"] * 2
     assert total.dense.bytes == sum(row.dense.bytes for row in rows)
     assert total.pruned.bytes < total.dense.bytes
-    left = plan.cost(config=popc.Config()).rows[0]
+    left = plan.cost(config=popc.Config(policy="pop")).rows[0]
     assert (left.note, left.pruned) == ("its kind is no target", left.dense)
     assert "model.layers.1.mlp" in str(table)

@@ -21,7 +21,13 @@ def test_padding_counts_in_no_score(name: str) -> None:
     """Each padded sentence is what it is alone."""
     torch._dynamo.reset()
     model = zoo(name).make()
-    given = {"sparsity": 0.5, "targets": ALL, "codegen": "eager", "scope": "sequence"}
+    given = {
+        "policy": "pop",
+        "sparsity": 0.5,
+        "targets": ALL,
+        "codegen": "eager",
+        "scope": "sequence",
+    }
     rows = [torch.randint(3, 90, (1, n)) for n in (5, 9)]
     ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
     for b, row in enumerate(rows):
@@ -49,7 +55,7 @@ def test_encoder_decoder_generates(name: str) -> None:
     dense = torch.stack(model.generate(**how).logits)
     exact = popc.compile(model, sparsity=0, targets=ALL, codegen="eager").generate(**how)
     assert relative(torch.stack(exact.logits), dense) < 1e-4
-    twin = popc.compile(model, sparsity=0.5, targets=ALL, codegen="eager")
+    twin = popc.compile(model, policy="pop", sparsity=0.5, targets=ALL, codegen="eager")
     pruned = torch.stack(twin.generate(**how).logits)
     assert pruned.shape == dense.shape
     assert relative(pruned, dense) > 1e-2

@@ -14,7 +14,11 @@ from tests.models import Gated
 from tests.oracle import relative
 
 CONFIG = popc.Config(
-    sparsity=0.5, candidate=0.25, targets=("mlp", "attention", "experts"), codegen="eager"
+    policy="pop",
+    sparsity=0.5,
+    candidate=0.25,
+    targets=("mlp", "attention", "experts"),
+    codegen="eager",
 )
 
 
@@ -58,7 +62,13 @@ def test_decode_with_a_cache_of_tensors(make, batch: int) -> None:
     compiled = torch.compile(
         module,
         backend="popc",
-        options={"sparsity": 0.5, "candidate": 0.25, "targets": CONFIG.targets, "codegen": "eager"},
+        options={
+            "policy": "pop",
+            "sparsity": 0.5,
+            "candidate": 0.25,
+            "targets": CONFIG.targets,
+            "codegen": "eager",
+        },
     )
     plan = popc.analyze(module, (x[:, :6],))
     assert plan.count("attention") == 1
@@ -106,7 +116,7 @@ def test_flex_attention_is_found_where_it_traces(given: bool) -> None:
         return q >= k
 
     masks = (create_block_mask(causal, None, None, 6, 6, device="cpu"),) if given else ()
-    twin = popc.compile(module, sparsity=0.5, targets=("attention",))
+    twin = popc.compile(module, policy="pop", sparsity=0.5, targets=("attention",))
     with torch.no_grad():
         assert relative(twin(x, *masks), module(x, *masks)) < 1e-5
     if given:

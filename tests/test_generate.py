@@ -16,7 +16,7 @@ from popc import state
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
-OPTIONS = {"sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
+OPTIONS = {"policy": "pop", "sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_static_and_dynamic_cache_agree() -> None:
 
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_no_graph_break_and_no_recompilation_after_the_second_token(codegen: str) -> None:
-    twin = popc.compile(tiny_llama(), sparsity=0.4, codegen=codegen)
+    twin = popc.compile(tiny_llama(), policy="pop", sparsity=0.4, codegen=codegen)
     with torch.no_grad():
         run = Stepper(twin, prompt())
         run.step()

@@ -21,7 +21,9 @@ def heads_llama():
 
 
 def config(**fields: object) -> popc.Config:
-    return popc.Config(**{"sparsity": 0.5, "candidate": 0.25, "targets": ALL, **fields})
+    return popc.Config(
+        **{"policy": "pop", "sparsity": 0.5, "candidate": 0.25, "targets": ALL, **fields}
+    )
 
 
 def turns(call, pieces, begin=lambda measuring: None, cache=None):
@@ -89,11 +91,11 @@ def test_sparsity_of_the_whole_model() -> None:
     model, ids = tiny_llama(), tokens()
     total = sum(p.numel() for p in model.parameters())
     mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-    given = popc.Config(model_sparsity=0.2, candidate=0.0, codegen="eager")
+    given = popc.Config(policy="pop", model_sparsity=0.2, candidate=0.0, codegen="eager")
     r = 0.2 * total / mlp
     twin = popc.compile(model, given)
     logits = run(twin, ids, 10)
-    same = popc.compile(model, sparsity=r, candidate=0.0, codegen="eager")
+    same = popc.compile(model, policy="pop", sparsity=r, candidate=0.0, codegen="eager")
     assert torch.equal(logits, run(same, ids, 10))
     units = sum(round(r * 160) * 3 * 64 for _ in range(2))
     assert units / total == pytest.approx(0.2, abs=0.01)
@@ -102,7 +104,7 @@ def test_sparsity_of_the_whole_model() -> None:
 @pytest.mark.parametrize("call", ["compile", "explain"])
 def test_a_target_that_cannot_be_met_is_an_error(call: str) -> None:
     torch._dynamo.reset()
-    given = popc.Config(model_sparsity=0.9, codegen="eager")
+    given = popc.Config(policy="pop", model_sparsity=0.9, codegen="eager")
     with pytest.raises(popc.ConfigError, match=r"hold 6.*% of the parameters"), torch.no_grad():
         if call == "compile":
             popc.compile(tiny_llama(), given)(tokens())

@@ -62,7 +62,7 @@ def left_padding(ids: Tensor, prompt: int) -> Tensor:
 def test_eager_is_the_oracle(sparsity: float, candidate: float) -> None:
     torch._dynamo.reset()
     model, ids = tiny_llama(), tokens()
-    config = popc.Config(sparsity=sparsity, candidate=candidate, codegen="eager")
+    config = popc.Config(policy="pop", sparsity=sparsity, candidate=candidate, codegen="eager")
     expected = oracle_run(model, config, ids, 10)
     assert relative(run(model, ids, 10), expected) > 100 * TOLERANCE  # pruning must show
     assert relative(run(popc.compile(model, config), ids, 10), expected) < TOLERANCE
@@ -74,7 +74,7 @@ def test_left_padded_batch_is_the_oracle(scope: str, codegen: str) -> None:
     torch._dynamo.reset()
     model, ids = tiny_llama(), tokens(3)
     mask = left_padding(ids, 10)
-    config = popc.Config(sparsity=0.4, candidate=0.2, scope=scope, codegen=codegen)
+    config = popc.Config(policy="pop", sparsity=0.4, candidate=0.2, scope=scope, codegen=codegen)
     expected = oracle_run(model, config, ids, 10, mask)
     assert relative(run(popc.compile(model, config), ids, 10, mask), expected) < TOLERANCE
 
@@ -86,7 +86,7 @@ def test_inductor_is_the_oracle(sparsity: float) -> None:
     for layer in model.model.layers:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
             nn.init.normal_(linear.bias)
-    config = popc.Config(sparsity=sparsity)
+    config = popc.Config(policy="pop", sparsity=sparsity)
     expected = oracle_run(model, config, ids, 10)
     assert relative(run(popc.compile(model, config), ids, 10), expected) < TOLERANCE
 
@@ -94,7 +94,7 @@ def test_inductor_is_the_oracle(sparsity: float) -> None:
 def test_static_cache_is_the_oracle() -> None:
     torch._dynamo.reset()
     model, ids = tiny_llama(), tokens()
-    config = popc.Config(sparsity=0.4)
+    config = popc.Config(policy="pop", sparsity=0.4)
     expected = oracle_run(model, config, ids, 10)
     cache = StaticCache(config=model.config, max_cache_len=20)
     assert relative(run(popc.compile(model, config), ids, 10, cache=cache), expected) < TOLERANCE
@@ -112,7 +112,7 @@ def test_bfloat16_stays_near_the_oracle() -> None:
     """Same active channels; the values differ by bfloat16's rounding alone."""
     torch._dynamo.reset()
     model, ids = tiny_llama().bfloat16(), tokens()
-    config = popc.Config(sparsity=0.4, candidate=0.0, codegen="eager")
+    config = popc.Config(policy="pop", sparsity=0.4, candidate=0.0, codegen="eager")
     expected = oracle_run(model, config, ids, 10)
     assert relative(run(popc.compile(model, config), ids, 10), expected) < 0.03
 
@@ -146,7 +146,7 @@ def test_other_architectures_are_the_oracle(make, batch: int) -> None:
     model, downs = make()
     ids = tokens(batch)
     mask = left_padding(ids, 10)
-    config = popc.Config(sparsity=0.4, candidate=0.2, codegen="eager")
+    config = popc.Config(policy="pop", sparsity=0.4, candidate=0.2, codegen="eager")
     expected = oracle_run(model, config, ids, 10, mask, downs)
     twin = popc.compile(model, config)
     assert relative(run(twin, ids, 10, mask), expected) < TOLERANCE

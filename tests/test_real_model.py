@@ -25,7 +25,7 @@ def test_every_layer_is_a_region(smollm2) -> None:
     assert [r.units for r in plan.regions if r.kind == "mlp"] == [1536] * 30
     assert [r.units for r in plan.regions if r.kind == "attention"] == [3] * 30
     assert plan.breaks == []
-    config = popc.Config(sparsity=0.4, candidate=0.1)
+    config = popc.Config(policy="pop", sparsity=0.4, candidate=0.1)
     assert plan.decode_share(config) == pytest.approx((2 * 0.65 + 0.6) / 3, abs=1e-3)
 
 
@@ -35,7 +35,7 @@ def test_is_the_oracle_on_real_text(smollm2, candidate: float) -> None:
     _, tokenizer = smollm2
     model, _ = load_model(dtype=torch.float64)
     ids = text.windows(tokenizer, 1, 80)
-    config = popc.Config(sparsity=0.4, candidate=candidate, codegen="eager")
+    config = popc.Config(policy="pop", sparsity=0.4, candidate=candidate, codegen="eager")
     torch._dynamo.reset()
     expected = oracle_run(model, config, ids, 64)
     assert relative(run(popc.compile(model, config), ids, 64), expected) < 1e-4

@@ -24,7 +24,7 @@ IDS = torch.arange(6)[None]
 @pytest.fixture
 def llama() -> Explanation:
     torch._dynamo.reset()
-    config = popc.Config(sparsity=0.4, targets=("mlp",))
+    config = popc.Config(policy="pop", sparsity=0.4, targets=("mlp",))
     return explain(tiny_llama(), input_ids=IDS, config=config)
 
 
@@ -212,7 +212,7 @@ def test_layers_are_paths_up_to_a_number() -> None:
 
 def test_model_sparsity_is_resolved() -> None:
     torch._dynamo.reset()
-    config = popc.Config(model_sparsity=0.1)
+    config = popc.Config(policy="pop", model_sparsity=0.1)
     explanation = explain(tiny_llama(), input_ids=IDS, config=config)
     assert explanation.config.model_sparsity is None
     assert explanation.config.sparsity > 0.1

@@ -19,7 +19,11 @@ from tests.support import README, START, with_table
 from tests.zoo import ZOO, Entry
 
 CONFIG = popc.Config(
-    sparsity=0.5, candidate=0.25, targets=("mlp", "attention", "experts"), codegen="eager"
+    policy="pop",
+    sparsity=0.5,
+    candidate=0.25,
+    targets=("mlp", "attention", "experts"),
+    codegen="eager",
 )
 INDUCTOR = {"codegen": "inductor"}
 CACHES = ("cache", "past_key_values", "cache_params", "state")

@@ -27,7 +27,7 @@ def decoded(model: nn.Module) -> torch.Tensor:
 def prefill_and_step(model: nn.Module, d: int = 16, **options: object) -> nn.Module:
     """Compile a module without a cache and run a prompt and a token through it."""
     torch._dynamo.reset()
-    pruned = popc.compile(model.eval(), sparsity=R, codegen="eager", **options)
+    pruned = popc.compile(model.eval(), policy="pop", sparsity=R, codegen="eager", **options)
     with use(Session()):
         pruned(torch.randn(1, 9, d))
         pruned(torch.randn(1, 1, d))
@@ -68,7 +68,7 @@ def test_a_conv1d_is_turned_the_other_way_round() -> None:
 def test_saving_is_as_before(tmp_path) -> None:
     model = tiny_llama()
     dense = copy.deepcopy(model)
-    popc.compile(model, sparsity=R, codegen="eager").generate(IDS, max_new_tokens=3)
+    popc.compile(model, policy="pop", sparsity=R, codegen="eager").generate(IDS, max_new_tokens=3)
     assert lies_by_input(model.model.layers[0].mlp.down_proj.weight)
     state = model.state_dict()
     assert all(value.is_contiguous() for value in state.values())
@@ -95,7 +95,7 @@ def test_loading_weights_keeps_the_layout() -> None:
 def test_the_original_answers_as_before() -> None:
     model = tiny_llama()
     expected = decoded(model)
-    decoded(popc.compile(model, sparsity=R))
+    decoded(popc.compile(model, policy="pop", sparsity=R))
     assert torch.equal(decoded(model), expected)
 
 
@@ -150,7 +150,7 @@ def test_refused_runs_dense() -> None:
 
 def test_without_pruning_nothing_is_turned() -> None:
     model = Gated().eval()
-    popc.compile(model, sparsity=0.0, codegen="eager")(torch.randn(1, 9, 16))
+    popc.compile(model, policy="pop", sparsity=0.0, codegen="eager")(torch.randn(1, 9, 16))
     assert model.c.weight.is_contiguous()
 
 
@@ -176,7 +176,7 @@ def test_every_graph_reads_turned_weights_right(dtype) -> None:
     torch.manual_seed(0)
     model = tiny_llama().to(dtype)
     expected = model(IDS).logits
-    pruned = popc.compile(model, sparsity=R)
+    pruned = popc.compile(model, policy="pop", sparsity=R)
     for _ in range(2):
         torch.testing.assert_close(
             pruned(IDS).logits, expected, atol=0.15 if dtype is torch.bfloat16 else 1e-4, rtol=0.1

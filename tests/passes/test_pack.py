@@ -29,7 +29,7 @@ def no_kernels(monkeypatch):
 def steps(model: torch.nn.Module, **options: object) -> tuple[list[torch.Tensor], Session]:
     torch._dynamo.reset()
     torch.manual_seed(1)
-    options = {"sparsity": 0.4, "candidate": 0.3, **options}
+    options = {"policy": "pop", "sparsity": 0.4, "candidate": 0.3, **options}
     pruned = torch.compile(model, backend="popc", options=options)
     outputs = []
     session = Session()
@@ -68,7 +68,7 @@ def test_without_kernels_weights_stay_as_they_lie(no_kernels) -> None:
 
 def test_each_prompt_has_copies_of_its_own(no_kernels) -> None:
     model = tiny_llama()
-    pruned = popc.compile(model, sparsity=0.4, codegen="eager")
+    pruned = popc.compile(model, policy="pop", sparsity=0.4, codegen="eager")
     other = torch.arange(40, 60)[None]
     alone = [pruned.generate(ids, max_new_tokens=5, do_sample=False) for ids in (IDS, other)]
     again = [pruned.generate(ids, max_new_tokens=5, do_sample=False) for ids in (IDS, other)]
