@@ -9,6 +9,8 @@ from popc.analysis.plan import Plan, Region, Skipped
 from popc.api import analyze, compile
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError
+from popc.policies import Policy
+from popc.policies import register as register_policy
 from popc.report import Explanation, explain
 from popc.version import __version__
 
@@ -19,6 +21,7 @@ __all__ = [
     "GraphError",
     "ModelError",
     "Plan",
+    "Policy",
     "PopcError",
     "Region",
     "Skipped",
@@ -26,4 +29,5 @@ __all__ = [
     "analyze",
     "compile",
     "explain",
+    "register_policy",
 ]

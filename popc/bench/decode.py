@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Way:
 
 
 def name_of(config: Config) -> str:
-    return f"popc {config.policy_name} r={config.sparsity:g}"
+    return f"{config.policy_name} r={config.sparsity:g}"
 
 
 def dense_ways(model: Any, settings: Settings) -> dict[str, Way]:
@@ -71,19 +72,22 @@ def decode(
         bandwidth: of a copy, in bytes per second.
         progress: called with what comes next, :func:`steps` times.
     """
+    # Each policy lays weights out in its own way.
+    copies = [model, *(copy.deepcopy(model) for _ in settings.policies[1:])]
+    models = dict(zip(settings.policies, copies, strict=True))
     runs = []
     for batch in settings.batch:
         for context in settings.context:
             # Else the second size would make the first one's static shapes dynamic.
             torch.compiler.reset()
             gc.collect()
-            runs += _decode_at(dense, model, settings, bandwidth, progress, batch, context)
+            runs += _decode_at(dense, models, settings, bandwidth, progress, batch, context)
     return runs
 
 
 def _decode_at(
     dense: Any,
-    model: Any,
+    models: Mapping[str, Any],
     settings: Settings,
     bandwidth: Spread,
     progress: Progress,
@@ -92,12 +96,12 @@ def _decode_at(
 ) -> list[Run]:
     where = f"batch {batch}, context {context}: "
     # What prunes nothing leaves weights as they are, so it shares the dense model's.
-    twins = {
-        name_of(config): pruned_way(model if config.sparsity else dense, config)
-        for config in settings.configs()
-    }
+    twins = {}
+    for config in settings.configs():
+        owner = models[config.policy_name] if config.sparsity else dense
+        twins[name_of(config)] = pruned_way(owner, config)
     ways = {**dense_ways(dense, settings), **twins}
-    contexts = _contexts(model, twins, settings, batch, context, lambda s: progress(where + s))
+    contexts = _contexts(dense, twins, settings, batch, context, lambda s: progress(where + s))
     first = next(iter(contexts.values()))
 
     def seconds(way: Way, tokens: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,9 @@ def ffn(
     A run's seconds and bytes are those of one block. There is no cache, so a session is named
     around the calls, where a model's cache would tell it.
     """
-    dense, blocks = (build_blocks(shape, settings) for _ in range(2))
+    dense = build_blocks(shape, settings)
+    # Each policy lays weights out in its own way.
+    blocks = {policy: build_blocks(shape, settings) for policy in settings.policies}
     runs = []
     for batch in settings.batch:
         torch.compiler.reset()
@@ -92,7 +94,7 @@ def ffn(
 
 def _ffn_at(
     dense: nn.Sequential,
-    blocks: nn.Sequential,
+    blocks: Mapping[str, nn.Sequential],
     shape: Shape,
     settings: Settings,
     bandwidth: Spread,
@@ -102,9 +104,11 @@ def _ffn_at(
     prompt, x = (_random(batch, count, shape, settings) for count in (PROMPT, 1))
     configs = {name_of(config): config for config in settings.configs()}
     plans = {name: Plan() for name in configs}
+    # What prunes nothing leaves weights as they are.
+    owners = {n: blocks[c.policy_name] if c.sparsity else dense for n, c in configs.items()}
     twins = {
         name: compat.compile_alone(
-            (blocks if config.sparsity else dense).forward,  # at 0 weights stay as they are
+            owners[name].forward,
             functools.partial(popc_backend, config=config, on_plan=plans[name].extend),
         )
         for name, config in configs.items()

@@ -46,17 +46,18 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Own
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         held = captured.parameters[parameter]
-        if not any(_turning_helps(weight, dim, held) for weight, dim in uses):
+        lies = any(_lies_by(weight.node.meta["val"], dim) for weight, dim in uses)
+        if lies or not any(_turning_helps(weight, dim, held) for weight, dim in uses):
+            # Where it lies for one of its lists, what another gained that one would lose.
+            _claimed[held] = True
             continue
-        if any(_lies_by(weight.node.meta["val"], dim) for weight, dim in uses):
-            continue  # what one list gains another would lose
         reason = _refusal(parameter, captured, linears)
-        if held in _turned:
+        if held in _claimed:
             warnings.warn(_TAKEN, stacklevel=2)  # and what lists leave out is still left out
         elif reason is None:
             # One parameter at a time: the peak is one weight above what the model holds.
             held.data = turn(held.detach())
-            _turned[held] = True
+            _claimed[held] = True
             turned += 1
         else:
             refused[parameter] = reason
@@ -73,7 +74,7 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Own
     return bool(turned), without
 
 
-_turned = WeakTensorKeyDictionary()
+_claimed = WeakTensorKeyDictionary()  # weights that lie as a compiled graph wants them
 _TAKEN = (
     "another popc.compile of this model, under another policy, has laid its weights out otherwise: "
     "this one is right, but reads more than it needs. Compile a copy.deepcopy of the model instead."

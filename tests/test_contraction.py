@@ -1,0 +1,332 @@
+"""Contraction against an oracle of its own: an eager model whose linears see masked inputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
+
+import popc
+from popc import state
+from popc.budget import LEAST, Budget, Demand, allocate
+from popc.models import cache_keyword
+from popc.ops import native, score_histogram, sum_squares, threshold_linear
+from popc.ops.measure import BINS, _score_histogram, _sum_squares
+from popc.ops.threshold import _threshold_linear
+from tests.models import tiny_llama
+from tests.oracle import relative
+
+EAGER = {"sparsity": 0.5, "codegen": "eager", "count": True}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+def tokens(batch: int = 2, length: int = 24) -> Tensor:
+    return torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def groups_of(model: nn.Module) -> list[list[nn.Linear]]:
+    """By hand, what popc should find in a llama: linears that share an input."""
+    found = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        found += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        found += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    return found
+
+
+class MaskedInputs:
+    """Masks each linear's input in one-token calls, by given thresholds ``[G, S]``."""
+
+    def __init__(self, model: nn.Module, thresholds: Tensor) -> None:
+        self.model, self.read = model, []
+        for group, limit in zip(groups_of(model), thresholds, strict=True):
+            norm = torch.cat([linear.weight for linear in group]).float().norm(dim=0)
+            for linear in group:
+                linear.register_forward_pre_hook(self._hook(norm, limit, linear is group[0]))
+
+    def _hook(self, norm: Tensor, limit: Tensor, first: bool):
+        def mask(linear: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            (x,) = args
+            if x.shape[1] > 1:
+                return None
+            kept = (x.abs().float() * norm > limit[:, None, None]).to(x.dtype)
+            if first:
+                self.read.append(int(kept.any(0).any(0).sum()))
+            return (x * kept,)
+
+        return mask
+
+
+@torch.no_grad()
+def decoded(model: nn.Module, ids: Tensor, prompt: int, cache: object) -> Tensor:
+    given = {cache_keyword(tiny_llama().forward): cache}
+    logits = [model(ids[:, :prompt], use_cache=True, **given).logits[:, -1:]]
+    for at in range(prompt, ids.shape[1]):
+        logits.append(model(ids[:, at : at + 1], use_cache=True, **given).logits)
+    return torch.cat(logits, 1)
+
+
+def thresholds_of(session: state.Session) -> Tensor:
+    """Of the first decode graph; a later one, with a symbolic length, has the same."""
+    first, *rest = session._limits.values()
+    assert all(torch.equal(first, limits) for limits in rest)
+    return first
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_is_the_oracle(codegen: str, scope: str) -> None:
+    model, ids = tiny_llama(), tokens()
+    oracle = copy.deepcopy(model)
+    twin = popc.compile(model, **{**EAGER, "codegen": codegen, "scope": scope})
+    cache = DynamicCache()
+    got = decoded(twin, ids, 16, cache)
+    session = state.of_cache(cache)
+    limits = thresholds_of(session)
+    assert limits.shape == (8, 1 if scope == "batch" else 2)
+    masked = MaskedInputs(oracle, limits)
+    expected = decoded(oracle, ids, 16, DynamicCache())
+    assert relative(got, expected) < 1e-4
+    dense = decoded(tiny_llama(), ids, 16, DynamicCache())
+    assert relative(got, dense) > 1e-2
+    # What was counted is what the oracle kept.
+    assert sorted(chain(*session.reads.values())) == sorted(masked.read)
+
+
+def test_the_static_cache_and_the_backend_string_agree() -> None:
+    ids = tokens()
+    first = popc.compile(tiny_llama(), sparsity=0.5, codegen="eager")
+    model = tiny_llama()
+    expected = decoded(first, ids, 16, DynamicCache())
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    assert relative(decoded(first, ids, 16, cache), expected) < 1e-4
+    model.compile(backend="popc", options={"sparsity": 0.5, "codegen": "eager"})
+    assert relative(decoded(model, ids, 16, DynamicCache()), expected) < 1e-4
+
+
+def test_a_sequence_does_not_depend_on_its_batch() -> None:
+    ids = tokens(3)
+    twin = popc.compile(tiny_llama(), sparsity=0.5, codegen="eager", scope="sequence")
+    whole = decoded(twin, ids, 16, DynamicCache())
+    for row in range(3):
+        alone = decoded(twin, ids[row : row + 1], 16, DynamicCache())
+        assert relative(whole[row : row + 1], alone) < 1e-4
+
+
+def test_budget_is_met_on_the_prompt() -> None:
+    """Decoding the prompt once more reads the share that was asked for."""
+    model, ids = tiny_llama(), tokens(1, 64)
+    for share in (0.75, 0.5, 0.3):
+        twin = popc.compile(model, bytes=share, codegen="eager", count=True)
+        cache = DynamicCache()
+        ids_twice = torch.cat((ids, ids), 1)
+        decoded(twin, ids_twice, 64, cache)
+        plan = popc.analyze(model)
+        read = plan.read_share(twin.popc_config, state.of_cache(cache).reads)
+        assert read == pytest.approx(share, abs=0.06)
+        planned = popc.Config(sparsity=1 - share)
+        assert plan.read_share(planned) == pytest.approx(share)
+
+
+def test_elastic_reads_what_mass_needs() -> None:
+    model, ids = tiny_llama(), tokens(1, 40)
+    shares = []
+    for mass in (0.5, 0.9, 0.999):
+        options = {"budget": "elastic", "mass": mass, "sparsity": 0.9}
+        twin = popc.compile(model, codegen="eager", count=True, **options)
+        cache = DynamicCache()
+        decoded(twin, ids, 24, cache)
+        reads = state.of_cache(cache).reads
+        shares.append(popc.analyze(model).read_share(twin.popc_config, reads))
+    assert shares[0] < shares[1] < shares[2] <= 1
+    with pytest.raises(popc.ConfigError, match="budget='elastic'"):
+        popc.Config(policy="pop", budget="elastic")
+
+
+def test_what_is_found() -> None:
+    plan = popc.analyze(tiny_llama())
+    kinds = [(group.kind, len(group.linears), group.width) for group in plan.inputs]
+    layer = [("attention", 3, 64), ("attention", 1, 64), ("mlp", 2, 64), ("mlp", 1, 160)]
+    assert kinds == [*layer, *layer, ("head", 1, 64)]
+    body = [group.weight_bytes for group in plan.inputs if group.kind != "head"]
+    assert sum(body) == sum(linear.weight.nbytes for linear in chain(*groups_of(tiny_llama())))
+
+
+def test_routers_are_left_alone_and_experts_pruned_by_pop() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    model = MixtralForCausalLM(config).eval()
+    plan = popc.analyze(model)
+    routers = [tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith("gate")]
+    assert routers
+    assert [group.kind for group in plan.inputs] == ["attention", "attention", "head"]
+    twin = popc.compile(model, sparsity=0.5, codegen="eager")
+    ids = tokens()
+    got = decoded(twin, ids, 16, DynamicCache())
+    assert got.isfinite().all()
+    assert {region.kind for region in twin.popc_plan.regions} >= {"experts"}
+    assert relative(got, decoded(copy.deepcopy(model), ids, 16, DynamicCache())) > 1e-3
+
+
+def test_policies_by_kind() -> None:
+    given = {"policy": {"mlp": "pop", "attention": "contraction"}, "codegen": "eager"}
+    twin = popc.compile(tiny_llama(), sparsity=0.5, **given)
+    cache = DynamicCache()
+    decoded(twin, tokens(), 16, cache)
+    assert {group.kind for group in twin.popc_plan.inputs} == {"attention"}
+    session = state.of_cache(cache)
+    for region in twin.popc_plan.regions:
+        measured = session.statistics(region.key, "batch") is not None
+        assert measured == (region.kind == "mlp")
+    with pytest.raises(popc.ConfigError, match="policy"):
+        popc.Config(policy={"mlp": "best"})
+
+
+def test_two_policies_on_one_model_are_both_right() -> None:
+    """The second one finds weights laid out for the first: it says so, and is right."""
+    model, ids = tiny_llama(), tokens()
+    popc_first = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
+    decoded(popc_first, ids, 16, DynamicCache())
+    second = popc.compile(model, sparsity=0.5, codegen="eager")
+    assert native.load()
+    with pytest.warns(UserWarning, match="another policy"):
+        got = decoded(second, ids, 16, DynamicCache())
+    alone = popc.compile(tiny_llama(), sparsity=0.5, codegen="eager")
+    assert relative(got, decoded(alone, ids, 16, DynamicCache())) < 1e-4
+
+
+def test_griffin_keeps_what_flocks() -> None:
+    """The prompt's mask, by ‖Z̄‖ of columns, for the whole generation."""
+    model, ids = tiny_llama(), tokens(1)
+    oracle = copy.deepcopy(model)
+    twin = popc.compile(model, policy="griffin", sparsity=0.5, codegen="eager")
+    got = decoded(twin, ids, 16, DynamicCache())
+    masks: dict[nn.Module, Tensor] = {}
+
+    def hook(down: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        (h,) = args
+        if h.shape[1] > 1:
+            flock = (h / h.norm(dim=-1, keepdim=True)).flatten(0, 1).norm(dim=0)
+            masks[down] = torch.zeros(160).index_fill_(0, flock.topk(80).indices, 1)
+            return None
+        return (h * masks[down],)
+
+    for layer in oracle.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(hook)
+    assert relative(got, decoded(oracle, ids, 16, DynamicCache())) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 8, 11])
+def test_kernel_is_the_reference(dtype: torch.dtype, turned: bool, batch: int) -> None:
+    assert native.load()
+    make = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 1, 72, generator=make).to(dtype)
+    weight = torch.randn(40, 72, generator=make).to(dtype)
+    weight = weight.t().contiguous().t() if turned else weight
+    bias, norm = torch.randn(40, generator=make).to(dtype), weight.float().norm(dim=0)
+    for limit in (torch.tensor([6.0]), torch.rand(batch, generator=make) * 12):
+        expected = _threshold_linear(x.float(), weight.float(), bias.float(), norm, limit, 0)
+        for stored, out_dim in ((weight, 0), (weight.t(), 1)):
+            got = threshold_linear(x, stored, bias, norm, limit, out_dim)
+            assert relative(got, expected) < (1e-5 if dtype is torch.float32 else 2e-2)
+    x[0, 0, 5] = float("nan")
+    assert threshold_linear(x, weight, bias, norm, torch.tensor([6.0]), 0)[0].isnan().all()
+
+
+def test_a_line_that_is_not_read_counts_for_nothing() -> None:
+    weight = torch.randn(72, 40).t()
+    weight[:, 3] = float("nan")
+    x, norm = torch.ones(1, 72), torch.ones(72)
+    x[0, 3] = 0.1
+    assert threshold_linear(x, weight, None, norm, torch.tensor([0.5]), 0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"norm": torch.ones(71)},
+        {"norm": torch.ones(72, dtype=torch.float64)},
+        {"threshold": torch.ones(3)},
+        {"bias": torch.ones(7)},
+        {"x": torch.ones(2, 1, 70)},
+    ],
+)
+def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:
+    given = {
+        "x": torch.ones(2, 1, 72),
+        "weight": torch.ones(40, 72),
+        "bias": None,
+        "norm": torch.ones(72),
+        "threshold": torch.ones(1),
+        "out_dim": 0,
+    }
+    with pytest.raises((ValueError, TypeError)):
+        threshold_linear(**{**given, **bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_measuring_is_the_reference(dtype: torch.dtype) -> None:
+    x, norm = torch.randn(2, 37, 50).to(dtype), torch.rand(50)
+    x[0, 3], x[1, 4, 7] = 0.0, float("inf")
+    valid = torch.rand(2, 37) > 0.3
+    valid[1, 4] = True
+    x[0, 5], valid[0, 5] = float("nan"), False
+    for mask in (None, valid):
+        expected = _score_histogram(x, norm, mask)
+        got = score_histogram(x, norm, mask)
+        assert torch.equal(got[:, :BINS], expected[:, :BINS])
+        torch.testing.assert_close(got[:, BINS], expected[:, BINS], rtol=1e-5, atol=1e-4)
+        sums = sum_squares(x, mask)
+        torch.testing.assert_close(sums, _sum_squares(x, mask), equal_nan=True)
+    assert sum_squares(x, valid)[0].isfinite().all()
+    counted = score_histogram(x, norm, valid)[:, :BINS].sum(1)
+    assert counted.tolist() == (valid.sum(1) * 50).tolist()
+
+
+def test_thresholds_are_quantiles() -> None:
+    make = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, 300, 64, generator=make), torch.randn(1, 300, 128, generator=make) ** 3]
+    norms = [torch.rand(value.shape[-1], generator=make) for value in x]
+    histograms = torch.cat([score_histogram(*pair, None) for pair in zip(x, norms, strict=True)])
+    demands = [Demand(64, 1000, "a"), Demand(128, 3000, "b")]
+    for share in (0.2, 0.5, 0.8):
+        found = allocate(histograms, demands, Budget(share))
+        assert float(found.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(share)
+        assert found.shares[0] > found.shares[1]  # whose input is the more concentrated
+        lost = []
+        for value, norm, limit, own in zip(x, norms, found.thresholds, found.shares, strict=True):
+            scores = (value * norm).abs()
+            assert float((scores > limit).float().mean()) == pytest.approx(float(own), abs=0.01)
+            squared = scores.double().square()
+            typical = squared.sum(-1).log().mean().exp()
+            lost.append(float(squared[scores <= limit].sum() / 300 / typical))
+        assert lost == pytest.approx([found.error] * 2, rel=0.1)
+    tight = allocate(histograms, demands, Budget(0.9, error=0.9, least=0.4))
+    assert float(tight.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(0.4)
+    unseen = allocate(torch.zeros_like(histograms), demands, Budget(0.5))
+    assert unseen.thresholds.isfinite().all() and unseen.shares.min() >= LEAST
+    assert not math.isnan(unseen.error)
+
+
+def test_a_policy_of_ones_own() -> None:
+    """The example runs, and its policy is known by its name."""
+    example = Path(__file__).parent.parent / "examples" / "policy.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
+    assert "first_come" in done.stdout
+    with pytest.raises(popc.ConfigError, match="policy"):
+        popc.register_policy("pop")  # type: ignore[arg-type]
