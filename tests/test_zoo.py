@@ -123,6 +123,31 @@ def test_two_greedy_steps_run_compiled(entry: Entry) -> None:
         assert relative(a, b) < 1e-3, f"step {step}"
 
 
+@pytest.mark.parametrize("entry", chosen(), ids=lambda entry: entry.name)
+def test_contraction_that_leaves_little_out_is_dense(entry: Entry) -> None:
+    """By the default policy; at half of the bytes it shows."""
+    torch._dynamo.reset()
+    model = entry.make()
+    little = popc.Config(budget="elastic", mass=1 - 1e-9, sparsity=0.01, candidate=0.0, count=True)
+    with torch.no_grad():
+        twin = popc.compile(model, little, codegen="eager", targets=("mlp", "attention", "other"))
+        pruned, tokens = steps(entry, model, twin)
+        torch._dynamo.reset()
+        half = popc.compile(model, sparsity=0.5, codegen="eager")
+        less, _ = steps(entry, model, half, follow=tokens)
+        dense, _ = steps(entry, model, model, follow=tokens)
+    if not entry.traced_right:
+        return
+    assert all(step.isfinite().all() for step in less)
+    if entry.kind == "encoder":
+        assert not twin.popc_plan.inputs or relative(pruned[0], dense[0]) < 1e-4
+        return
+    assert twin.popc_plan.inputs
+    for step, (a, b) in enumerate(zip(pruned, dense, strict=True)):
+        assert relative(a, b) < 1e-2, f"step {step}"
+    assert max(relative(a, b) for a, b in zip(less, dense, strict=True)) > 1e-2
+
+
 def test_readme_has_the_table() -> None:
     text = README.read_text()
     assert START in text

@@ -29,14 +29,15 @@ __all__ = [
 
 
 def served(op: Any, x: Tensor, weight: Tensor) -> Any:
-    """``gather_linear`` or ``gather_experts`` as it is best put into a graph for these tensors.
+    """One of the products above, as it is best put into a graph for these tensors.
 
     On CUDA a Triton op, which Inductor sees through; C++ kernels answer to the op's own name.
     """
-    if op is threshold_linear or not triton_gather.serves(x, weight):
+    if not triton_gather.serves(x, weight):
         return op
     ops = torch.ops.popc
     return {
         gather_linear: ops.triton_gather_linear.default,
         gather_experts: ops.triton_gather_experts.default,
+        threshold_linear: ops.triton_threshold_linear.default,
     }[op]

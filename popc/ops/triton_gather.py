@@ -1,7 +1,7 @@
 """The gather ops on CUDA, in Triton; ``popc.ops.gather`` says what they compute.
 
-``popc::triton_gather_linear`` and ``popc::triton_gather_experts`` have the arguments and answers of
-``popc::gather_linear`` and ``popc::gather_experts``. Inductor sees through them, down to the kernel
+``popc::triton_gather_linear``, ``popc::triton_gather_experts`` and ``popc::triton_threshold_linear``
+have the arguments and answers of the ops of ``popc::`` without ``triton_`` in their names. Inductor sees through them, down to the kernel
 and the ATen ops around it. Nothing waits for the device and no shape depends on data, so CUDA
 graphs take them. Sums are in float32 and in a fixed order: where the contraction is split, parts
 are kept apart, ``[SPLITS, ...]``, and added by ATen, not by atomics.
@@ -95,6 +95,36 @@ def launch_linear(
     return y.view(*x.shape[:-1], weight.shape[out_dim])
 
 
+def launch_threshold(
+    rows_kernel: Any,
+    columns_kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor,
+    threshold: Tensor,
+    out_dim: int,
+) -> Tensor:
+    """``threshold_linear`` by two kernels that the caller has made ready to launch."""
+    apart = threshold.numel() > 1
+    lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
+    y = _launch(
+        rows_kernel,
+        columns_kernel,
+        x.reshape(*lead, x.shape[-1]),
+        weight.unsqueeze(0),
+        bias,
+        None,
+        None,
+        None,
+        None,
+        out_dim,
+        norm,
+        threshold.reshape(-1),
+    )
+    return y.view(*x.shape[:-1], weight.shape[out_dim])
+
+
 def launch_experts(
     rows_kernel: Any,
     columns_kernel: Any,
@@ -132,9 +162,12 @@ def _launch(
     rows: Tensor | None,
     columns: Tensor | None,
     out_dim: int,
+    norm: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor:
     """``x [groups, tokens, K]`` and ``weight [experts, ...]`` give ``[groups, tokens, N]``."""
     bias, expert, full, rows, columns = map(_dense, (bias, expert, full, rows, columns))
+    norm, threshold = _dense(norm), _dense(threshold)
     groups, tokens, inputs = x.shape
     outputs = weight.shape[1 + out_dim]
     by_output, by_input = weight.stride(1 + out_dim), weight.stride(2 - out_dim)
@@ -161,6 +194,8 @@ def _launch(
         columns,
         expert,
         full,
+        norm,
+        threshold,
         y,
         tokens,
         outputs,
@@ -173,6 +208,7 @@ def _launch(
         by_input,
         0 if rows is None or rows.dim() == 1 else rows.stride(0),
         0 if columns is None or columns.dim() == 1 else columns.stride(0),
+        0 if threshold is None or threshold.numel() == 1 else 1,
         *y.stride()[:3],
         SPLITS=splits,
         BLOCK_M=block,
@@ -201,6 +237,27 @@ if available():
             bias,
             rows,
             columns,
+            out_dim,
+        )
+
+    @triton_op("popc::triton_threshold_linear", mutates_args=())
+    def triton_threshold_linear(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Tensor,
+        threshold: Tensor,
+        out_dim: int,
+    ) -> Tensor:
+        """``popc::threshold_linear`` in Triton."""
+        return launch_threshold(
+            wrap_triton(gather_rows),
+            wrap_triton(gather_columns),
+            x,
+            weight,
+            bias,
+            norm,
+            threshold,
             out_dim,
         )
 

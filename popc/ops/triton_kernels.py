@@ -27,6 +27,8 @@ def gather_kernel(
     columns,
     expert,
     full,
+    norm,
+    threshold,
     y,
     tokens,
     outputs,  # N and K, and how many of them are listed
@@ -41,6 +43,7 @@ def gather_kernel(
     weight_input,
     rows_list,
     columns_list,
+    threshold_group,
     y_split,
     y_group,
     y_token,
@@ -72,6 +75,8 @@ def gather_kernel(
         output = named
     in_m = token < tokens
     x += group * x_group
+    if norm is not None:
+        limit = tl.load(threshold + group * threshold_group)
     if BLOCK_M == 1:
         # Summed along K once, after the loop: a sum in it would cross threads each time.
         total = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
@@ -91,19 +96,31 @@ def gather_kernel(
             if expert is not None:
                 named_k = tl.where(whole, input_, named_k)
             input_ = named_k
+        if BLOCK_M == 1:
+            v = tl.load(x + input_ * x_input, mask=in_k, other=0.0)
+        else:
+            v = tl.load(
+                x_rows + input_[None, :] * x_input, mask=in_m[:, None] & in_k[None, :], other=0.0
+            )
+        if norm is not None:
+            scale = tl.load(norm + input_, mask=in_k, other=0.0)
+            # Not "above": a NaN counts, and shows in y.
+            if BLOCK_M == 1:
+                below = tl.abs(v.to(tl.float32)) * scale <= limit
+                in_k = in_k & (below == 0)
+            else:
+                below = tl.abs(v.to(tl.float32)) * scale[None, :] <= limit
+                in_k = in_k & (tl.min(below.to(tl.int32), 0) == 0)
+            v = tl.where(below, 0.0, v)
         w = tl.load(
             weight + input_[:, None] * weight_input + output[None, :] * weight_output,
             mask=in_k[:, None] & in_n[None, :],
             other=0.0,
         )
         if BLOCK_M == 1:
-            v = tl.load(x + input_ * x_input, mask=in_k, other=0.0)
             total += v.to(tl.float32)[:, None] * w.to(tl.float32)
         else:
-            v = tl.load(
-                x_rows + input_[None, :] * x_input, mask=in_m[:, None] & in_k[None, :], other=0.0
-            )
-            total = tl.dot(v, w, total, input_precision="ieee")
+            total = tl.dot(v.to(w.dtype), w, total, input_precision="ieee")
     if BLOCK_M == 1:
         total = tl.sum(total, 0)[None, :]
     if bias is not None:
