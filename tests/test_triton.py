@@ -59,7 +59,7 @@ def test_every_case_has_a_name_of_its_own() -> None:
 def test_kernels_compile_for_a_gpu_that_is_not_there(capability: int) -> None:
     made = compile_ahead(capability)
     names = [name.rsplit(" ", 1)[0] for name in made]
-    forms = ("linear 1", "linear 16", "experts 1")
+    forms = ("linear 1", "linear 16", "experts 1", "threshold 1", "threshold 16")
     assert names == [
         f"{tiling} {form} {dtype}"
         for tiling in ("rows", "columns")
@@ -72,8 +72,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(capability: int) -> None:
         assert int.from_bytes(cubin[18:20], "little") == EM_CUDA, name
         assert b"gather_kernel" in cubin, name
         assert f".target sm_{capability}" in ptx, name
-        # On the weight that a tiling is for, a thread reads 16 bytes at once.
-        assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.\S+ .*0x10", ptx), name
+        # On the weight that a tiling is for, a thread reads 16 bytes at once; that of thresholds
+        # lies by input channel, and by rows each value has a predicate of its own.
+        if not name.startswith("rows threshold"):
+            assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.\S+ .*0x10", ptx), name
     binaries = {name: asm["cubin"] for name, asm in made.items() if "bf16" in name}
     assert cubins(capability, [torch.bfloat16]) == binaries
 
@@ -104,6 +106,10 @@ def test_fake_tensors_have_the_answers_form(batch, stride, dtype) -> None:
             (listed(batch, 7), listed(5)),
         ):
             y = linear(x, w, bias, rows, columns, 0)
+            assert (y.shape, y.dtype, y.device) == ((batch, 1, 128), dtype, x.device)
+        for limits in (fake(1, dtype=torch.float32), fake(batch, dtype=torch.float32)):
+            args = (x, w, bias, fake(64, dtype=torch.float32), limits, 0)
+            y = torch.ops.popc.triton_threshold_linear(*args)
             assert (y.shape, y.dtype, y.device) == ((batch, 1, 128), dtype, x.device)
         stack = fake(4, 128, 64, dtype=dtype, stride=(128 * 64, *stride))
         for count in (0, batch):
@@ -167,6 +173,24 @@ def test_inductor_sees_the_kernel_and_that_it_writes_the_answer_alone() -> None:
     assert second.kwargs["kwargs"]["SPLITS"] == 6
     assert second.kwargs["grid"][0] == (1, 6, 1)
     assert second.kwargs["kwargs"]["y"].meta["val"].shape == (6, 1, 1, 64)
+    targets = [str(n.target) for n in graph.nodes]
+    assert "aten.sum.dim_IntList" in targets
+    assert not any("popc" in target for target in targets)
+
+
+@pytest.mark.usefixtures("gpu_to_compile_for")
+@torch.no_grad()
+def test_a_threshold_is_read_in_the_kernel() -> None:
+    """No list, no copy of the weight: one launch, whose sum in parts ATen adds."""
+
+    def linear(x: Tensor, weight: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
+        return torch.ops.popc.triton_threshold_linear(x, weight, None, norm, limit, 0)
+
+    args = (torch.empty(1, 1, 640), torch.empty(640, 64).t(), torch.empty(640), torch.empty(1))
+    (launch,) = launches(graph := traced(linear, *args))
+    assert launch.kwargs["tensors_to_clone"] == ["y"]
+    assert {"norm", "threshold"} <= launch.kwargs["kwargs"].keys()
+    assert launch.kwargs["kwargs"]["SPLITS"] == 10
     targets = [str(n.target) for n in graph.nodes]
     assert "aten.sum.dim_IntList" in targets
     assert not any("popc" in target for target in targets)

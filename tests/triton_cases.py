@@ -46,13 +46,17 @@ class Case:
     experts: int = 0
     full: tuple[int, ...] = ()
     flags: str = "int64"
+    # Thresholds: how many, one or one for each sequence; 0 for the other ops.
+    thresholds: int = 0
 
     def __str__(self) -> str:
         lists = f"rows={self.rows} columns={self.columns}{' apart' if self.apart else ''}"
         sizes = f"{'x'.join(map(str, self.lead))} {self.outputs}x{self.inputs}"
         weight = f"out_dim={self.out_dim} along {'K' if self.along_k else 'N'}"
         experts = f" experts={self.experts} full={self.full} {self.flags}" if self.experts else ""
-        return f"{sizes} {lists} {weight}{' bias' if self.bias else ''} {self.dtype}{experts}"
+        bias = " bias" if self.bias else ""
+        limits = f" thresholds={self.thresholds}" if self.thresholds else ""
+        return f"{sizes} {lists} {weight}{bias} {self.dtype}{experts}{limits}"
 
 
 LISTS = ((None, None), (7, None), (None, 5), (7, 5))
@@ -129,7 +133,30 @@ def _experts() -> Iterator[Case]:
     yield Case((0,), rows=7, columns=5, experts=4)
 
 
-CASES = [*_linears(), *_experts()]
+def _thresholds() -> Iterator[Case]:
+    turn = itertools.count()
+    layouts = ((0, True), (0, False), (1, True), (1, False))
+    for lead, (out_dim, along_k), apart in itertools.product(
+        ((1, 1), (3, 1), (20, 1), (2, 3)), layouts, (False, True)
+    ):
+        i = next(turn)
+        yield Case(
+            lead,
+            out_dim=out_dim,
+            along_k=along_k,
+            bias=i % 2 == 0,
+            dtype=DTYPES[i % 3],
+            thresholds=lead[0] if apart else 1,
+        )
+    for dtype in DTYPES:
+        yield Case((1, 1), 70, 600, along_k=False, bias=True, dtype=dtype, thresholds=1)
+        yield Case((3, 1), 70, 1100, along_k=False, dtype=dtype, thresholds=3)
+    yield Case((), thresholds=1)
+    yield Case((0, 1), thresholds=1)
+
+
+# The last case of two repeats the first where a batch of one has one threshold either way.
+CASES = list(dict.fromkeys([*_linears(), *_experts(), *_thresholds()]))
 
 
 def _lists(count: int | None, size: int, many: int | None) -> Tensor | None:
@@ -219,6 +246,43 @@ def check(case: Case, linear: Callable[..., Tensor], experts: Callable[..., Tens
     return f"off by {float(error.max()):.2e}" if (error > 0).any() else ""
 
 
+def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
+    """As :func:`check`, where values of x say what is read; one row of x holds a NaN."""
+    torch.manual_seed(len(str(case)))
+    dtype = getattr(torch, case.dtype)
+    x = torch.randn(*case.lead, case.inputs).to(dtype)
+    weight = torch.randn(case.outputs, case.inputs).to(dtype)
+    bias = torch.randn(case.outputs).to(dtype) if case.bias else None
+    norm = torch.rand(case.inputs) + 0.5
+    limits = torch.rand(case.thresholds) + 0.3
+    scores = x.float().abs() * norm
+    kept = scores > limits.view(-1, *([1] * (x.dim() - 1))) if x.dim() > 1 else scores > limits
+    tokens = (x.double() * kept).reshape(-1, case.inputs)
+    expected = tokens @ weight.double().T + (0 if bias is None else bias.double())
+    size = tokens.abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    unread = ~kept.reshape(-1, case.inputs).any(0)
+    if tokens.shape[0] > 0 and unread.all():
+        return "a case in which nothing is read"
+    held = _held(weight.masked_fill(unread, float("nan")), case)
+    y = op(x, held, bias, norm, limits, case.out_dim)
+    if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:
+        return f"{y.dtype} {tuple(y.shape)}"
+    y = y.reshape(expected.shape).double()
+    if y.isnan().any():
+        return f"{int(y.isnan().sum())} NaN of {y.numel()}"
+    error = (y - expected).abs() - EPS[case.dtype] * expected.abs() - 1e-5 * size
+    if (error > 0).any():
+        return f"off by {float(error.max()):.2e}"
+    if x.numel() == 0:
+        return ""
+    spoiled = x.clone()
+    spoiled.view(-1, case.inputs)[0, 0] = float("nan")
+    held = _held(weight, case)
+    again = op(spoiled, held, bias, norm, limits, case.out_dim).reshape(expected.shape)
+    shows = again[0].isnan().all() and again[1:].isfinite().all()
+    return "" if shows else "a NaN is hidden, or met another token"
+
+
 class _Launched:
     """A kernel with one of its configs, untuned: so all of them get their turn."""
 
@@ -266,6 +330,11 @@ def main() -> None:
     for turn, case in enumerate(CASES):
         kernels = (_Launched(gather_rows, turn), _Launched(gather_columns, turn))
         try:
+            if case.thresholds:
+                wrong[str(case)] = check_threshold(
+                    case, lambda *args, k=kernels: _run(triton_gather.launch_threshold, k, args)
+                )
+                continue
             wrong[str(case)] = check(
                 case,
                 lambda *args, k=kernels: _run(triton_gather.launch_linear, k, args),

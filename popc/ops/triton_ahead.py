@@ -42,7 +42,8 @@ def compile_ahead(
     made = {}
     for kernel, tiling in ((gather_rows, "rows"), (gather_columns, "columns")):
         configs = kernel.configs if every_config else kernel.configs[:1]
-        forms = (("linear", 1), ("linear", BLOCK_M), ("experts", 1))
+        forms = [("linear", 1), ("linear", BLOCK_M), ("experts", 1)]
+        forms += [("threshold", 1), ("threshold", BLOCK_M)]
         for (form, block), dtype, config in product(forms, dtypes, configs):
             source = _source(tiling, form, block, _TYPES[dtype], config.kwargs)
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -57,10 +58,12 @@ def _source(tiling: str, form: str, block: int, dtype: str, blocks: dict[str, in
     rows = tiling == "rows"
     constants: dict[str, int | None] = {"SPLITS": 1 if rows else 8, "BLOCK_M": block, **blocks}
     constants |= {"x_input": 1, "weight_input" if rows else "weight_output": 1}
-    absent = ["expert", "full"] if form == "linear" else ["bias"]
+    absent = ["bias"] if form == "experts" else ["expert", "full"]
+    absent += ["rows", "columns"] if form == "threshold" else ["norm", "threshold"]
     constants |= dict.fromkeys([*absent, "columns" if rows else "rows"])
     types = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}")
     types |= dict.fromkeys(("rows", "columns", "expert", "full"), "*i64")
+    types |= dict.fromkeys(("norm", "threshold"), "*fp32")
     types["y"] = f"*{dtype}" if rows else "*fp32"
     names = gather_kernel.arg_names
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in names}

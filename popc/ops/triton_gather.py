@@ -1,10 +1,10 @@
-"""The gather ops on CUDA, in Triton; ``popc.ops.gather`` says what they compute.
+"""The gather ops on CUDA, in Triton; ``popc.ops.gather`` and ``.threshold`` say what they compute.
 
-``popc::triton_gather_linear``, ``popc::triton_gather_experts`` and ``popc::triton_threshold_linear``
-have the arguments and answers of the ops of ``popc::`` without ``triton_`` in their names. Inductor sees through them, down to the kernel
-and the ATen ops around it. Nothing waits for the device and no shape depends on data, so CUDA
-graphs take them. Sums are in float32 and in a fixed order: where the contraction is split, parts
-are kept apart, ``[SPLITS, ...]``, and added by ATen, not by atomics.
+``popc::triton_gather_linear``, ``popc::triton_gather_experts``, ``popc::triton_threshold_linear``
+have the arguments and answers of the ops without ``triton_`` in their names. Inductor sees through
+them, down to the kernel and the ATen ops around it. Nothing waits for the device and no shape
+depends on data, so CUDA graphs take them. Sums are in float32 and in a fixed order: where the
+contraction is split, parts are kept apart, ``[SPLITS, ...]``, and added by ATen, not by atomics.
 
 ``popc::select_units`` needs no kernel: its ATen ops have fixed shapes and never wait either.
 
