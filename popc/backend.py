@@ -78,7 +78,9 @@ def popc_backend(
     plan = find_regions(captured)
     plan.regions = [_as_known(region, captured) for region in plan.regions]
     if not captured.runnable:
-        _leave_all(plan, "the graph holds a vmap that can't be traced again", "vmap")
+        _leave_all(
+            plan, "the graph holds values that only its trace had, of a vmap or a loop", "vmap"
+        )
     else:
         plan.inputs = find_inputs(captured, plan.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
@@ -217,9 +219,11 @@ def _work(
         return (default if one is None else one) and not measure_only
 
     slots = [r for r in regions if r.one_pass or prunes(r)]
+    contracted = [group for group in inputs if prunes(group)]
     return Work(
         measured=[r for r in regions if r not in slots],
         pruned=[slot_of(r, config.counts(r.units, r.kind)) for r in slots],
-        measured_inputs=[group for group in inputs if not prunes(group)],
-        contracted=[group for group in inputs if prunes(group)],
+        # What runs on many tokens in a decode step, as on a whole cache, is never contracted.
+        measured_inputs=[] if contracted else inputs,
+        contracted=contracted,
     )

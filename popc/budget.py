@@ -64,7 +64,7 @@ def allocate(histograms: Tensor, demands: Sequence[Demand], budget: Budget) -> A
     curves = _Curves(histograms, demands)
     share = budget.share
     if budget.error is not None:
-        found = curves.shares(budget.error)
+        found = curves.shares(budget.error, at_least_own=True)
         if curves.read(found) >= budget.least:
             return Allocation(curves.thresholds(found), found, budget.error)
         share = budget.least
@@ -100,12 +100,14 @@ class _Curves:
         self.member = torch.tensor([classes.index(demand.alike) for demand in demands])
         self.size = torch.bincount(self.member).double()
 
-    def shares(self, error: float) -> Tensor:
-        """The shares of channels to read ``[G]`` for an error of ``error``."""
+    def shares(self, error: float, at_least_own: bool = False) -> Tensor:
+        """The shares of channels to read ``[G]`` for an error of ``error``, on average over groups
+        alike; ``at_least_own``: in each of them."""
         given = torch.full((len(self.error), 1), error, dtype=torch.float64)
         own = 1 - _at(self.error, given, self.below)[:, 0]
         mean = torch.zeros_like(self.size).index_add(0, self.member, own) / self.size
-        return (OWN * own + (1 - OWN) * mean[self.member]).clamp(LEAST, 1.0)
+        shares = OWN * own + (1 - OWN) * mean[self.member]
+        return (torch.maximum(shares, own) if at_least_own else shares).clamp(LEAST, 1.0)
 
     def read(self, shares: Tensor) -> float:
         """The share of all bytes."""

@@ -74,7 +74,7 @@ def demo(
             text = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
             console.print(f"\n[cyan]{name}[/]: {text}")
         table = Table(title=f"SmolLM2-135M, float32, batch 1, prompt {ids.shape[1]}, decode")
-        for heading in ("", "tokens/s (low – high)", "speed-up", "FFN bytes read"):
+        for heading in ("", "tokens/s (low – high)", "speed-up", "bytes read of layers"):
             table.add_column(heading, justify="left" if not heading else "right")
         fastest = max(result.rate.median for result in list(results.values())[:2])
         shares = {f"popc, r = {r}": pruned[r].popc_plan.decode_share(configs[r]) for r in pruned}

@@ -87,14 +87,17 @@ def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def is_caught_in_vmap(value: Any) -> bool:
-    """Whether ``value`` is a batched tensor of a vmap that is over.
+def is_trace_only(value: Any) -> bool:
+    """Whether ``value`` is a tensor that means nothing outside the trace that it was made in.
 
-    A re-trace holds such constants where a vmap was traced, as for flex attention's block masks.
-    Private because nothing public tells them.
+    A re-trace holds such constants where a vmap was traced, as for flex attention's block masks
+    (batched tensors of a vmap that is over), and where a loop was unrolled over a tensor (fake
+    tensors). Private because nothing public tells them.
     """
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return isinstance(value, torch.Tensor) and wrapped(value)
+    if not isinstance(value, torch.Tensor):
+        return False
+    return isinstance(value, FakeTensor) or wrapped(value)
 
 
 def graph_breaks() -> dict[str, int]:

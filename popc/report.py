@@ -181,8 +181,8 @@ class Explanation:
             return "Nothing to prune: it runs dense."
         dense, pruned = (sum(r.dense for r in self.reads), sum(r.pruned for r in self.reads))
         return (
-            f"At r = {self.config.sparsity:.3g}, γ = {self.config.candidate:.3g}, a decode step of "
-            f"one sequence reads {_size(pruned)} in the regions; dense, {_size(dense)}."
+            f"By {self.config.policy_name} at r = {self.config.sparsity:.3g}, a decode step of one "
+            f"sequence reads {_size(pruned)} in the regions; dense, {_size(dense)}."
         )
 
     def _sheets(self) -> list[_Sheet]:

@@ -91,7 +91,7 @@ def test_regions_of_a_llama(llama: Explanation) -> None:
         assert f"160 linear ×2 linear {sizes}" in line[:140]
         line = text[text.index(f"attention model.layers.{layer}.self_attn") :]
         assert "2 linear ×3 linear 49.2 kB 49.2 kB 100% not a target" in line[:140]
-    assert "At r = 0.4, γ = 0.1, a decode step" in text
+    assert "By pop at r = 0.4, a decode step" in text
     assert "4 regions, 5 refusals" in text
 
 

@@ -39,7 +39,7 @@ class Captured:
     """An ATen graph and the real parameters behind its inputs.
 
     ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation.
-    ``runnable`` is False where the graph can be read but not run: a vmap's values are caught in it.
+    ``runnable`` is False where the graph can be read but not run: values of the trace are in it.
     """
 
     gm: fx.GraphModule
@@ -112,7 +112,7 @@ def _trace(
     gm.graph.eliminate_dead_code()
     _drop_inplace(gm)
     held = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
-    return Captured(gm, parameters, mode, not any(map(compat.is_caught_in_vmap, held)))
+    return Captured(gm, parameters, mode, not any(map(compat.is_trace_only, held)))
 
 
 def _drop_inplace(gm: fx.GraphModule) -> None:
