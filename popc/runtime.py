@@ -17,9 +17,10 @@ from popc.analysis.labels import same_size
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
+from popc.analysis.writes import views_first, writes_first
 from popc.budget import Demand
 from popc.config import Config
-from popc.log import log_graph
+from popc.log import log_graph, logger
 from popc.passes.contract import add_histograms, contract_inputs
 from popc.passes.decode import prune_regions
 from popc.passes.layout import read_as_stored
@@ -150,6 +151,14 @@ class _Instance:
     scale: torch.Tensor | None
     measured_scale: torch.Tensor | None
 
+    @property
+    def pruned(self) -> list[RegionState | InputsState]:
+        return [*self.slots, *self.contracted]
+
+    @property
+    def measured(self) -> list[RegionState | InputsState]:
+        return [*self.prefill, *self.measured_inputs]
+
 
 class CompiledGraph:
     """One compiled graph: finds the session, feeds the partition, takes the statistics.
@@ -195,6 +204,7 @@ class CompiledGraph:
         self.written = [i for i in self.activations if _is_written(placeholders[i])]
         self.cached = any(region.cached for region in work.measured)
         self._dense: Compiled | None = None
+        self._told = False
         count = len(placeholders)
         if work.contracted:
             contract_inputs(captured, work.contracted, config.scope, config.count)
@@ -231,7 +241,7 @@ class CompiledGraph:
         if self.contracted:
             limits = self._limits(instance, session, batch)
             if limits is None:
-                return self._run_dense(args, session)
+                return self._run_dense(args, session, instance)
             inputs += [instance.scale, limits]
         if self.measured_inputs:
             inputs.append(instance.measured_scale)
@@ -243,15 +253,14 @@ class CompiledGraph:
                 instance.owner, instance.slots, self.packing, self.scope, batch
             )
             if partition is None:
-                return self._run_dense(args, session)
+                return self._run_dense(args, session, instance)
             inputs += [partition.index, partition.norm]
             if self.packer is not None:
                 if partition.weights is None:
                     partition.weights = self.packer(inputs)
                 inputs += partition.weights
         outputs = self.run(*inputs)
-        # One token measures nothing if tokens before it were never seen: it stays dense.
-        measures = self.measuring is not None or session.whole
+        measures = self.measuring is not None or self._is_prompt(instance, session)
         if self.prefill:
             *outputs, sums = outputs
             if measures:
@@ -265,7 +274,19 @@ class CompiledGraph:
             session.count(instance.contracted, read)
         return outputs
 
-    def _run_dense(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
+    def _is_prompt(self, instance: _Instance, session: Session) -> bool:
+        """Whether the one token of a dense twin is the first there is: else it measures nothing."""
+        return session.whole and not session.has_seen(instance.measured)
+
+    def _run_dense(
+        self, args: Sequence[Any], session: Session, instance: _Instance
+    ) -> Sequence[Any]:
+        if not self._told and session.has_seen(instance.pruned):
+            self._told = True
+            logger.warning(
+                "a decode step runs dense: its prompt was measured at another batch size, or in a "
+                "graph that splits the model otherwise"
+            )
         with state.use(session):
             return self.dense(*args)
 
@@ -350,13 +371,9 @@ def _is_cache_like(value: Any) -> bool:
 def _is_written(node: fx.Node) -> bool:
     """Whether the graph writes to this input in place, as it does to a static cache."""
     for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None:
-            continue
-        first = schema.arguments[0].alias_info if schema.arguments else None
-        if first is None or user.args[:1] != (node,):
-            continue
-        if first.is_write or _is_written(user):
+        if user.args[:1] == (node,) and (
+            writes_first(user) or (views_first(user) and _is_written(user))
+        ):
             return True
     return False
 

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class RegionState:
         one_pass: whether the units are chosen by the pass that they are pruned in.
     """
 
-    key: Hashable
+    key: tuple[Any, ...]
     columns: Tensor
     width: int
     experts: int
@@ -49,6 +50,11 @@ class RegionState:
     cached: bool
     one_pass: bool
     policy: Policy
+
+    @property
+    def weights(self) -> tuple[Hashable, ...]:
+        """Which parameters it is known by."""
+        return self.key[0]
 
     @property
     def measure(self) -> Hashable:
@@ -60,8 +66,13 @@ class RegionState:
 class InputsState:
     """What the runtime must know of linears that share an input: see :class:`Inputs`."""
 
-    key: Hashable
+    key: tuple[Any, ...]
     demand: Demand
+
+    @property
+    def weights(self) -> tuple[Hashable, ...]:
+        """Which parameters it is known by."""
+        return self.key[0]
 
 
 @dataclass
@@ -93,6 +104,7 @@ class Session:
         self._partitions: dict[Hashable, Partition] = {}
         self._histograms: dict[tuple[Hashable, str], Tensor] = {}
         self._limits: dict[Hashable, Tensor] = {}
+        self._seen: set[Hashable] = set()
         self.reads: dict[Hashable, list[int]] = {}
 
     def add(self, regions: Sequence[RegionState], scope: str, sums: Tensor) -> None:
@@ -104,7 +116,12 @@ class Session:
             known = before is not None and before.shape == piece.shape
             # A copy: the compiled graph may reuse the memory of its output.
             self._sums[region.measure, scope] = before + piece if known else piece.clone()
+            self._seen.update(region.weights)
         self._partitions.clear()
+
+    def has_seen(self, owners: Iterable[RegionState | InputsState]) -> bool:
+        """Whether a prefill measured a weight of ``owners``, be it as part of others."""
+        return any(not self._seen.isdisjoint(owner.weights) for owner in owners)
 
     def statistics(self, key: Hashable, scope: str, policy: str = "pop") -> Tensor | None:
         """The sum of squares ``[S, K]`` of a region so far, or None before its prefill."""
@@ -117,6 +134,7 @@ class Session:
             if before is not None and before.shape == piece.shape:
                 piece = before + piece
             self._histograms[group.key, scope] = piece.clone()
+            self._seen.update(group.weights)
         self._limits.clear()
 
     def histogram(self, key: Hashable, scope: str) -> Tensor | None:

@@ -394,7 +394,9 @@ def test_command(tmp_path: Path) -> None:
     assert "speed-up" in done.output
     read = json.loads(out.read_text())
     assert read["model"]["name"] == "FFN D=32 F=160"
-    assert [run["sparsity"] for run in read["runs"]] == [None, None, 0.4]
+    policies = [None, None, "contraction", "pop"]
+    assert [run["policy"] for run in read["runs"]] == policies
+    assert [run["sparsity"] for run in read["runs"]] == [None, None, 0.4, 0.4]
     assert picture.read_bytes().startswith(PNG)
 
 

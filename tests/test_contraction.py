@@ -330,3 +330,40 @@ def test_a_policy_of_ones_own() -> None:
     assert "first_come" in done.stdout
     with pytest.raises(popc.ConfigError, match="policy"):
         popc.register_policy("pop")  # type: ignore[arg-type]
+
+
+class SplitsOtherwise(nn.Module):
+    """Two linears read one value in a prompt; in a decode step, each a value of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.head = nn.Linear(48, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = x if x.shape[1] > 1 else x * 1.0
+        return self.head(torch.tanh(self.one(x)) + torch.tanh(self.two(second)))
+
+
+def test_one_token_measures_nothing_after_a_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    """Thresholds of one token would be taken for the prompt's: what is not known stays dense."""
+    model = SplitsOtherwise().eval()
+    options = {"sparsity": 0.5, "codegen": "eager"}
+    twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
+    x = torch.randn(1, 20, 32)
+    with torch.no_grad(), state.use(state.Session()):
+        twin(x[:, :16])
+        for token in x[:, 16:].split(1, dim=1):
+            assert relative(twin(token), model(token)) < 1e-5
+    assert caplog.text.count("a decode step runs dense") == 1
+
+
+def test_the_first_token_is_a_prompt() -> None:
+    model = SplitsOtherwise().eval()
+    options = {"sparsity": 0.5, "codegen": "eager"}
+    twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
+    x = torch.randn(1, 2, 32)
+    with torch.no_grad(), state.use(state.Session()):
+        assert relative(twin(x[:, :1]), model(x[:, :1])) < 1e-5
+        assert relative(twin(x[:, 1:]), model(x[:, 1:])) > 1e-3

@@ -7,7 +7,7 @@ life of a channel has to be followed for that, only what the linears of one inpu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from popc.analysis.linears import Linear, as_linear
 from popc.analysis.places import common, source_of, where
 from popc.analysis.plan import Region
 from popc.analysis.walk import shape
+from popc.analysis.writes import depends_on
 
 aten = torch.ops.aten
 
@@ -89,7 +90,7 @@ def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
                 once.add(linear.node)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     linears = list(filter(None, (as_linear(node, captured) for node in nodes)))
-    inner = _before(linear.node for linear in linears)
+    inner = depends_on(graph, [linear.node for linear in linears])
     groups: dict[tuple[fx.Node, str], list[Linear]] = {}
     for linear in linears:
         rank = len(shape(linear.x))
@@ -107,18 +108,6 @@ def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
         uses[identities] += 1
         found.append(Inputs(kind, name, x, tuple(members), key, source_of(members[0].node)))
     return found
-
-
-def _before(nodes: Iterator[fx.Node]) -> set[fx.Node]:
-    """All that some of ``nodes`` depends on, without those that only depend on others."""
-    seen: set[fx.Node] = set()
-    stack = [source for node in nodes for source in node.all_input_nodes]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen
 
 
 def _routes(linear: Linear) -> bool:

@@ -1,0 +1,49 @@
+"""What writes to which value in place: dependencies that no argument shows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from operator import getitem
+from typing import Any
+
+from torch import fx
+
+
+def writes_first(node: fx.Node) -> bool:
+    """Whether ``node`` writes to its first argument."""
+    alias = _first_alias(node)
+    return alias is not None and alias.is_write
+
+
+def views_first(node: fx.Node) -> bool:
+    """Whether what ``node`` gives may share memory with its first argument."""
+    return node.target is getitem or _first_alias(node) is not None
+
+
+def depends_on(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that ``nodes`` depend on, by arguments or by what was written to them before."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    base: dict[fx.Node, fx.Node] = {}
+    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        first = node.args[0] if node.args and views_first(node) else node
+        base[node] = base.get(first, node) if isinstance(first, fx.Node) else node
+        if writes_first(node):
+            writers[base[node]].append(node)
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            written = [w for w in writers[base[source]] if place[w] < place[node]]
+            for found in (source, *written):
+                if found not in seen:
+                    seen.add(found)
+                    stack.append(found)
+    return seen
+
+
+def _first_alias(node: fx.Node) -> Any:
+    schema = getattr(node.target, "_schema", None)
+    return schema.arguments[0].alias_info if schema is not None and schema.arguments else None
