@@ -19,13 +19,19 @@ from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
 from popc.backend import popc_backend
 from popc.config import Config
-from popc.errors import GraphError, ModelError
+from popc.errors import ConfigError, GraphError, ModelError
 from popc.runtime import InputsTemplate, Template
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def compile(model: Model, config: Config | None = None, **options: Any) -> Model:
+def compile(
+    model: Model,
+    config: Config | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    **options: Any,
+) -> Model:
     """A compiled twin of ``model`` that prunes while it decodes.
 
     The twin is used like the model: same forward signature, ``generate`` with any cache, the same
@@ -35,22 +41,28 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
     Args:
         model: any ``nn.Module``.
         config: a :class:`popc.Config`; ``options`` are its fields by name and override it.
+        calibration: for policies that need a text beforehand, as ``"wanda_sp"`` and ``"flap"``:
+            batches of it, each a mapping of the model's inputs or a tensor, its first one. They run
+            through the twin at once, dense.
 
     Returns:
         The twin, with ``popc_plan``: the :class:`popc.Plan` of all graphs compiled so far.
 
     Raises:
-        ConfigError: an option is unknown or has a value that is not allowed.
+        ConfigError: an option is unknown or has a value that is not allowed; ``calibration`` is
+            missing, or given to a policy that does not need it.
         ModelError: ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.compile takes an nn.Module, not {type(model).__name__}")
     config = Config.of(config, options)
+    _check_calibration(config, calibration)
     _save_as_before(model)
     twin = copy.copy(model)
     forward = model.forward
     plan = Plan()
     compiled = compat.compile_alone(forward, _backend(config, plan))
+    base: state.Session | None = None
     warned = False
 
     @functools.wraps(forward)
@@ -58,7 +70,7 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
         nonlocal warned
         grad = torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)
         with torch.set_grad_enabled(grad), _noting_breaks(plan):
-            out = compat.call_compiled(_in_session, compiled, args, kwargs)
+            out = compat.call_compiled(_in_session, compiled, args, kwargs, base)
         if not warned and not plan.regions and not plan.inputs and plan.skipped:
             warned = True
             warnings.warn(
@@ -75,7 +87,32 @@ def compile(model: Model, config: Config | None = None, **options: Any) -> Model
     if hasattr(model, "get_compiled_call"):
         # transformers' generate would compile the call once more.
         twin.__dict__["get_compiled_call"] = lambda *_: twin.__call__
+    if calibration is not None:
+        base = _measured(compiled, calibration)
     return twin
+
+
+def _measured(compiled: Callable[..., Any], calibration: Iterable[Any]) -> state.Session:
+    """A session that has seen the batches of ``calibration``."""
+    session = state.Session()
+
+    def run(batch: Any) -> None:
+        compiled(**batch) if isinstance(batch, Mapping) else compiled(batch)
+
+    with torch.no_grad(), state.use(session):
+        for batch in calibration:
+            compat.call_compiled(run, batch)
+    return session
+
+
+def _check_calibration(config: Config, calibration: Iterable[Any] | None) -> None:
+    needs = config.calibrated
+    if needs and calibration is None:
+        allowed = "batches of a text: popc.compile(model, ..., calibration=batches)"
+        raise ConfigError("calibration", None, f"for policy {needs!r} {allowed}")
+    if not needs and calibration is not None:
+        given = type(calibration).__name__
+        raise ConfigError("calibration", given, f"None for policy {config.policy_name!r}")
 
 
 def _save_as_before(model: torch.nn.Module) -> None:
@@ -101,7 +138,9 @@ def _backend(config: Config, plan: Plan) -> Callable[..., Any]:
     """popc's backend with its options, reporting into ``plan``."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return popc_backend(gm, example_inputs, config=config, on_plan=plan.extend)
+        return popc_backend(
+            gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
+        )
 
     return backend
 
@@ -123,13 +162,22 @@ def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str
     return model.training or asks
 
 
-def _in_session(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run ``call`` under the session of the KV cache among its arguments, or in a new one."""
+def _in_session(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    base: state.Session | None,
+) -> Any:
+    """Run ``call`` under the session of the KV cache among its arguments, or in a new one.
+
+    Args:
+        base: what was measured on a text given beforehand.
+    """
     caches = list(_caches((*args, *kwargs.values())))
     session = next((s for s in map(state.of_cache, caches) if s is not None), None)
     empty = all(_is_empty(cache) for cache in caches)
     if session is None or empty:
-        session = state.Session(whole=empty)
+        session = state.Session(empty, base)
     with state.use(session):
         out = call(*args, **kwargs)
     returned = out.values() if isinstance(out, Mapping) else out

@@ -23,7 +23,7 @@ from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
 from popc.analysis.walk import shape
 from popc.config import Config
-from popc.errors import GraphError
+from popc.errors import ConfigError, GraphError
 from popc.log import log_graph, logger
 from popc.passes.experts import can_flatten
 from popc.passes.layout import lay_out, read_as_stored
@@ -42,6 +42,7 @@ def popc_backend(
     config: Config | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     measure_only: bool = False,
+    has_calibration: bool = False,
 ) -> Compiled:
     """Compile one Dynamo graph; registered with ``torch.compile`` as ``"popc"``.
 
@@ -50,11 +51,15 @@ def popc_backend(
         mode: a mode of ``torch.compile``, turned into Inductor's options.
         on_plan: called with the plan of each graph; ``popc.compile`` collects them.
         measure_only: treat a decode graph as a prefill: dense, with statistics.
+        has_calibration: whether a text given beforehand was, or will be, measured.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
     """
     config = given = Config.of(config, options)
+    if config.calibrated and not has_calibration:
+        allowed = "one that goes by the prompt; popc.compile(..., calibration=...) takes a text"
+        raise ConfigError("policy", config.calibrated, allowed)
     inductor = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
     def generate(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -86,6 +91,7 @@ def popc_backend(
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
     config = resolve(config, sum(sizes.values()), plan)
     plan.inputs = [g for g in plan.inputs if _contracts(g, config)]
+    _leave_what_policies_refuse(plan, config)
     _leave_what_costs_more(plan, config)
     regions, inputs = _laid_out(captured, plan, config)
     if on_plan is not None:
@@ -103,7 +109,9 @@ def popc_backend(
         if captured.runnable and read_as_stored(captured):
             return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
-    measuring = functools.partial(popc_backend, config=config, mode=mode, measure_only=True)
+    measuring = functools.partial(
+        popc_backend, config=config, mode=mode, measure_only=True, has_calibration=has_calibration
+    )
     try:
         return CompiledGraph(
             gm,
@@ -142,6 +150,16 @@ def _as_known(region: Region, captured: Captured) -> Region:
 def _leave_all(plan: Plan, reason: str, kind: str) -> None:
     plan.skipped += [Skipped(r.name, reason, "", r.source, kind) for r in plan.regions]
     plan.regions.clear()
+
+
+def _leave_what_policies_refuse(plan: Plan, config: Config) -> None:
+    for region in list(plan.regions):
+        reason = config.unit_policy(region.kind).refuses(region)
+        if region.by_units(config) and reason is not None:
+            plan.regions.remove(region)
+            name = config.policy_of(region.kind)
+            skip = Skipped(region.name, f"{name}: {reason}", "", region.source, "policy")
+            plan.skipped.append(skip)
 
 
 def _leave_what_costs_more(plan: Plan, config: Config) -> None:
@@ -222,7 +240,7 @@ def _work(
     contracted = [group for group in inputs if prunes(group)]
     return Work(
         measured=[r for r in regions if r not in slots],
-        pruned=[slot_of(r, config.counts(r.units, r.kind)) for r in slots],
+        pruned=[slot_of(r, config) for r in slots],
         # What runs on many tokens in a decode step, as on a whole cache, is never contracted.
         measured_inputs=[] if contracted else inputs,
         contracted=contracted,

@@ -26,6 +26,7 @@ from popc.errors import PopcError
 from popc.evaluate import evaluate
 from popc.models import DEFAULT, load_model
 from popc.report import Explanation
+from popc.resolve import resolve
 
 app = typer.Typer(
     help="Decode faster without retraining.", no_args_is_help=True, add_completion=False
@@ -38,6 +39,12 @@ Candidate = Annotated[float, typer.Option(help="γ: share of channels each token
 Policy = Annotated[str, typer.Option(help=f"{', '.join(known.names())}.")]
 Targets = Annotated[
     str | None, typer.Option(help="mlp,attention,experts,other,head; the policy's usual ones.")
+]
+Bytes = Annotated[
+    float | None, typer.Option(help="Share of the weight bytes to read; replaces the sparsity.")
+]
+Calibration = Annotated[
+    int, typer.Option(min=1, help="Windows of other text, for policies that need one beforehand.")
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
@@ -129,6 +136,7 @@ def generate(
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
     targets: Targets = None,
+    calibration: Calibration = 16,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 64,
     dtype: Dtype = "float32",
 ) -> None:
@@ -136,7 +144,7 @@ def generate(
     with _errors():
         config = _config(policy, targets, sparsity=sparsity, candidate=candidate)
         loaded, tokenizer = _load(model, dtype)
-        twin = popc.compile(loaded, config)
+        twin = _compile(loaded, config, tokenizer, calibration)
         with console.status("compiling and generating"):
             text = _generate(twin, tokenizer, _prompt(tokenizer, prompt), tokens)
         console.print(text, markup=False, highlight=False)
@@ -148,7 +156,9 @@ def evaluate_command(
     policy: Policy = "contraction",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
+    bytes: Bytes = None,
     targets: Targets = None,
+    calibration: Calibration = 16,
     windows: Annotated[int, typer.Option(min=1, help="Windows of Wikipedia text.")] = 8,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens prefilled in each.")] = 256,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens decoded in each.")] = 256,
@@ -159,20 +169,23 @@ def evaluate_command(
     from popc import text
 
     with _errors():
-        config = _config(policy, targets, sparsity=sparsity, candidate=candidate, count=True)
+        options = {"sparsity": sparsity, "candidate": candidate, "bytes": bytes}
+        config = _config(policy, targets, **options, count=True)
         loaded, tokenizer = _load(model, dtype)
-        twin = popc.compile(loaded, config)
         with console.status("reading text"):
             plan = popc.analyze(loaded)
+            config = resolve(config, loaded.num_parameters(), plan)
             rows = text.windows(tokenizer, windows, prompt + continuation)
+        twin = _compile(loaded, config, tokenizer, calibration, windows)
         with _progress("window", windows) as step:
             quality = evaluate(loaded, twin, rows, prompt, lambda: step("window"), plan)
         figures = {
             "model": model,
             "policy": config.policy_name,
             "targets": config.targets,
-            "sparsity": sparsity,
+            "sparsity": config.sparsity,
             "candidate": candidate,
+            "calibration": calibration if config.calibrated else 0,
             "pruned_bytes": twin.popc_plan.decode_share(config),
             **asdict(quality),
         }
@@ -257,6 +270,17 @@ def _config(policy: str, targets: str | None, **options: Any) -> popc.Config:
     if "=" in policy:
         given = dict(word.split("=", 1) for word in _words(policy))
     return popc.Config(policy=given, targets=_words(targets) if targets else None, **options)
+
+
+def _compile(loaded: Any, config: popc.Config, tokenizer: Any, count: int, skip: int = 0) -> Any:
+    """The twin; ``count`` windows of text, after ``skip`` others, are shown to it if need be."""
+    from popc import text
+
+    if not config.calibrated:
+        return popc.compile(loaded, config)
+    with console.status("compiling, and measuring other text"):
+        batches = text.windows(tokenizer, count, skip=skip).split(1)
+        return popc.compile(loaded, config, calibration=batches)
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:

@@ -30,7 +30,9 @@ class Config:
             in each graph on the parameters which that graph uses.
         policy: how channels are chosen: a name, or one for each kind of target.
             ``"contraction"``: every linear reads the input channels that matter to the token;
-            ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"dense"``: nothing is
+            ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"staged"``: channels by
+            their gate, ``"staged_pruned"`` without the tenth that matters least to the prompt;
+            ``"wanda_sp"``, ``"flap"``: fixed by a text given beforehand; ``"dense"``: nothing is
             pruned. Under ``"contraction"``, experts and encoders are pruned by ``"pop"``.
         targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by contraction alone also
             ``"other"`` linears, and ``"head"``, the last ones. None: the policy's usual ones, or
@@ -128,6 +130,11 @@ class Config:
         if isinstance(self.policy, Mapping):
             return ", ".join(f"{kind}: {name}" for kind, name in self.policy.items())
         return self.policy
+
+    @property
+    def calibrated(self) -> str | None:
+        """The first policy that needs a text beforehand; None if none does."""
+        return next((name for name in self._policies() if policies.get(name).calibrated), None)
 
     def policy_of(self, kind: str) -> str:
         """The policy for a kind of target; ``"dense"`` for those that are none."""

@@ -42,10 +42,16 @@ class Policy:
     Attributes:
         name: by which :class:`popc.Config` knows it.
         targets: kinds that it prunes if none are given.
+        parts: how many values :meth:`values` measures.
+        staged: a decode step scores a region's first factor: see :class:`Staged`.
+        calibrated: a text given beforehand is measured, not the prompt.
+        compensates: what pruned units give on average, :meth:`mean`, is added to the output.
     """
 
     name = "pop"
     targets: tuple[str, ...] = ("mlp", "experts")
+    parts = 1
+    staged = calibrated = compensates = False
 
     def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
         """How many of ``units`` are retained, candidates and active: Python numbers, so static.
@@ -67,14 +73,39 @@ class Policy:
         """
         return h
 
-    def importance(self, squares: Tensor, norm: Tensor) -> Tensor:
+    def values(self, emit: Any, h: Any, region: Any) -> tuple[Any, ...]:
+        """``parts`` nodes to measure, for policies that need more than one, or other than h.
+
+        Args:
+            region: the :class:`popc.Region`.
+        """
+        return (self.measured(emit, h),)
+
+    def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
         """The rank of units, larger first, float64 ``[S, U]``.
 
         Args:
             squares: the sums over tokens and a unit's columns, float64 ``[S, U]``.
             norm: ``‖W[:, columns]‖`` of what contracts them, float32 ``[U]``, or ``[E, U]``.
+            more: as ``squares``, of the second value and those after it.
         """
         return squares.sqrt() * norm.double()
+
+    def scale(self, norm: Tensor, *squares: Tensor) -> Tensor:
+        """What a token's ``|h|`` is multiplied with to score it, ``[U]``, ``[E, U]``, ``[S, U]``.
+
+        Args:
+            squares: of each value, as :meth:`importance` takes them.
+        """
+        return norm
+
+    def mean(self, *squares: Tensor) -> Tensor:
+        """With ``compensates``: h's mean over tokens, from the sums of each column ``[S, K]``."""
+        raise NotImplementedError
+
+    def refuses(self, region: Any) -> str | None:
+        """Why it can't prune a :class:`popc.Region`; None if it can."""
+        return None
 
 
 class Griffin(Policy):
@@ -97,8 +128,96 @@ class Griffin(Policy):
         norm = emit.call(aten.clamp_min.default, norm, torch.finfo(torch.float32).tiny)
         return emit.call(aten.div.Tensor, wide, norm)
 
-    def importance(self, squares: Tensor, norm: Tensor) -> Tensor:
+    def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
         return squares.sqrt()
+
+
+class Staged(Policy):
+    """A gate first: only the channels where it is large are computed any further.
+
+    ``g = act(x gateᵀ)`` is computed on the live channels and scored by
+    ``|g_c| · ‖down[:, c]‖ · rms(up_c)``, the last factor over the prompt's tokens; of ``up`` and
+    ``down`` only the chosen channels are read. The idea is CATS' (arXiv 2404.08763), with the
+    weights' norms and the prompt in place of calibrated thresholds.
+
+    Args:
+        pruned: the share of channels that POP's importance leaves out with the prompt.
+    """
+
+    targets = ("mlp",)
+    parts = 2
+    staged = True
+
+    def __init__(self, name: str, pruned: float) -> None:
+        self.name, self.pruned = name, pruned
+
+    def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
+        active = max(1, round((1 - sparsity) * units))
+        return Counts(0, max(active, units - round(self.pruned * units)), active)
+
+    def values(self, emit: Any, h: Any, region: Any) -> tuple[Any, ...]:
+        # Without a gate it is refused; but in an encoder's one pass h is at hand, and scored.
+        return h, h if region.gate is None else region.gate.other
+
+    def scale(self, norm: Tensor, *squares: Tensor) -> Tensor:
+        return (norm.double() * squares[1].sqrt()).float()
+
+    def refuses(self, region: Any) -> str | None:
+        if region.one_pass or region.gate is not None:
+            return None
+        return "its channels are no product of a gate's and another linear's"
+
+
+class Wanda(Policy):
+    """Wanda-sp: one mask for all prompts, from a text given beforehand.
+
+    The score is Wanda's (arXiv 2306.11695), ``‖W[:, c]‖ · ‖X_c‖``, summed over channels as FLAP's
+    authors do for their baseline (arXiv 2312.11983, section 4).
+    """
+
+    name = "wanda_sp"
+    calibrated = True
+
+    def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
+        active = max(1, round((1 - sparsity) * units))
+        return Counts(active, 0, active)
+
+
+class Flap(Wanda):
+    """FLAP (arXiv 2312.11983): channels that hardly vary give way to their mean.
+
+    The score is the variance of a channel times ``‖W[:, c]‖²`` (equation 4), over a text given
+    beforehand; the output gains ``Σ W[:, c] · mean(X_c)`` of the pruned channels (equation 5).
+    Every region keeps the same share, the paper's ``UL``.
+    """
+
+    name = "flap"
+    targets = ("mlp",)
+    parts = 3
+    compensates = True
+
+    def values(self, emit: Any, h: Any, region: Any) -> tuple[Any, ...]:
+        # Sums of squares alone are measured: (h + 1)² - h² = 2h + 1 tells the mean.
+        aten = torch.ops.aten
+        wide = emit.call(aten.to.dtype, h, torch.float32)
+        one = emit.call(aten.ones_like.default, wide)
+        return wide, emit.call(aten.add.Tensor, wide, 1.0), one
+
+    def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
+        shifted, count = more
+        mean = (shifted - squares - count) / (2 * count)
+        return (squares / count - mean.square()) * norm.double().square()
+
+    def mean(self, *squares: Tensor) -> Tensor:
+        plain, shifted, count = squares
+        return (shifted - plain - count) / (2 * count)
+
+    def refuses(self, region: Any) -> str | None:
+        if region.one_pass:
+            return "its one pass scores its own tokens, and takes no mask from another text"
+        if region.experts or region.columns.shape[1] > 1:
+            return "a mean is added for single channels of one weight alone"
+        return None
 
 
 class Contraction(Policy):
@@ -121,7 +240,19 @@ class Dense(Policy):
     targets = ()
 
 
-_known: dict[str, Policy] = {p.name: p for p in (Contraction(), Policy(), Griffin(), Dense())}
+_known: dict[str, Policy] = {
+    policy.name: policy
+    for policy in (
+        Contraction(),
+        Policy(),
+        Griffin(),
+        Staged("staged", 0.0),
+        Staged("staged_pruned", 0.1),
+        Wanda(),
+        Flap(),
+        Dense(),
+    )
+}
 
 
 def register(policy: Policy) -> None:

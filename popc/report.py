@@ -41,6 +41,7 @@ _REMEDIES = {
     "different values": "let every linear read the same value of the channels",
     "uneven units": "give all heads, or groups of channels, the same size",
     "costs more": "wider layers: a list costs the same for a long row as for a short one",
+    "policy": "another policy for its kind, as in policy=dict(mlp=..., experts=...)",
     "layout": "give the linear a weight of its own, loaded where it runs",
     "vmap": "make masks outside of the model, and hand them to it",
     "traced in pieces": "take the graph break out of the model: TORCH_LOGS=graph_breaks shows it",

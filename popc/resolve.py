@@ -48,8 +48,7 @@ def _with_bytes(config: Config, plan: Plan) -> Config:
         at = replace(config, sparsity=sparsity, bytes=None)
         for region in plan.regions:
             if region.by_units(config):
-                counts = at.counts(region.units, region.kind)
-                saved += region.weight_bytes - region.decode_bytes(counts)
+                saved += region.weight_bytes - region.decode_bytes(at)
         return (total - saved) / total
 
     if read(_MOST) > config.bytes:

@@ -255,6 +255,10 @@ class CompiledGraph:
             if partition is None:
                 return self._run_dense(args, session, instance)
             inputs += [partition.index, partition.norm]
+            if self.packing.compensating:
+                if partition.compensation is None:
+                    partition.compensation = self._compensation(args, partition.lost)
+                inputs.append(partition.compensation)
             if self.packer is not None:
                 if partition.weights is None:
                     partition.weights = self.packer(inputs)
@@ -277,6 +281,18 @@ class CompiledGraph:
     def _is_prompt(self, instance: _Instance, session: Session) -> bool:
         """Whether the one token of a dense twin is the first there is: else it measures nothing."""
         return session.whole and not session.has_seen(instance.measured)
+
+    def _compensation(self, args: Sequence[Any], lost: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``W`` times the means of pruned units, consumer after consumer, float32."""
+        slots = zip(self.slots, self.packing.slots, strict=True)
+        templates = [template for (template, _, _), slot in slots if slot.compensates]
+        parts = []
+        for template, mean in zip(templates, lost, strict=True):
+            for linear, at in zip(template.region.consumers, template.weights, strict=True):
+                weight = linear.weight.replayed(args[at].detach()).float()
+                parts.append(mean @ (weight.mT if linear.weight.out_dim == 0 else weight))
+        total = torch.cat(parts, dim=-1)
+        return total if self.scope == "sequence" else total[0]
 
     def _run_dense(
         self, args: Sequence[Any], session: Session, instance: _Instance

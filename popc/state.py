@@ -79,12 +79,16 @@ class InputsState:
 class Partition:
     """Inputs of a decode graph: see :func:`popc.passes.decode.prune_regions`.
 
-    ``weights`` are copies of live rows, where :func:`popc.passes.pack.pack_weights` has them made.
+    ``lost`` are float32 ``[S, K]``: h's mean at pruned units and 0 elsewhere, for each region that
+    compensates; ``compensation`` is what their weights make of it. ``weights`` are copies of live
+    rows, where :func:`popc.passes.pack.pack_weights` has them made.
     """
 
     index: Tensor
     norm: Tensor
+    lost: Sequence[Tensor] = ()
     weights: Sequence[Tensor] | None = None
+    compensation: Tensor | None = None
 
 
 class Session:
@@ -94,11 +98,12 @@ class Session:
 
     Attributes:
         whole: whether it began with an empty cache, so that all its tokens were seen.
+        base: what policies that are calibrated take their statistics from, if not from here.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
-    def __init__(self, whole: bool = True) -> None:
-        self.whole = whole
+    def __init__(self, whole: bool = True, base: Session | None = None) -> None:
+        self.whole, self.base = whole, base
         self._sums: dict[tuple[Hashable, str], Tensor] = {}
         self._living: dict[tuple[Hashable, str], Tensor] = {}
         self._partitions: dict[Hashable, Partition] = {}
@@ -109,9 +114,11 @@ class Session:
 
     def add(self, regions: Sequence[RegionState], scope: str, sums: Tensor) -> None:
         """Add a prefill's statistics ``[S, ΣK]`` float64 and let the partition be renewed."""
-        widths = [region.width * max(1, region.experts) for region in regions]
+        widths = [r.width * max(1, r.experts) * r.policy.parts for r in regions]
         pieces = sums.detach().split(widths, dim=-1)
         for region, piece in zip(regions, pieces, strict=True):
+            if region.policy.calibrated and self.base is not None:
+                continue
             before = self._sums.get((region.measure, scope))
             known = before is not None and before.shape == piece.shape
             # A copy: the compiled graph may reuse the memory of its output.
@@ -124,8 +131,20 @@ class Session:
         return any(not self._seen.isdisjoint(owner.weights) for owner in owners)
 
     def statistics(self, key: Hashable, scope: str, policy: str = "pop") -> Tensor | None:
-        """The sum of squares ``[S, K]`` of a region so far, or None before its prefill."""
+        """The sum of squares ``[S, K]`` of a region so far, or None before its prefill.
+
+        Of a policy that measures several values, theirs side by side.
+        """
         return self._sums.get(((key, policy), scope))
+
+    def _measured(self, region: RegionState, scope: str, sequences: int) -> Tensor | None:
+        """The statistics that the region's policy goes by."""
+        calibrated = region.policy.calibrated and self.base is not None
+        held = self.base if calibrated and self.base is not None else self
+        sums = held._sums.get((region.measure, scope))
+        if sums is None or not calibrated:
+            return sums
+        return sums.sum(0, keepdim=True).expand(sequences, -1)
 
     def add_histograms(self, groups: Sequence[InputsState], scope: str, counted: Tensor) -> None:
         """Add a prefill's histograms ``[S, G, BINS + 1]`` and let thresholds be renewed."""
@@ -218,6 +237,7 @@ class Session:
         live: list[Tensor] = []
         norms: list[Tensor] = []
         full: list[Tensor | None] = []
+        lost: list[Tensor] = []
         sequences = batch or 1
         for region in regions:
             if region.one_pass:
@@ -226,10 +246,12 @@ class Session:
                 norms.append(region.norm.expand(sequences, -1))
                 full.append(None)
                 continue
-            sums = self._sums.get((region.measure, scope))
+            sums = self._measured(region, scope, sequences)
             if sums is None:
                 return None
             units, norm = split(sums, region, self._living.get((region.key, scope)))
+            if region.policy.compensates:
+                lost.append(_lost(sums, region, units))
             live.append(units)
             norms.append(norm.reshape(1, -1) if region.experts else norm)
             full.append(_unseen(sums, region) if region.experts else None)
@@ -242,34 +264,45 @@ class Session:
         index, norm = packing.pack(live, full), torch.cat(norms, dim=-1)
         if scope == "batch":
             index, norm = index[0], norm[0]
-        return Partition(index, norm)
+        return Partition(index, norm, lost)
 
 
 def _by_expert(sums: Tensor, region: RegionState) -> Tensor:
     return sums.view(region.experts, region.width) if region.experts else sums
 
 
+def _lost(sums: Tensor, region: RegionState, live: Tensor) -> Tensor:
+    """h's mean at the columns of pruned units, 0 at others; float32 ``[S, K]``."""
+    mean = region.policy.mean(*sums.chunk(region.policy.parts, dim=-1)).float()
+    kept = region.columns.to(mean.device)[live].flatten(1)
+    return mean.scatter(1, kept, 0.0)
+
+
 def _unseen(sums: Tensor, region: RegionState) -> Tensor:
     """Bool ``[E]``: experts that no prompt token reached. They run dense until one has."""
-    return (_by_expert(sums, region) == 0).all(dim=-1)
+    plain = sums.chunk(region.policy.parts, dim=-1)[0]
+    return (_by_expert(plain, region) == 0).all(dim=-1)
 
 
 def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """R and C by rank of the policy's importance, the paper's ``‖W[:, u]‖ · sqrt(Σ h²)``.
 
     Args:
-        sums: ``Σ h²``, float64 ``[S, K]``; with experts ``[1, E·K]``.
+        sums: ``Σ h²``, float64 ``[S, K]``; with experts ``[1, E·K]``; all the policy's values'.
         living: bool ``[S, U]``: units that a cache holds in full; the others rank last.
 
     Returns:
         ``index`` int64 ``[S, |R| + |C|]`` (``[E, ...]`` with experts), R then C, each in ascending
-        order of unit, and ``norm`` float32 of the same shape. Of equal importances the lower unit
-        ranks first.
+        order of unit, and ``norm`` float32 of the same shape, what scores are scaled with. Of equal
+        importances the lower unit ranks first.
     """
     counts = region.counts
     columns = region.columns.to(sums.device)
-    squares = _by_expert(sums, region)[:, columns].sum(-1)
-    importance = region.policy.importance(squares, region.norm)
+    policy = region.policy
+    squares = [
+        _by_expert(part, region)[:, columns].sum(-1) for part in sums.chunk(policy.parts, dim=-1)
+    ]
+    importance = policy.importance(squares[0], region.norm, *squares[1:])
     # NaN would rank first for good; such a unit was never usefully measured.
     importance = importance.nan_to_num(nan=0.0)
     if living is not None and living.shape == importance.shape:
@@ -278,7 +311,8 @@ def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tu
     retained = order[:, : counts.retained].sort(dim=-1).values
     candidate = order[:, counts.retained : counts.live].sort(dim=-1).values
     index = torch.cat((retained, candidate), dim=-1)
-    norm = region.norm.expand(index.shape[0], -1) if region.norm.dim() == 1 else region.norm
+    norm = policy.scale(region.norm, *squares)
+    norm = norm.expand(index.shape[0], -1)
     return index, norm.gather(-1, index)
 
 

@@ -42,8 +42,11 @@ def wikipedia_articles() -> list[str]:
     return articles
 
 
-def windows(tokenizer: Any, count: int, length: int = 512) -> torch.Tensor:
+def windows(tokenizer: Any, count: int, length: int = 512, skip: int = 0) -> torch.Tensor:
     """``[count, length]`` int64: the first ``length`` tokens of each of ``count`` articles.
+
+    Args:
+        skip: how many articles of that length come before them.
 
     Raises:
         ModelError: there are not so many articles of that length.
@@ -53,9 +56,10 @@ def windows(tokenizer: Any, count: int, length: int = 512) -> torch.Tensor:
         ids = tokenizer(article[: 12 * length], return_tensors="pt").input_ids[0]
         if len(ids) >= length:
             rows.append(ids[:length])
-        if len(rows) == count:
-            return torch.stack(rows)
-    raise ModelError(f"{count} windows of {length} tokens asked for, the text has {len(rows)}")
+        if len(rows) == skip + count:
+            return torch.stack(rows[skip:])
+    asked = f"{skip + count} windows of {length} tokens asked for"
+    raise ModelError(f"{asked}, the text has {len(rows)}")
 
 
 def _parse(dump: Path) -> list[str]:

@@ -22,6 +22,7 @@ from torch import fx
 
 from popc.analysis.inputs import Inputs
 from popc.analysis.labels import same_size
+from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import VIEWS, rows_of
 from popc.analysis.walk import shape
@@ -97,12 +98,14 @@ def region_cost(region: Region, config: Config | None = None) -> RegionCost:
     if config is not None:
         counts = config.counts(region.units, region.kind)
         live, active = sympy.Integer(counts.live), sympy.Integer(counts.active)
+    gate = region.staged(config) if config is not None else None
+    late = None if gate is None else gate.late
     width = region.columns.shape[1]
     if region.one_pass:
         live = units  # this very pass scores: too late to leave rows out
     else:
-        width += sum(producer.rows.shape[1] for producer in region.producers)
-    dense, pruned = _linears(region, units, units), _linears(region, live, active)
+        width += sum(p.rows.shape[1] for p in region.producers if p.linear is not late)
+    dense, pruned = _linears(region, units, units), _linears(region, live, active, late)
     # Each expert has lists of its own, and a mark whether it runs dense.
     lists = _experts(region)[1] * live * (INDEX * width + NORM) + INDEX * region.experts
     own = config is not None and config.scope == "sequence" and not region.experts
@@ -150,11 +153,17 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def _linears(region: Region, rows: sympy.Expr, columns: sympy.Expr) -> Cost:
-    """Of the linears, where ``rows`` units are produced and ``columns`` units contracted."""
+def _linears(
+    region: Region, rows: sympy.Expr, columns: sympy.Expr, late: Linear | None = None
+) -> Cost:
+    """Of the linears, where ``rows`` units are produced and ``columns`` units contracted.
+
+    ``late`` comes after a gate, and produces only what is contracted.
+    """
     flops, read = ZERO, ZERO
     for producer in region.producers:
-        linear, channels = producer.linear, rows * producer.rows.shape[1]
+        linear = producer.linear
+        channels = (columns if linear is late else rows) * producer.rows.shape[1]
         bias = 0 if linear.bias is None else linear.bias.meta["val"].element_size()
         flops += 2 * B * _tokens(linear.x, region) * channels * linear.inputs
         read += channels * (linear.inputs * linear.weight.element_bytes + bias)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from popc.analysis.gates import Gate, find_gate
 from popc.analysis.linears import Linear
 from popc.config import Config
-from popc.policies import Counts
 
 if TYPE_CHECKING:
     from popc.analysis.cost import PlanCost
@@ -112,6 +113,15 @@ class Region:
         """How many weights the region has: the rows and columns of its units."""
         return self.weight_bytes // self.consumers[0].weight.element_bytes
 
+    @cached_property
+    def gate(self) -> Gate | None:
+        """Where its channels are a product of which one factor can be computed first."""
+        return find_gate(self)
+
+    def staged(self, config: Config) -> Gate | None:
+        """The gate, if ``config`` has a decode step choose channels by it."""
+        return None if self.one_pass or not config.unit_policy(self.kind).staged else self.gate
+
     def coarsened(self, columns: np.ndarray) -> Region:
         """With units that are unions of its own: those of ``columns [U', m']``."""
         coarse = np.full(self.width, -1)
@@ -122,10 +132,14 @@ class Region:
         )
         return replace(self, units=len(columns), columns=columns, producers=producers)
 
-    def decode_bytes(self, counts: Counts) -> float:
-        """Weight bytes that one decode step reads: live units' rows, active units' columns."""
+    def decode_bytes(self, config: Config) -> float:
+        """Weight bytes that one decode step reads: live units' rows, active units' columns, and
+        of what comes after a gate the rows of active units alone."""
+        counts = config.counts(self.units, self.kind)
         live, active = counts.live / self.units, counts.active / self.units
-        return self.producer_bytes * live + self.consumer_bytes * active
+        gate = self.staged(config)
+        late = 0 if gate is None else gate.late.weight.bytes
+        return (self.producer_bytes - late) * live + (self.consumer_bytes + late) * active
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ class Plan:
         """
         regions = [region for region in self.regions if region.by_units(config)]
         dense = sum(region.weight_bytes for region in regions)
-        read = sum(r.decode_bytes(config.counts(r.units, r.kind)) for r in regions)
+        read = sum(r.decode_bytes(config) for r in regions)
         for group in self.inputs:
             if config.policy_of(group.kind) == "contraction":
                 dense += group.weight_bytes
@@ -204,8 +218,7 @@ class Plan:
             if region.experts or region.one_pass:
                 dense += region.weight_bytes  # which are in none of the inputs
             if by_units:
-                counts = config.counts(region.units, region.kind)
-                read += region.decode_bytes(counts)
+                read += region.decode_bytes(config)
                 read -= 0 if region.experts or region.one_pass else region.weight_bytes
             elif region.experts or region.one_pass:
                 read += region.weight_bytes

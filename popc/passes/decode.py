@@ -4,6 +4,7 @@ Dense:   ``h = f(x gateᵀ, x upᵀ)``, ``y = h downᵀ``.
 Pruned:  ``h = f(gather_linear(x, gate, rows), ...)``, ``active = select_units(h, ...)``,
 ``y = gather_linear(h, down, columns=active)``. All values keep their full width, with zeros where
 nothing was computed, so that ``f``, be it an activation or a whole attention, stays as it is.
+With a gate, ``active`` is chosen by ``f``'s first factor, and its second is computed at ``active``.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ aten = torch.ops.aten
 
 
 def prune_regions(captured: Captured, slots: Sequence[Slot], scope: str) -> Packing:
-    """Rewrite the regions of ``slots``; the graph gains two inputs.
+    """Rewrite the regions of ``slots``; the graph gains two inputs, or three.
 
     - ``popc_index`` int64 ``[total]``: the lists, as the returned packing lays them out;
       ``[B, total]`` for ``scope="sequence"``.
     - ``popc_norm`` float32: ``‖W[:, columns]‖`` of each live unit, region after region.
+    - ``popc_compensation`` float32, if a slot compensates: what is added to the output of each
+      consumer of such slots, one after the other.
     """
     rewrite = _Rewrite(captured, Packing(slots), scope)
     rewrite.run()
@@ -53,49 +56,90 @@ class _Rewrite:
             norm = torch.empty((*self.lead, packing.norm_total), device=device)
         self.index = add_input(captured, "popc_index", index)
         self.norm = add_input(captured, "popc_norm", norm)
+        self.added = {c.node: c.outputs for s in packing.compensating for c in s.region.consumers}
+        if self.added:
+            with captured.fake_mode:
+                value = torch.empty((*self.lead, sum(self.added.values())), device=device)
+            self.compensation = add_input(captured, "popc_compensation", value)
 
     def run(self) -> None:
         """Linear by linear, in graph order: producers and consumers alike."""
         linears: dict[fx.Node, Linear] = {}
         rows: dict[fx.Node, list[int]] = {}
         columns: dict[fx.Node, list[int]] = {}
+        late: dict[fx.Node, int] = {}
         for i, slot in enumerate(self.packing.slots):
-            for producer in slot.region.producers:
-                if slot.rows:
-                    linears[producer.linear.node] = producer.linear
-                    rows.setdefault(producer.linear.node, []).append(i)
+            for producer in slot.listed:
+                linears[producer.linear.node] = producer.linear
+                rows.setdefault(producer.linear.node, []).append(i)
+            if slot.gate is not None:
+                linears[slot.gate.late.node] = slot.gate.late
+                late[slot.gate.late.node] = i
+                for node in (slot.gate.late.node, *slot.gate.path):
+                    slot.gate.product.prepend(node)
             for linear in slot.region.consumers:
                 linears[linear.node] = linear
                 columns.setdefault(linear.node, []).append(i)
         active: dict[int, fx.Node] = {}
+        done: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
             if node not in linears:
                 continue
             linear = linears[node]
+            if node in late:
+                gate = self.packing.slots[late[node]].gate
+                assert gate is not None
+                scored = done.get(gate.scored, gate.scored)
+                active[late[node]] = self._select(late[node], node, scored, linear)
             for i in columns.get(node, []):
                 if i not in active:
-                    active[i] = self._select(i, linear)
+                    active[i] = self._select(i, node, linear.x, linear)
             with self.graph.inserting_before(node):
                 y = self._linear(
-                    linear, rows.get(node, []), [active[i] for i in columns.get(node, [])]
+                    linear,
+                    rows.get(node, []),
+                    active[late[node]] if node in late else None,
+                    [active[i] for i in columns.get(node, [])],
                 )
+            if node in self.added:
+                y = self._compensated(y, node)
             node.replace_all_uses_with(y)
             self.graph.erase_node(node)
+            done[node] = y
 
     def _list(self, emit: Emitter, *name: object) -> fx.Node | None:
         place = self.packing.place(*name)
         return None if place is None else emit.call(aten.slice.Tensor, self.index, -1, *place)
 
-    def _select(self, i: int, linear: Linear) -> fx.Node:
-        """The active units' columns: ``[k]``, or a list for each sequence or expert's row."""
+    def _compensated(self, y: fx.Node, linear: fx.Node) -> fx.Node:
+        names = list(self.added)
+        start = sum(self.added[name] for name in names[: names.index(linear)])
+        with self.graph.inserting_after(y):
+            emit = Emitter(self.captured, linear)
+            part = emit.call(
+                aten.slice.Tensor, self.compensation, -1, start, start + self.added[linear]
+            )
+        with self.graph.inserting_after(part):
+            sizes = [-1, *([1] * (len(shape(y)) - 2)), self.added[linear]]
+            part = emit.call(aten.view.default, part, sizes)
+        with self.graph.inserting_after(part):
+            part = emit.call(aten.to.dtype, part, y.meta["val"].dtype)
+        with self.graph.inserting_after(part):
+            return emit.call(aten.add.Tensor, y, part)
+
+    def _select(self, i: int, at: fx.Node, h: fx.Node, linear: Linear) -> fx.Node:
+        """The active units' columns: ``[k]``, or a list for each sequence or expert's row.
+
+        Args:
+            at: before which the choice stands. h: what it goes by.
+        """
         slot = self.packing.slots[i]
         region, counts = slot.region, slot.counts
         valid = None
         if region.one_pass:
-            valid = emit_valid_rows(self.captured, linear.x, linear.node, self.memo)
-        with self.graph.inserting_before(linear.node):
-            emit = Emitter(self.captured, linear.x)
-            h = linear.x
+            valid = emit_valid_rows(self.captured, h, at, self.memo)
+        with self.graph.inserting_before(at):
+            emit = Emitter(self.captured, h)
             if valid is not None:
                 h = emit.call(aten.where.self, valid, h, emit.call(aten.zeros_like.default, h))
             stack = (region.experts,) if region.experts else ()
@@ -119,8 +163,14 @@ class _Rewrite:
             self.experts[linear] = expert_of_rows(emit, linear)
         return self.experts[linear]
 
-    def _linear(self, linear: Linear, producing: list[int], columns: list[fx.Node]) -> fx.Node:
-        """The linear again, with its lists."""
+    def _linear(
+        self,
+        linear: Linear,
+        producing: list[int],
+        chosen_rows: fx.Node | None,
+        columns: list[fx.Node],
+    ) -> fx.Node:
+        """The linear again, with its lists; ``chosen_rows`` where it comes after a gate."""
         emit = Emitter(self.captured, linear.node)
         weight = linear.weight
         out_dim = weight.out_dim
@@ -132,7 +182,7 @@ class _Rewrite:
             listed.append(
                 emit.call(aten.view.default, rows, [experts.count, -1]) if experts else rows
             )
-        rows = self._joined(emit, listed, "fixed rows", linear)
+        rows = chosen_rows or self._joined(emit, listed, "fixed rows", linear)
         chosen = self._joined(emit, columns, "fixed columns", linear)
         held = linear.x.meta["val"], weight.node.meta["val"]
         if experts is None:

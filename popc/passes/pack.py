@@ -36,7 +36,7 @@ def pack_weights(captured: Captured) -> Packer | None:
 
     Returns:
         What makes the copies from the graph's other inputs; None where there is nothing to copy.
-        Gathers of experts, and with a list for each sequence, stay as they are.
+        Gathers of experts, after a gate, and with a list for each sequence stay as they are.
     """
     graph = captured.gm.graph
     recipe = _Recipe(captured)
@@ -44,6 +44,8 @@ def pack_weights(captured: Captured) -> Packer | None:
         x, weight, bias, rows, columns, out_dim = node.args
         listed = _live(captured, columns) if columns is not None else rows
         if listed is None or len(shape(listed)) != 1 or (rows is not None and columns is not None):
+            continue
+        if listed.target is select_units:  # rows that this very token chose
             continue
         dim = out_dim if columns is None else 1 - out_dim
         held = recipe.add(weight, dim, listed)

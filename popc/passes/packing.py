@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from popc.analysis.plan import Region
+from popc.analysis.gates import Gate
+from popc.analysis.plan import Producer, Region
+from popc.config import Config
 from popc.policies import Counts
 
 
@@ -21,19 +23,30 @@ class Slot:
     """A region as a graph prunes it.
 
     ``rows`` is False where the producers stay dense, since the pass that scores is the pass that
-    prunes: see :func:`popc.analysis.tokens.runs_in_one_pass`.
+    prunes: see :func:`popc.analysis.tokens.runs_in_one_pass`. With a ``gate`` its first factor is
+    scored. ``compensates``: consumers add what the pruned units give on average.
     """
 
     region: Region
     counts: Counts
     rows: bool
+    gate: Gate | None = None
+    compensates: bool = False
+
+    @property
+    def listed(self) -> list[Producer]:
+        """The producers of which live units' rows are read."""
+        late = None if self.gate is None else self.gate.late
+        return [p for p in self.region.producers if self.rows and p.linear is not late]
 
 
-def slot_of(region: Region, counts: Counts) -> Slot:
+def slot_of(region: Region, config: Config) -> Slot:
     """In one pass, all units are candidates: the score of this very pass decides."""
+    counts = config.counts(region.units, region.kind)
     if region.one_pass:
         return Slot(region, Counts(0, region.units, counts.active), rows=False)
-    return Slot(region, counts, rows=True)
+    compensates = config.unit_policy(region.kind).compensates
+    return Slot(region, counts, True, region.staged(config), compensates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +73,10 @@ class Packing:
         columns: dict[fx.Node, list[np.ndarray]] = {}
         for i, slot in enumerate(self.slots):
             region, stack = slot.region, max(1, slot.region.experts)
-            if slot.rows:
-                for producer in region.producers:
-                    node = producer.linear.node
-                    self._add(("rows", i, node), i, producer.rows, stack)
-                    rows.setdefault(node, []).append(producer.rows)
+            for producer in slot.listed:
+                node = producer.linear.node
+                self._add(("rows", i, node), i, producer.rows, stack)
+                rows.setdefault(node, []).append(producer.rows)
             self._add(("columns", i), i, region.columns, stack)
             for linear in region.consumers:
                 columns.setdefault(linear.node, []).append(region.columns)
@@ -72,12 +84,16 @@ class Packing:
                 self._add(("full", i), i, None, stack)
             self.norm_starts.append(self.norm_total)
             self.norm_total += slot.counts.live * stack
-        sizes = {p.linear.node: p.linear.outputs for s in self.slots for p in s.region.producers}
+        sizes = {p.linear.node: p.linear.outputs for s in self.slots for p in s.listed}
         for node, tables in rows.items():
             self._add_rest(("fixed rows", node), sizes[node], tables)
         widths = {c.node: c.inputs for s in self.slots for c in s.region.consumers}
         for node, tables in columns.items():
             self._add_rest(("fixed columns", node), widths[node], tables)
+
+    @property
+    def compensating(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.compensates]
 
     def _add(self, name: Hashable, slot: int, table: np.ndarray | None, stack: int) -> None:
         live = self.slots[slot].counts.live

@@ -29,11 +29,12 @@ def add_statistics(
 ) -> None:
     """Append the output ``[S, ΣK]`` float64, the regions' statistics side by side.
 
-    Each is the sum of squares of what the region's policy measures: of h itself for the paper's.
-    S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. K is the width of a region's
-    h, E · K where experts are stacked. If some regions are cached, the graph also gains the input
-    ``popc_keep`` float32 ``[S, ΣK]``: 0 for the columns of heads whose keys and values the cache
-    lacks, since a decode step left them out; their output counts for nothing from then on.
+    Each is the sum of squares of what the region's policy measures: of h itself for the paper's; of
+    all its values side by side where it has more. S is 1 for ``scope="batch"`` and the batch size
+    for ``"sequence"``. K is the width of a region's h, E · K where experts are stacked. If some
+    regions are cached, the graph also gains the input ``popc_keep`` float32 ``[S, ΣK]``: 0 for the
+    columns of heads whose keys and values the cache lacks, since a decode step left them out; their
+    output counts for nothing from then on.
     """
     graph = captured.gm.graph
     hidden = _keep_living(captured, [r for r in regions if r.cached], scope)
@@ -41,17 +42,11 @@ def add_statistics(
     memo: dict[fx.Node, fx.Node] = {}
     valid = [emit_valid_rows(captured, region.hidden, output, memo) for region in regions]
     with graph.inserting_before(output):
+        emit = Emitter(captured, output)
         sums = [
-            _emit_sum(
-                captured,
-                region,
-                policy.measured(
-                    Emitter(captured, output), hidden.get(region.hidden, region.hidden)
-                ),
-                mask,
-                scope,
-            )
+            _emit_sum(captured, region, value, mask, scope)
             for region, policy, mask in zip(regions, policies, valid, strict=True)
+            for value in policy.values(emit, hidden.get(region.hidden, region.hidden), region)
         ]
     append_output(captured, aten.cat.default, sums, -1)
     finish(captured)

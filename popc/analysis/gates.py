@@ -1,0 +1,96 @@
+"""Gates: channels that are a product of two factors, of which one shows what the other is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from popc.analysis.linears import Linear
+from popc.analysis.tokens import VIEWS
+
+if TYPE_CHECKING:
+    from popc.analysis.plan import Region
+
+aten = torch.ops.aten
+
+# What leaves each channel in its place, between the product and h.
+_IN_PLACE = (
+    *VIEWS,
+    aten.mul.Tensor,
+    aten.dropout.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """``h = scored · other``, channel by channel; ``other`` is made by one linear alone.
+
+    Attributes:
+        scored: the factor that is computed first, as ``act(x gateᵀ)``.
+        other: the factor of which then only the chosen channels are computed, as ``x upᵀ``.
+        late: the linear that makes ``other``.
+        path: the ops that make ``other`` of the linear's output, in graph order.
+        product: the node that multiplies them.
+    """
+
+    scored: fx.Node
+    other: fx.Node
+    late: Linear
+    path: tuple[fx.Node, ...]
+    product: fx.Node
+
+
+def find_gate(region: Region) -> Gate | None:
+    """The gate of a region; None if it has none, or its factors' channels lie differently."""
+    makers = {producer.linear.node: producer for producer in region.producers}
+    made: dict[fx.Node, frozenset[fx.Node]] = {node: frozenset([node]) for node in makers}
+    product = None
+    for node in region.body:
+        sources = [made[source] for source in node.all_input_nodes if source in made]
+        made[node] = frozenset().union(*sources)
+        if node.target is aten.mul.Tensor and len(sources) == 2:
+            if sources[0].isdisjoint(sources[1]) and made[node] == makers.keys():
+                product = node
+                break
+    if product is None or not _stays_in_place(product, region):
+        return None
+    paths = {
+        factor: tuple(
+            n
+            for n in region.body
+            if n in made and n not in makers and made[n] <= made[factor] and n is not product
+        )
+        for factor in product.all_input_nodes
+    }
+    first, second = product.all_input_nodes
+    # The factor with the activation comes first: it is the one that is often small.
+    scored, other = (second, first) if len(paths[first]) < len(paths[second]) else (first, second)
+    if len(made[other]) != 1:
+        return None
+    (linear,) = made[other]
+    late = makers[linear]
+    fits = late.rows.shape == region.columns.shape == (region.width, 1)
+    if not fits or (late.rows != region.columns).any() or late.linear.outputs != region.width:
+        return None
+    return Gate(scored, other, late.linear, paths[other], product)
+
+
+def _stays_in_place(product: fx.Node, region: Region) -> bool:
+    """Whether h has the product's channels, each in the same place."""
+    node = region.hidden
+    while node is not product:
+        sources = [source for source in node.all_input_nodes if source in region.body]
+        if node.target not in _IN_PLACE or len(sources) != 1:
+            return False
+        (node,) = sources
+        if node.meta["val"].shape[-1] != region.width:
+            return False
+    return bool(product.meta["val"].shape[-1] == region.width)
