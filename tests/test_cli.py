@@ -50,6 +50,32 @@ def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "sparsity", "read"),
+    [
+        # By another text: half of the channels, and so half of the bytes.
+        (["--policy", "mlp=wanda_sp", "--sparsity", "0.5", "--calibration", "2"], 0.5, None),
+        (["--bytes", "0.6"], pytest.approx(0.4), pytest.approx(0.6, abs=0.1)),
+    ],
+)
+def test_eval_by_other_means(
+    options: list[str], sparsity: float, read: float | None, folder: str, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    out = tmp_path / "figures.json"
+    sizes = ["--windows", "1", "--prompt", "32", "--continuation", "8"]
+    result = runner.invoke(cli.app, ["eval", folder, *options, *sizes, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert figures["sparsity"] == sparsity
+    if read is None:
+        assert figures["calibration"] == 2
+        assert figures["pruned_bytes"] == pytest.approx(0.5, abs=0.01)
+    else:
+        assert figures["read"] == read
+    assert figures["perplexity"] != pytest.approx(figures["dense_perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["analyze", "no/such/model"], "'no/such/model' could not be loaded"),

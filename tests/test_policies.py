@@ -11,6 +11,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 import popc
 from popc import policies, state
+from popc.analysis.cost import B, T, region_cost
 from popc.models import cache_keyword
 from tests.models import tiny_llama
 from tests.oracle import relative
@@ -127,6 +128,17 @@ def test_staged_reads_what_the_plan_says() -> None:
     dense, pruned = plan.cost(B=1, T=1, S=64, config=config).rows[-1][2:4]
     shorter = popc.Config(policy="griffin", sparsity=0.6)
     assert plan.cost(B=1, T=1, S=64, config=shorter).rows[-1][3].bytes < pruned.bytes < dense.bytes
+
+
+@pytest.mark.parametrize("name", ["pop", "griffin", "staged", "staged_pruned", "wanda_sp", "flap"])
+def test_the_formula_is_what_the_plan_reads(name: str) -> None:
+    (region, *_) = (r for r in popc.analyze(tiny_llama()).regions if r.kind == "mlp")
+    config = popc.Config(policy=name, sparsity=0.4)
+    weights = region_cost(region, config).pruned.weights.subs({B: 1, T: 1})
+    assert float(weights) == pytest.approx(region.decode_bytes(config))
+    counts = config.counts(region.units)
+    assert 0 <= counts.retained <= counts.active <= counts.live <= region.units
+    assert counts.active == round(0.6 * region.units)
 
 
 def test_without_a_gate_it_is_refused() -> None:
