@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,6 +28,7 @@ from popc.evaluate import evaluate
 from popc.models import DEFAULT, load_model
 from popc.report import Explanation
 from popc.resolve import resolve
+from popc.tasks import TASKS, perform, tasks_of
 
 app = typer.Typer(
     help="Decode faster without retraining.", no_args_is_help=True, add_completion=False
@@ -162,6 +164,8 @@ def evaluate_command(
     windows: Annotated[int, typer.Option(min=1, help="Windows of Wikipedia text.")] = 8,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens prefilled in each.")] = 256,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens decoded in each.")] = 256,
+    tasks: Annotated[str, typer.Option(help=f"And these: {','.join(TASKS)}.")] = "",
+    examples: Annotated[int, typer.Option(min=1, help="Examples of each task.")] = 8,
     dtype: Dtype = "float32",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -171,6 +175,7 @@ def evaluate_command(
     with _errors():
         options = {"sparsity": sparsity, "candidate": candidate, "bytes": bytes}
         config = _config(policy, targets, **options, count=True)
+        asked = tasks_of(_words(tasks))
         loaded, tokenizer = _load(model, dtype)
         with console.status("reading text"):
             plan = popc.analyze(loaded)
@@ -189,10 +194,22 @@ def evaluate_command(
             "pruned_bytes": twin.popc_plan.decode_share(config),
             **asdict(quality),
         }
+        outcomes = []
+        with _progress("example", len(asked) * examples) as step:
+            for task in asked:
+                articles = text.wikipedia_articles()
+                done = perform(
+                    task, loaded, twin, tokenizer, articles, examples, partial(step, task.name)
+                )
+                outcomes.append(done)
         for name, value in figures.items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
             console.print(f"{name:>18}  {shown}", highlight=False)
+        for done in outcomes:
+            told = f"{done.score:.3f}, dense {done.dense_score:.3f}"
+            console.print(f"{done.task:>18}  {told}", highlight=False)
         if out is not None:
+            figures["tasks"] = [asdict(done) for done in outcomes]
             out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -194,7 +194,8 @@ class CompiledGraph:
         templates += [*self.contracted, *self.measured_inputs]
         self.weights = sorted({i for template in templates for i in template.weights})
         self._instances: dict[tuple[int, ...], _Instance] = {}
-        self._last: tuple[list[weakref.ref[Any]], _Instance] | None = None
+        self._last: tuple[tuple[int, ...], _Instance] | None = None
+        self._alive: list[weakref.ref[Any]] = []
         self.batch = _batch_of(work, placeholders, config.scope)
         self.activations = [
             i
@@ -317,15 +318,20 @@ class CompiledGraph:
 
     def _instance(self, args: Sequence[Any]) -> _Instance:
         """The states for the parameters among ``args``."""
-        if self._last is not None:
-            refs, instance = self._last
-            if all(ref() is args[i] for ref, i in zip(refs, self.weights, strict=True)):
-                return instance
+        ids = tuple([id(args[i]) for i in self.weights])
+        if self._last is not None and self._last[0] == ids:
+            return self._last[1]
         key = tuple(identity(args[i]) for i in self.weights)
         if key not in self._instances:
             self._instances[key] = self._new_instance(args)
-        self._last = [weakref.ref(args[i]) for i in self.weights], self._instances[key]
-        return self._instances[key]
+        instance = self._instances[key]
+        self._last = ids, instance
+        # An id is its parameter's for as long as that lives.
+        self._alive = [weakref.ref(args[i], self._forget) for i in self.weights]
+        return instance
+
+    def _forget(self, _: weakref.ref[Any]) -> None:
+        self._last = None
 
     def _new_instance(self, args: Sequence[Any]) -> _Instance:
         def states(held: Sequence[tuple[Template, Counts, Config]]) -> list[RegionState]:
