@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 from popc.text import wikipedia_articles
 
 HELD_OUT = 40  # articles, of which popc eval takes the first
-LENGTH = 384  # tokens
+LENGTH = 256  # tokens
 
 
 def tokenizer_of(texts: list[str], folder: Path) -> GPT2TokenizerFast:
@@ -34,7 +34,7 @@ def tokenizer_of(texts: list[str], folder: Path) -> GPT2TokenizerFast:
     return made
 
 
-def train(model: GPT2LMHeadModel, ids: Tensor, minutes: float, batch: int = 16) -> float:
+def train(model: GPT2LMHeadModel, ids: Tensor, minutes: float, batch: int = 4) -> float:
     """Cosine decay over the time given; the mean loss of the last tenth, in nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, betas=(0.9, 0.95), weight_decay=0.1)
     start, losses = time.monotonic(), []
@@ -66,7 +66,7 @@ def main() -> None:
     ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=1024,
+        n_positions=512,
         n_embd=256,
         n_layer=6,
         n_head=4,

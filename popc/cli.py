@@ -1,4 +1,4 @@
-"""The command ``popc``: demo, analyze, explain, generate, eval, bench."""
+"""The command ``popc``: demo, analyze, explain, report, generate, eval, bench."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from popc import policies as known
 from popc.bench import Settings, decode_rates
 from popc.bench.models import SHAPES, default_dtype
 from popc.bench.settings import DTYPES
+from popc.drift import measure
 from popc.errors import PopcError
 from popc.evaluate import evaluate
+from popc.frontier import Figures
+from popc.frontier import report as frontier_report
 from popc.models import DEFAULT, load_model
 from popc.report import Explanation
 from popc.resolve import resolve
@@ -128,6 +131,45 @@ def explain(
         if html is not None:
             html.write_text(explanation.html(), encoding="utf-8")
             console.print(f"written to {html}", markup=False, highlight=False)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="The page to write, as .html.")],
+    model: Model = DEFAULT,
+    figures: Annotated[
+        list[Path] | None, typer.Option(help="A file of eval --out or bench --out; repeat it.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Its partitions; else a text.")] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="New tokens after it; 0: no model.")] = 128,
+    chunk: Annotated[int, typer.Option(min=2, help="Tokens of each later partition.")] = 32,
+    sparsity: Sparsity = 0.4,
+    candidate: Candidate = 0.1,
+    dtype: Dtype = "float32",
+) -> None:
+    """Write a page: quality and speed against bytes, and what partitions of MODEL become."""
+    from popc import text
+
+    with _errors():
+        config = popc.Config(sparsity=sparsity, candidate=candidate)
+        found = Figures.read(figures or [])
+        drift = None
+        if tokens:
+            loaded, tokenizer = _load(model, dtype)
+            with console.status("generating, and comparing partitions"):
+                said = text.wikipedia_articles()[0][:1200] if prompt is None else prompt
+                ids = tokenizer(said, return_tensors="pt").input_ids
+                drift = measure(loaded, ids, config, tokens, chunk)
+        written = frontier_report(found, drift, model)
+        _replace(out, written)
+        console.print(f"written to {out}", markup=False, highlight=False)
+
+
+def _replace(path: Path, written: str) -> None:
+    """Write a file whole, or leave what was there."""
+    staging = path.with_suffix(path.suffix + ".part")
+    staging.write_text(written, encoding="utf-8")
+    staging.replace(path)
 
 
 @app.command()
@@ -340,7 +382,8 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (PopcError, OSError) as error:
-        Console(stderr=True).print(f"popc: {error}", style="red", markup=False)
+        # soft_wrap: a path is not to be broken in two.
+        Console(stderr=True).print(f"popc: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
 
 

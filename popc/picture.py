@@ -90,26 +90,3 @@ _HATCH = (
     'patternTransform="rotate(45)"><rect width="6" height="6" class="gap"/>'
     '<rect width="2" height="6" class="stripe"/></pattern></defs>'
 )
-
-CSS = """
-.popc { --ink: #1c2024; --paper: #fff; --line: #d8dce0; --refused: #b4bac1; --mlp: #3f8fd9;
-  --attention: #e39a2d; --experts: #4aa564; color: var(--ink); background: var(--paper);
-  font: 14px/1.45 system-ui, sans-serif; padding: 16px 24px; max-width: 1400px; margin: auto; }
-@media (prefers-color-scheme: dark) {
-  .popc { --ink: #e4e7ea; --paper: #16191c; --line: #3a4046; --refused: #5b636b; --mlp: #2f74b5;
-    --attention: #b57417; --experts: #36824c; }
-}
-.popc h1 { font-size: 20px; } .popc h2 { font-size: 15px; font-weight: 600; margin-top: 28px; }
-.popc svg { width: 100%; max-width: 1000px; } .popc .legend svg { width: 14px; height: 14px; }
-.popc svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
-.popc .layer { text-anchor: end; }
-.popc .mlp { fill: var(--mlp); } .popc .attention { fill: var(--attention); }
-.popc .experts { fill: var(--experts); } .popc .refused { fill: var(--refused); }
-.popc .unread { fill: url(#popc-hatch); }
-.popc .gap { fill: var(--paper); opacity: .65; }
-.popc .stripe { fill: var(--ink); opacity: .45; }
-.popc .legend span { margin-right: 18px; } .popc .legend svg { vertical-align: -2px; }
-.popc .wide { overflow-x: auto; } .popc table { border-collapse: collapse; }
-.popc th, .popc td { text-align: left; vertical-align: top; padding: 3px 9px;
-  border-bottom: 1px solid var(--line); } .popc .n { text-align: right; white-space: nowrap; }
-"""

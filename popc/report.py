@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch import fx
 
@@ -20,7 +19,8 @@ from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region, Skipped, generic
 from popc.api import analyze
 from popc.config import Config
-from popc.picture import CSS, Box, layers, legend, picture
+from popc.page import CSS, Sheet, page
+from popc.picture import Box, layers, legend, picture
 from popc.resolve import resolve
 
 # What helps against each kind of refusal; {op} is the op that caused it.
@@ -78,37 +78,6 @@ def explain(
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """A table as plain strings; ``numbers`` are the columns to align at the right."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    numbers: tuple[int, ...] = ()
-
-    def rich(self) -> Table:
-        table = Table(title=Text(self.title), title_justify="left")
-        for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if i in self.numbers else "left")
-        for row in self.rows:
-            table.add_row(*map(Text, row))  # Text: a name is no markup
-        return table
-
-    def html(self) -> str:
-        def line(tag: str, cells: Iterable[str]) -> str:
-            align = [' class="n"' if i in self.numbers else "" for i in range(len(self.headings))]
-            pairs = zip(align, cells, strict=True)
-            return "<tr>" + "".join(f"<{tag}{a}>{escape(c)}</{tag}>" for a, c in pairs) + "</tr>\n"
-
-        body = "".join(line("td", row) for row in self.rows)
-        head = line("th", self.headings)
-        return (
-            f"<h2>{escape(self.title)}</h2>\n<div class='wide'><table>\n"
-            f"<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>\n"
-        )
-
-
-@dataclass(frozen=True)
 class Read:
     """Bytes that a decode step of one sequence reads in a region: weights, and lists if pruned.
 
@@ -158,12 +127,7 @@ class Explanation:
 
     def html(self) -> str:
         """A page of its own, with a picture of the layers and the tables."""
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>popc: {escape(self.title)}</title></head>\n"
-            f'<body style="margin: 0">{self._repr_html_()}</body></html>\n'
-        )
+        return page(f"popc: {self.title}", self._repr_html_())
 
     def _repr_html_(self) -> str:
         sheets = "".join(sheet.html() for sheet in self._sheets())
@@ -186,10 +150,10 @@ class Explanation:
             f"sequence reads {_size(pruned)} in the regions; dense, {_size(dense)}."
         )
 
-    def _sheets(self) -> list[_Sheet]:
+    def _sheets(self) -> list[Sheet]:
         return [sheet for sheet in (self._regions(), self._refusals()) if sheet.rows]
 
-    def _regions(self) -> _Sheet:
+    def _regions(self) -> Sheet:
         place, linears = ("kind", "where", "source", "units"), ("producers", "consumers")
         headings = (*place, *linears, "dense", "pruned", "share", "note")
         rows = []
@@ -199,9 +163,9 @@ class Explanation:
             place = (region.kind, region.name, region.source, str(region.units))
             sizes = (_size(read.dense), _size(read.pruned), f"{read.share:.0%}")
             rows.append((*place, producers, _ops(region.consumers), *sizes, read.note))
-        return _Sheet("regions", headings, rows, (3, 6, 7, 8))
+        return Sheet("regions", headings, rows, (3, 6, 7, 8))
 
-    def _refusals(self) -> _Sheet:
+    def _refusals(self) -> Sheet:
         pieces = [Skipped("the model", why, kind="traced in pieces") for why in self.plan.breaks]
         skips = [*self.plan.skipped, *pieces]
         rows = Counter(
@@ -209,7 +173,7 @@ class Explanation:
         )
         named = [(f"{n} ×{times}" if times > 1 else n, *rest) for (n, *rest), times in rows.items()]
         headings = ("refused", "reason", "op", "source", "what would help")
-        return _Sheet("refusals", headings, named)
+        return Sheet("refusals", headings, named)
 
     def _advice(self, skipped: Skipped) -> str:
         region = self._consumed.get(_weight_of(skipped))

@@ -99,6 +99,7 @@ class Session:
     Attributes:
         whole: whether it began with an empty cache, so that all its tokens were seen.
         base: what policies that are calibrated take their statistics from, if not from here.
+        regions: those that were measured, by key.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
@@ -111,6 +112,7 @@ class Session:
         self._limits: dict[Hashable, Tensor] = {}
         self._seen: set[Hashable] = set()
         self.reads: dict[Hashable, list[int]] = {}
+        self.regions: dict[Hashable, RegionState] = {}
 
     def add(self, regions: Sequence[RegionState], scope: str, sums: Tensor) -> None:
         """Add a prefill's statistics ``[S, ΣK]`` float64 and let the partition be renewed."""
@@ -124,6 +126,7 @@ class Session:
             # A copy: the compiled graph may reuse the memory of its output.
             self._sums[region.measure, scope] = before + piece if known else piece.clone()
             self._seen.update(region.weights)
+            self.regions[region.key] = region
         self._partitions.clear()
 
     def has_seen(self, owners: Iterable[RegionState | InputsState]) -> bool:
