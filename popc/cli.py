@@ -48,6 +48,9 @@ Targets = Annotated[
 Bytes = Annotated[
     float | None, typer.Option(help="Share of the weight bytes to read; replaces the sparsity.")
 ]
+Mass = Annotated[
+    float | None, typer.Option(help="Share of its scores that each prompt keeps: elastic budget.")
+]
 Calibration = Annotated[
     int, typer.Option(min=1, help="Windows of other text, for policies that need one beforehand.")
 ]
@@ -201,6 +204,7 @@ def evaluate_command(
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
     bytes: Bytes = None,
+    mass: Mass = None,
     targets: Targets = None,
     calibration: Calibration = 16,
     windows: Annotated[int, typer.Option(min=1, help="Windows of Wikipedia text.")] = 8,
@@ -215,7 +219,7 @@ def evaluate_command(
     from popc import text
 
     with _errors():
-        options = {"sparsity": sparsity, "candidate": candidate, "bytes": bytes}
+        options = {"sparsity": sparsity, "candidate": candidate, "bytes": bytes, "mass": mass}
         config = _config(policy, targets, **options, count=True)
         asked = tasks_of(_words(tasks))
         loaded, tokenizer = _load(model, dtype)
@@ -232,6 +236,7 @@ def evaluate_command(
             "targets": config.targets,
             "sparsity": config.sparsity,
             "candidate": candidate,
+            "mass": mass,
             "calibration": calibration if config.calibrated else 0,
             "pruned_bytes": twin.popc_plan.decode_share(config),
             **asdict(quality),
@@ -326,6 +331,10 @@ def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
 def _config(policy: str, targets: str | None, **options: Any) -> popc.Config:
     """Options of a command as a Config; ``policy`` is a name, or ``mlp=pop,attention=...``."""
     given: Any = policy
+    if options.get("mass") is not None:
+        options["budget"] = "elastic"
+    else:
+        options.pop("mass", None)
     if "=" in policy:
         given = dict(word.split("=", 1) for word in _words(policy))
     return popc.Config(policy=given, targets=_words(targets) if targets else None, **options)

@@ -75,6 +75,12 @@ def test_eval_by_other_means(
     assert figures["perplexity"] != pytest.approx(figures["dense_perplexity"], rel=1e-5)
 
 
+def test_a_mass_makes_the_budget_elastic() -> None:
+    config = cli._config("contraction", None, sparsity=0.4, mass=0.9)
+    assert (config.budget, config.mass) == ("elastic", 0.9)
+    assert cli._config("contraction", "mlp", sparsity=0.4, mass=None).budget == "fixed"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
