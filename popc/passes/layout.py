@@ -22,7 +22,7 @@ from popc.analysis.linears import Linear, Weight, as_linear, is_view_of_weight
 from popc.analysis.plan import Region
 from popc.log import logger
 from popc.ops import gather_linear
-from popc.ops.pages import collapse
+from popc.ops.pages import collapse, page_out
 from popc.passes.emit import Emitter, finish
 
 aten = torch.ops.aten
@@ -56,7 +56,10 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Own
             warnings.warn(_TAKEN, stacklevel=2)  # and what lists leave out is still left out
         elif reason is None:
             # One parameter at a time: the peak is one weight above what the model holds.
-            held.data = turn(held.detach())
+            before = held.detach()
+            held.data = turn(before)
+            page_out(before)
+            del before
             _claimed[held] = True
             turned += 1
         else:
