@@ -66,7 +66,7 @@ def find_gate(region: Region) -> Gate | None:
         factor: tuple(
             n
             for n in region.body
-            if n in made and n not in makers and made[n] <= made[factor] and n is not product
+            if n not in makers and n is not product and made.get(n) and made[n] <= made[factor]
         )
         for factor in product.all_input_nodes
     }
@@ -80,6 +80,9 @@ def find_gate(region: Region) -> Gate | None:
     fits = late.rows.shape == region.columns.shape == (region.width, 1)
     if not fits or (late.rows != region.columns).any() or late.linear.outputs != region.width:
         return None
+    moved = {linear, *paths[other]}
+    if any(user not in moved and user is not product for node in moved for user in node.users):
+        return None  # somebody else waits for what is to come later
     return Gate(scored, other, late.linear, paths[other], product)
 
 
