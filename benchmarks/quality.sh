@@ -5,7 +5,7 @@ set -eu
 popc="${POPC:-.venv/bin/popc}"
 model="${1:-smollm2}"
 name="${2:-smollm2}"
-shift 2 2>/dev/null || shift $#
+if [ $# -gt 2 ]; then shift 2; else set --; fi
 
 measure() { # POLICY SPARSITY [CANDIDATE]
     out="benchmarks/results/quality-$name-$1-r$2${3:+-g$3}.json"
