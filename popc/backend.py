@@ -83,16 +83,15 @@ def popc_backend(
     plan = find_regions(captured)
     plan.regions = [_as_known(region, captured) for region in plan.regions]
     if not captured.runnable:
-        _leave_all(
-            plan, "the graph holds values that only its trace had, of a vmap or a loop", "vmap"
-        )
+        reason = "the graph holds values that only its trace had, of a vmap or a loop"
+        _leave(plan, lambda _: reason, "vmap")
     else:
         plan.inputs = find_inputs(captured, plan.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
     config = resolve(config, sum(sizes.values()), plan)
     plan.inputs = [g for g in plan.inputs if _contracts(g, config)]
-    _leave_what_policies_refuse(plan, config)
-    _leave_what_costs_more(plan, config)
+    _leave(plan, lambda region: _refused(region, config), "policy")
+    _leave(plan, lambda region: _costs_more(region, config), "costs more")
     regions, inputs = _laid_out(captured, plan, config)
     if on_plan is not None:
         on_plan(plan)
@@ -147,29 +146,27 @@ def _as_known(region: Region, captured: Captured) -> Region:
     return region
 
 
-def _leave_all(plan: Plan, reason: str, kind: str) -> None:
-    plan.skipped += [Skipped(r.name, reason, "", r.source, kind) for r in plan.regions]
-    plan.regions.clear()
-
-
-def _leave_what_policies_refuse(plan: Plan, config: Config) -> None:
+def _leave(plan: Plan, reason_of: Callable[[Region], str | None], kind: str) -> None:
+    """Take the regions out of the plan for which there is a reason."""
     for region in list(plan.regions):
-        reason = config.unit_policy(region.kind).refuses(region)
-        if region.by_units(config) and reason is not None:
+        reason = reason_of(region)
+        if reason is not None:
             plan.regions.remove(region)
-            name = config.policy_of(region.kind)
-            skip = Skipped(region.name, f"{name}: {reason}", "", region.source, "policy")
-            plan.skipped.append(skip)
+            plan.skipped.append(Skipped(region.name, reason, "", region.source, kind))
 
 
-def _leave_what_costs_more(plan: Plan, config: Config) -> None:
-    """Refuse targeted regions whose lists are larger than what pruning leaves unread."""
-    for region in list(plan.regions):
-        reason = saves(region, config) if region.by_units(config) else None
-        if reason is not None and _active(region, config) < region.units:
-            plan.regions.remove(region)
-            skip = Skipped(region.name, reason, "", region.source, "costs more")
-            plan.skipped.append(skip)
+def _refused(region: Region, config: Config) -> str | None:
+    if not region.by_units(config):
+        return None
+    reason = config.unit_policy(region.kind).refuses(region)
+    return None if reason is None else f"{config.policy_of(region.kind)}: {reason}"
+
+
+def _costs_more(region: Region, config: Config) -> str | None:
+    """Why the lists of a targeted region are larger than what pruning leaves unread."""
+    if not region.by_units(config) or _active(region, config) == region.units:
+        return None
+    return saves(region, config)
 
 
 def _laid_out(captured: Captured, plan: Plan, config: Config) -> tuple[list[Region], list[Inputs]]:

@@ -26,6 +26,7 @@ from popc.bench.settings import DTYPES
 from popc.drift import measure
 from popc.errors import PopcError
 from popc.evaluate import evaluate
+from popc.files import write_whole
 from popc.frontier import Figures
 from popc.frontier import report as frontier_report
 from popc.models import DEFAULT, load_model
@@ -132,7 +133,7 @@ def explain(
             explanation = Explanation(popc.analyze(loaded), config, model)
         console.print(explanation.table())
         if html is not None:
-            html.write_text(explanation.html(), encoding="utf-8")
+            write_whole(html, explanation.html())
             console.print(f"written to {html}", markup=False, highlight=False)
 
 
@@ -164,15 +165,8 @@ def report(
                 ids = tokenizer(said, return_tensors="pt").input_ids
                 drift = measure(loaded, ids, config, tokens, chunk)
         written = frontier_report(found, drift, model)
-        _replace(out, written)
+        write_whole(out, written)
         console.print(f"written to {out}", markup=False, highlight=False)
-
-
-def _replace(path: Path, written: str) -> None:
-    """Write a file whole, or leave what was there."""
-    staging = path.with_suffix(path.suffix + ".part")
-    staging.write_text(written, encoding="utf-8")
-    staging.replace(path)
 
 
 @app.command()
@@ -241,10 +235,10 @@ def evaluate_command(
             "pruned_bytes": twin.popc_plan.decode_share(config),
             **asdict(quality),
         }
+        articles = text.wikipedia_articles() if asked else []
         outcomes = []
         with _progress("example", len(asked) * examples) as step:
             for task in asked:
-                articles = text.wikipedia_articles()
                 done = perform(
                     task, loaded, twin, tokenizer, articles, examples, partial(step, task.name)
                 )
@@ -257,7 +251,7 @@ def evaluate_command(
             console.print(f"{done.task:>18}  {told}", highlight=False)
         if out is not None:
             figures["tasks"] = [asdict(done) for done in outcomes]
-            out.write_text(json.dumps(figures, indent=1) + "\n")
+            write_whole(out, json.dumps(figures, indent=1) + "\n")
 
 
 @app.command()

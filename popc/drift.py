@@ -78,7 +78,7 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
     if not 2 <= chunk <= tokens:
         raise ConfigError("chunk", chunk, f"2 to {tokens}, the tokens to generate")
     units = "pop" if config.policy == "contraction" else config.policy
-    kinds = tuple(kind for kind in ("mlp", "attention", "experts"))
+    kinds = ("mlp", "attention", "experts")
     by_units = Config.of(config, {"policy": units, "targets": kinds, "scope": "batch"})
     twin = popc.compile(copy.deepcopy(model), by_units)
     text = _generated(twin, ids, tokens)

@@ -12,8 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from popc import plots
+from popc.bench.show import sized
 from popc.drift import Drift
-from popc.errors import ConfigError, ModelError
+from popc.errors import ConfigError
 from popc.page import CSS, Sheet, page
 
 if TYPE_CHECKING:
@@ -84,11 +86,8 @@ class Figures:
             for run in held["runs"]:
                 policy, batch, context, speedup, saved, limit, rate = (run[key] for key in _RUN)
                 if policy is not None:
-                    size = f"batch {batch}" + ("" if context is None else f", context {context}")
-                    speed = Speed(
-                        name, policy, run["sparsity"], size, saved, speedup, limit, rate["median"]
-                    )
-                    self.speeds.append(speed)
+                    figures = sized(batch, context), saved, speedup, limit, rate["median"]
+                    self.speeds.append(Speed(name, policy, run["sparsity"], *figures))
             return
         policy, sparsity, read, perplexity, dense, agreement, windows = (
             held[key] for key in _QUALITY
@@ -125,10 +124,7 @@ def _quality(points: Sequence[Point]) -> str:
     ]
 
     def draw(axes: Axes) -> None:
-        for line in dict.fromkeys((p.model, p.policy) for p in points):
-            held = [p for p in points if (p.model, p.policy) == line]
-            x, y = [100 * p.read for p in held], [100 * p.rise for p in held]
-            axes.plot(x, y, marker="o", label=", ".join(line))
+        _lines(axes, [((p.model, p.policy), 100 * p.read, 100 * p.rise) for p in points])
         axes.set_yscale("symlog", linthresh=1)
         axes.set_xlabel("weight bytes of the layers read in a decode step, %")
         axes.set_ylabel("perplexity over dense, %")
@@ -151,10 +147,7 @@ def _speed(speeds: Sequence[Speed]) -> str:
     ]
 
     def draw(axes: Axes) -> None:
-        for line in dict.fromkeys((s.model, s.policy, s.size) for s in speeds):
-            held = [s for s in speeds if (s.model, s.policy, s.size) == line]
-            x, y = [100 * s.saved for s in held], [s.speedup for s in held]
-            axes.plot(x, y, marker="o", label=", ".join(line))
+        _lines(axes, [((s.model, s.policy, s.size), 100 * s.saved, s.speedup) for s in speeds])
         saved = [i / 100 for i in range(round(100 * max(s.saved for s in speeds)) + 5)]
         limits = [1 / (1 - share) for share in saved]
         axes.plot([100 * share for share in saved], limits, color="black", label="limit")
@@ -164,6 +157,15 @@ def _speed(speeds: Sequence[Speed]) -> str:
 
     table = Sheet("speed against bytes", headings, rows, (2, 4, 5, 6, 7))
     return table.html() + _drawn("speed-up against bytes left unread", draw)
+
+
+def _lines(axes: Axes, points: Sequence[tuple[tuple[str, ...], float, float]]) -> None:
+    """A line for each name, through its points x, y."""
+    lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for name, x, y in points:
+        lines.setdefault(name, []).append((x, y))
+    for name, held in lines.items():
+        axes.plot(*zip(*held, strict=True), marker="o", label=", ".join(name))
 
 
 def _partitions(drift: Drift) -> str:
@@ -248,11 +250,7 @@ def _missing(title: str, command: str) -> str:
 
 def _drawn(title: str, draw: Callable[[Axes], None]) -> str:
     """A picture as part of the page."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModelError("a report needs matplotlib: pip install 'popc[bench]'") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = plots.figure(8, 4.5)
     axes = figure.add_subplot()
     draw(axes)
     axes.grid(alpha=0.25)

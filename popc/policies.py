@@ -59,7 +59,7 @@ class Policy:
         ``active = round((1 - r)·U)``; R is the top ``(1 - r - γ/2)·U`` and C the next ``γ·U``,
         both cut so that ``retained <= active <= retained + candidate <= units``.
         """
-        active = max(1, round((1 - sparsity) * units))
+        active = _active(units, sparsity)
         retained = min(max(0, round((1 - sparsity - candidate / 2) * units)), active)
         live = min(units, max(active, retained + round(candidate * units)))
         return Counts(retained, live - retained, active)
@@ -108,7 +108,15 @@ class Policy:
         return None
 
 
-class Griffin(Policy):
+class _Fixed(Policy):
+    """Policies by which no token re-chooses."""
+
+    def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
+        active = _active(units, sparsity)
+        return Counts(active, 0, active)
+
+
+class Griffin(_Fixed):
     """GRIFFIN (arXiv 2404.01365): the prompt's mask, by its flocking statistic.
 
     Each token's activations are scaled to length 1, ``Z̄ = Z / ‖Z‖`` (section 4.1), and a channel's
@@ -116,10 +124,6 @@ class Griffin(Policy):
     """
 
     name = "griffin"
-
-    def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
-        active = max(1, round((1 - sparsity) * units))
-        return Counts(active, 0, active)
 
     def measured(self, emit: Any, h: Any) -> Any:
         aten = torch.ops.aten
@@ -152,7 +156,7 @@ class Staged(Policy):
         self.name, self.pruned = name, pruned
 
     def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
-        active = max(1, round((1 - sparsity) * units))
+        active = _active(units, sparsity)
         return Counts(0, max(active, units - round(self.pruned * units)), active)
 
     def values(self, emit: Any, h: Any, region: Any) -> tuple[Any, ...]:
@@ -168,7 +172,7 @@ class Staged(Policy):
         return "its channels are no product of a gate's and another linear's"
 
 
-class Wanda(Policy):
+class Wanda(_Fixed):
     """Wanda-sp: one mask for all prompts, from a text given beforehand.
 
     The score is Wanda's (arXiv 2306.11695), ``‖W[:, c]‖ · ‖X_c‖``, summed over channels as FLAP's
@@ -177,10 +181,6 @@ class Wanda(Policy):
 
     name = "wanda_sp"
     calibrated = True
-
-    def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
-        active = max(1, round((1 - sparsity) * units))
-        return Counts(active, 0, active)
 
 
 class Flap(Wanda):
@@ -204,9 +204,8 @@ class Flap(Wanda):
         return wide, emit.call(aten.add.Tensor, wide, 1.0), one
 
     def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
-        shifted, count = more
-        mean = (shifted - squares - count) / (2 * count)
-        return (squares / count - mean.square()) * norm.double().square()
+        variance = squares / more[1] - self.mean(squares, *more).square()
+        return variance * norm.double().square()
 
     def mean(self, *squares: Tensor) -> Tensor:
         plain, shifted, count = squares
@@ -238,6 +237,10 @@ class Dense(Policy):
 
     name = "dense"
     targets = ()
+
+
+def _active(units: int, sparsity: float) -> int:
+    return max(1, round((1 - sparsity) * units))
 
 
 _known: dict[str, Policy] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from popc import state
 from popc.analysis.capture import Captured, identity
 from popc.analysis.inputs import Inputs
 from popc.analysis.labels import same_size
+from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
@@ -60,12 +61,9 @@ class Template:
         region = self.region
         columns = torch.from_numpy(region.columns)
         squares = []
-        for linear, at in zip(region.consumers, self.weights, strict=True):
-            real = linear.weight.replayed(args[at].detach())
-            wide = torch.promote_types(real.dtype, torch.float32)
-            dim = linear.weight.out_dim
-            norm = torch.linalg.vector_norm(real, dim=dim, dtype=wide)
-            squares.append(norm.square()[..., columns.to(real.device)].sum(-1))
+        for linear, real in _held(region.consumers, self.weights, args):
+            norm = _norm(linear, real)
+            squares.append(norm.square()[..., columns.to(norm.device)].sum(-1))
         return RegionState(
             key=self.named(args).key,
             columns=columns,
@@ -105,13 +103,23 @@ class InputsTemplate:
 
     def norm(self, args: Sequence[Any]) -> torch.Tensor:
         """``‖W[:, c]‖`` over all the linears, float32 ``[K]``."""
-        squares = []
-        for linear, at in zip(self.group.linears, self.weights, strict=True):
-            real = linear.weight.replayed(args[at].detach())
-            wide = torch.promote_types(real.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(real, dim=linear.weight.out_dim, dtype=wide)
-            squares.append(norm.square())
+        held = _held(self.group.linears, self.weights, args)
+        squares = [_norm(linear, real).square() for linear, real in held]
         return torch.stack(squares).sum(0).sqrt().float()
+
+
+def _held(
+    linears: Sequence[Linear], places: Sequence[int], args: Sequence[Any]
+) -> Iterator[tuple[Linear, torch.Tensor]]:
+    """Each linear with its weight, of the parameter at its place among ``args``."""
+    for linear, at in zip(linears, places, strict=True):
+        yield linear, linear.weight.replayed(args[at].detach())
+
+
+def _norm(linear: Linear, real: torch.Tensor) -> torch.Tensor:
+    """``‖W[:, c]‖``, at least in float32."""
+    wide = torch.promote_types(real.dtype, torch.float32)
+    return torch.linalg.vector_norm(real, dim=linear.weight.out_dim, dtype=wide)
 
 
 @dataclass(frozen=True)
@@ -289,8 +297,8 @@ class CompiledGraph:
         templates = [template for (template, _, _), slot in slots if slot.compensates]
         parts = []
         for template, mean in zip(templates, lost, strict=True):
-            for linear, at in zip(template.region.consumers, template.weights, strict=True):
-                weight = linear.weight.replayed(args[at].detach()).float()
+            for linear, real in _held(template.region.consumers, template.weights, args):
+                weight = real.float()
                 parts.append(mean @ (weight.mT if linear.weight.out_dim == 0 else weight))
         total = torch.cat(parts, dim=-1)
         return total if self.scope == "sequence" else total[0]

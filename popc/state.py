@@ -119,7 +119,7 @@ class Session:
         widths = [r.width * max(1, r.experts) * r.policy.parts for r in regions]
         pieces = sums.detach().split(widths, dim=-1)
         for region, piece in zip(regions, pieces, strict=True):
-            if region.policy.calibrated and self.base is not None:
+            if self._base_of(region) is not None:
                 continue
             before = self._sums.get((region.measure, scope))
             known = before is not None and before.shape == piece.shape
@@ -142,12 +142,14 @@ class Session:
 
     def _measured(self, region: RegionState, scope: str, sequences: int) -> Tensor | None:
         """The statistics that the region's policy goes by."""
-        calibrated = region.policy.calibrated and self.base is not None
-        held = self.base if calibrated and self.base is not None else self
-        sums = held._sums.get((region.measure, scope))
-        if sums is None or not calibrated:
+        base = self._base_of(region)
+        sums = (base or self)._sums.get((region.measure, scope))
+        if sums is None or base is None:
             return sums
         return sums.sum(0, keepdim=True).expand(sequences, -1)
+
+    def _base_of(self, region: RegionState) -> Session | None:
+        return self.base if region.policy.calibrated else None
 
     def add_histograms(self, groups: Sequence[InputsState], scope: str, counted: Tensor) -> None:
         """Add a prefill's histograms ``[S, G, BINS + 1]`` and let thresholds be renewed."""
@@ -314,8 +316,7 @@ def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tu
     retained = order[:, : counts.retained].sort(dim=-1).values
     candidate = order[:, counts.retained : counts.live].sort(dim=-1).values
     index = torch.cat((retained, candidate), dim=-1)
-    norm = policy.scale(region.norm, *squares)
-    norm = norm.expand(index.shape[0], -1)
+    norm = policy.scale(region.norm, *squares).expand(index.shape[0], -1)
     return index, norm.gather(-1, index)
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import torch
 
 from popc.errors import ModelError
+from popc.files import write_whole
 from popc.models import cache_folder, package_folder
 
 SHORTEST = 3000  # characters of plain text; what is shorter is a stub or a redirect
@@ -34,9 +35,7 @@ def wikipedia_articles() -> list[str]:
         articles = _parse(dump)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        staging = kept.with_suffix(".part")
-        staging.write_text(json.dumps(articles))
-        staging.replace(kept)
+        write_whole(kept, json.dumps(articles))
     except OSError:
         pass  # only slower next time
     return articles

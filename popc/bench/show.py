@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from popc import plots
 from popc.bench.results import Extras, Result, Run
-from popc.errors import ModelError
 
 
 def show(result: Result) -> RenderableType:
@@ -37,7 +37,7 @@ def _runs(result: Result) -> Table:
     for heading in ("", f"{rate} (low – high)", "speed-up", "limit", "of limit", "of copy"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for size, group in groupby(result.runs, key=_size):
-        table.add_row(f"[bold]{_sized(*size)}[/]")
+        table.add_row(f"[bold]{sized(*size)}[/]")
         for run in group:
             table.add_row(*_cells(run, ffn))
     return table
@@ -89,11 +89,7 @@ def plot(result: Result, path: Path) -> None:
     Raises:
         ModelError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModelError("a plot needs matplotlib: pip install 'popc[bench]'") from error
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = plots.figure(7, 5)
     axes = figure.add_subplot()
     pruned = [run for run in result.runs if run.policy is not None]
     saved = np.linspace(0, min(0.9, max(run.saved for run in pruned) + 0.05), 100)
@@ -112,7 +108,7 @@ def plot(result: Result, path: Path) -> None:
             [100 * run.saved for run in runs],
             speeds,
             yerr=np.stack((speeds * (1 - low), speeds * (high - 1))),
-            label=f"{policy}, {_sized(*size)}",
+            label=f"{policy}, {sized(*size)}",
             marker="osD^v"[number % 5],
             capsize=3,
         )
@@ -130,5 +126,6 @@ def _size(run: Run) -> tuple[int, int | None]:
     return run.batch, run.context
 
 
-def _sized(batch: int, context: int | None) -> str:
+def sized(batch: int, context: int | None) -> str:
+    """A run's size, in words."""
     return f"batch {batch}" + ("" if context is None else f", context {context}")

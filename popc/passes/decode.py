@@ -56,10 +56,14 @@ class _Rewrite:
             norm = torch.empty((*self.lead, packing.norm_total), device=device)
         self.index = add_input(captured, "popc_index", index)
         self.norm = add_input(captured, "popc_norm", norm)
-        self.added = {c.node: c.outputs for s in packing.compensating for c in s.region.consumers}
+        self.added: dict[fx.Node, tuple[int, int]] = {}
+        stop = 0
+        for linear in (c for slot in packing.compensating for c in slot.region.consumers):
+            start, stop = stop, stop + linear.outputs
+            self.added[linear.node] = start, stop
         if self.added:
             with captured.fake_mode:
-                value = torch.empty((*self.lead, sum(self.added.values())), device=device)
+                value = torch.empty((*self.lead, stop), device=device)
             self.compensation = add_input(captured, "popc_compensation", value)
 
     def run(self) -> None:
@@ -101,8 +105,8 @@ class _Rewrite:
                     active[late[node]] if node in late else None,
                     [active[i] for i in columns.get(node, [])],
                 )
-            if node in self.added:
-                y = self._compensated(y, node)
+                if node in self.added:
+                    y = self._compensated(y, node)
             node.replace_all_uses_with(y)
             self.graph.erase_node(node)
             done[node] = y
@@ -112,20 +116,13 @@ class _Rewrite:
         return None if place is None else emit.call(aten.slice.Tensor, self.index, -1, *place)
 
     def _compensated(self, y: fx.Node, linear: fx.Node) -> fx.Node:
-        names = list(self.added)
-        start = sum(self.added[name] for name in names[: names.index(linear)])
-        with self.graph.inserting_after(y):
-            emit = Emitter(self.captured, linear)
-            part = emit.call(
-                aten.slice.Tensor, self.compensation, -1, start, start + self.added[linear]
-            )
-        with self.graph.inserting_after(part):
-            sizes = [-1, *([1] * (len(shape(y)) - 2)), self.added[linear]]
-            part = emit.call(aten.view.default, part, sizes)
-        with self.graph.inserting_after(part):
-            part = emit.call(aten.to.dtype, part, y.meta["val"].dtype)
-        with self.graph.inserting_after(part):
-            return emit.call(aten.add.Tensor, y, part)
+        emit = Emitter(self.captured, linear)
+        start, stop = self.added[linear]
+        part = emit.call(aten.slice.Tensor, self.compensation, -1, start, stop)
+        sizes = [-1, *([1] * (len(shape(y)) - 2)), stop - start]
+        part = emit.call(aten.view.default, part, sizes)
+        part = emit.call(aten.to.dtype, part, y.meta["val"].dtype)
+        return emit.call(aten.add.Tensor, y, part)
 
     def _select(self, i: int, at: fx.Node, h: fx.Node, linear: Linear) -> fx.Node:
         """The active units' columns: ``[k]``, or a list for each sequence or expert's row.

@@ -65,6 +65,7 @@ class Packing:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
+        self.compensating = [slot for slot in self.slots if slot.compensates]
         self._segments: dict[Hashable, _Segment] = {}
         self.total = 0
         self.norm_starts: list[int] = []
@@ -90,10 +91,6 @@ class Packing:
         widths = {c.node: c.inputs for s in self.slots for c in s.region.consumers}
         for node, tables in columns.items():
             self._add_rest(("fixed columns", node), widths[node], tables)
-
-    @property
-    def compensating(self) -> list[Slot]:
-        return [slot for slot in self.slots if slot.compensates]
 
     def _add(self, name: Hashable, slot: int, table: np.ndarray | None, stack: int) -> None:
         live = self.slots[slot].counts.live
