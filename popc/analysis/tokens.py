@@ -322,7 +322,18 @@ def _is_given(node: fx.Node) -> bool:
 # --- padding -------------------------------------------------------------------------------------
 
 
-def mask_of(hidden: fx.Node, graph: fx.Graph) -> fx.Node | None:
+@dataclass(frozen=True)
+class Mask:
+    """``[B or 1, 1, T, S]``, as a node: bool, or added to the scores.
+
+    ``hides``: a bool one is True where a key is hidden, not where it is seen.
+    """
+
+    node: fx.Node
+    hides: bool = False
+
+
+def mask_of(hidden: fx.Node, graph: fx.Graph) -> Mask | None:
     """The mask of the attention nearest before ``hidden`` with the same token axis, or after it."""
     rows = rows_of(hidden)
     if rows is None or len(shape(rows.grid)) != 3:
@@ -332,8 +343,8 @@ def mask_of(hidden: fx.Node, graph: fx.Graph) -> fx.Node | None:
     fitting = [
         (attention, mask)
         for attention, mask in _padding_masks(graph)
-        if same_size(shape(mask)[-2], sizes[-2])
-        and (same_size(shape(mask)[0], sizes[0]) or same_size(shape(mask)[0], 1))
+        if same_size(shape(mask.node)[-2], sizes[-2])
+        and (same_size(shape(mask.node)[0], sizes[0]) or same_size(shape(mask.node)[0], 1))
     ]
     before = [pair for pair in fitting if order[pair[0]] < order[hidden]]
     if before:
@@ -341,35 +352,54 @@ def mask_of(hidden: fx.Node, graph: fx.Graph) -> fx.Node | None:
     return fitting[0][1] if fitting else None
 
 
-def _padding_masks(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Attention nodes with a mask ``[B or 1, 1, T, S]`` (bool, or added to the scores)."""
+def _padding_masks(graph: fx.Graph) -> Iterator[tuple[fx.Node, Mask]]:
+    """Attention nodes with their masks."""
     for node, _, mask in _attentions(graph):
+        found: Mask | None
         if node.target is not aten.scaled_dot_product_attention.default:
-            mask = _added_mask(mask)
-        if isinstance(mask, fx.Node) and len(shape(mask)) == 4:
-            yield node, mask
+            found = _written_mask(mask)
+        else:
+            found = Mask(mask) if _is_mask(mask, heads=False) else None
+        if found is not None:
+            yield node, found
 
 
-def _added_mask(scores: fx.Node) -> fx.Node | None:
-    """The operand of ``scores = q kᵀ + mask`` that is the same for every head."""
+def _is_mask(value: Any, heads: bool = True) -> bool:
+    """Whether it is 4-dimensional; with ``heads``, the same for each of them."""
+    if not isinstance(value, fx.Node) or len(shape(value)) != 4:
+        return False
+    return not heads or bool(shape(value)[1] == 1)
+
+
+def _written_mask(scores: fx.Node) -> Mask | None:
+    """How ``scores`` came to hide keys: a mask added to ``q kᵀ``, or a value filled in by one."""
     while scores.target in (aten.to.dtype, aten._to_copy.default, aten.dropout.default):
         scores = scores.args[0]  # type: ignore[assignment]
-    if scores.target is not aten.add.Tensor or len(shape(scores)) != 4:
+    if scores.op != "call_function" or len(shape(scores)) != 4:
         return None
-    for operand in scores.args[:2]:
-        if isinstance(operand, fx.Node) and len(shape(operand)) == 4 and shape(operand)[1] == 1:
-            return operand
+    name = scores.target._schema.name  # type: ignore[union-attr]
+    if name == "aten::add":
+        return next((Mask(x) for x in scores.args[:2] if _is_mask(x)), None)  # type: ignore[arg-type]
+    if name == "aten::masked_fill" and _is_mask(scores.args[1]):
+        return Mask(scores.args[1], hides=True)  # type: ignore[arg-type]
+    if name == "aten::where" and _is_mask(scores.args[0]):
+        first, second = (isinstance(x, fx.Node) and bool(shape(x)) for x in scores.args[1:3])
+        if first != second:  # the other is the one value that hides
+            return Mask(scores.args[0], hides=second)  # type: ignore[arg-type]
     return None
 
 
-def valid_tokens(mask: torch.Tensor) -> torch.Tensor:
+def valid_tokens(mask: torch.Tensor, hides: bool = False) -> torch.Tensor:
     """``[B, T]`` bool: tokens that attend to something and that something attends to.
 
     A left-padding token's row hides every key; a right-padding token is hidden from every query.
     The second can be read off the mask only where queries and keys are the same tokens (T = S).
+
+    Args:
+        hides: see :class:`Mask`.
     """
     seen = mask if mask.dtype is torch.bool else mask > HIDDEN
-    seen = seen.any(1)
+    seen = (seen.logical_not() if hides else seen).any(1)
     valid = seen.any(-1)
     if same_size(mask.shape[-1], mask.shape[-2]):
         valid = valid & seen.any(-2)

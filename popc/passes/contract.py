@@ -16,7 +16,7 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.inputs import Inputs
-from popc.analysis.tokens import rows_of
+from popc.analysis.tokens import Mask, rows_of
 from popc.analysis.walk import shape
 from popc.ops import score_histogram, served, threshold_linear
 from popc.passes.emit import Emitter, add_input, append_output, finish
@@ -68,7 +68,7 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
     graph = captured.gm.graph
     output = graph.output_node()
     norms = _add_scale(captured, groups)
-    memo: dict[fx.Node, fx.Node] = {}
+    memo: dict[Mask, fx.Node] = {}
     found: list[fx.Node] = []
     for group, (start, stop) in zip(groups, _stretches(groups), strict=True):
         valid = emit_valid_rows(captured, group.x, output, memo)

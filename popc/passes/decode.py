@@ -16,6 +16,7 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear
+from popc.analysis.tokens import Mask
 from popc.analysis.walk import shape
 from popc.ops import gather_experts, gather_linear, select_units, served
 from popc.passes.emit import Emitter, add_input, finish
@@ -45,7 +46,7 @@ class _Rewrite:
     def __init__(self, captured: Captured, packing: Packing, scope: str) -> None:
         self.captured, self.packing, self.scope = captured, packing, scope
         self.graph = captured.gm.graph
-        self.memo: dict[fx.Node, fx.Node] = {}
+        self.memo: dict[Mask, fx.Node] = {}
         self.experts: dict[Linear, fx.Node] = {}
         hidden = packing.slots[0].region.hidden
         # One list for the batch, or one for each sequence.

@@ -13,7 +13,7 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.plan import Region
-from popc.analysis.tokens import rows_of
+from popc.analysis.tokens import Mask, rows_of
 from popc.analysis.walk import shape
 from popc.ops import sum_squares
 from popc.passes.emit import Emitter, add_input, append_output, finish
@@ -39,7 +39,7 @@ def add_statistics(
     graph = captured.gm.graph
     hidden = _keep_living(captured, [r for r in regions if r.cached], scope)
     output = graph.output_node()
-    memo: dict[fx.Node, fx.Node] = {}
+    memo: dict[Mask, fx.Node] = {}
     valid = [emit_valid_rows(captured, region.hidden, output, memo) for region in regions]
     with graph.inserting_before(output):
         emit = Emitter(captured, output)

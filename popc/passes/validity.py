@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.tokens import VIEWS, mask_of, rows_of, valid_tokens
+from popc.analysis.tokens import VIEWS, Mask, mask_of, rows_of, valid_tokens
 from popc.analysis.walk import shape
 from popc.passes.emit import Emitter, map_arguments
 
@@ -15,7 +17,7 @@ aten = torch.ops.aten
 
 
 def emit_valid_rows(
-    captured: Captured, hidden: fx.Node, before: fx.Node, memo: dict[fx.Node, fx.Node]
+    captured: Captured, hidden: fx.Node, before: fx.Node, memo: dict[Mask, fx.Node]
 ) -> fx.Node | None:
     """Bool, of the rank of ``hidden`` with size 1 in its channel dim; None: all rows are valid.
 
@@ -24,7 +26,7 @@ def emit_valid_rows(
     graph = captured.gm.graph
     mask, rows = mask_of(hidden, graph), rows_of(hidden)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    if mask is None or rows is None or order[mask] > order[before]:
+    if mask is None or rows is None or order[mask.node] > order[before]:
         return None
     with graph.inserting_before(before):
         if mask not in memo:
@@ -40,15 +42,15 @@ def emit_valid_rows(
     return valid
 
 
-def _emit_validity(captured: Captured, mask: fx.Node) -> fx.Node:
+def _emit_validity(captured: Captured, mask: Mask) -> fx.Node:
     """``valid_tokens`` as nodes: traced once on the mask's fake value and spliced in."""
     with captured.fake_mode:
-        traced = make_fx(valid_tokens)(mask.meta["val"])
-    emit = Emitter(captured, mask)
+        traced = make_fx(partial(valid_tokens, hides=mask.hides))(mask.node.meta["val"])
+    emit = Emitter(captured, mask.node)
     copied: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            copied[node] = mask
+            copied[node] = mask.node
         elif node.op == "output":
             return copied[node.args[0]]
         else:
