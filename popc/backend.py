@@ -31,6 +31,7 @@ from popc.passes.pack import has_kernel
 from popc.passes.packing import slot_of
 from popc.resolve import resolve
 from popc.runtime import Compiled, CompiledGraph, Work
+from popc.watch import Interpreted
 
 
 def popc_backend(
@@ -64,7 +65,7 @@ def popc_backend(
 
     def generate(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         if given.codegen == "eager":
-            return graph
+            return Interpreted(graph)
         return compat.inductor(graph, inputs, inductor)
 
     if _needs_grad(example_inputs):
@@ -171,7 +172,7 @@ def _costs_more(region: Region, config: Config) -> str | None:
 
 def _laid_out(captured: Captured, plan: Plan, config: Config) -> tuple[list[Region], list[Inputs]]:
     """What to rewrite, its weights laid out by channel; Dynamo traces again if need be."""
-    regions = [r for r in plan.regions if _prunable(r, config)]
+    regions = [r for r in plan.regions if prunable(r, config)]
     device = Work(measured=regions, measured_inputs=plan.inputs).device
     if device is None or not has_kernel(device):
         return regions, list(plan.inputs)
@@ -204,7 +205,7 @@ def _needs_grad(inputs: Sequence[Any]) -> bool:
     )
 
 
-def _prunable(region: Region, config: Config) -> bool:
+def prunable(region: Region, config: Config) -> bool:
     """Whether ``config`` wants the region rewritten; with every unit active it stays dense."""
     if not region.by_units(config):
         return False

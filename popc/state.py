@@ -100,6 +100,7 @@ class Session:
         whole: whether it began with an empty cache, so that all its tokens were seen.
         base: what policies that are calibrated take their statistics from, if not from here.
         regions: those that were measured, by key.
+        thresholds: of contraction, float32 ``[S]`` for each group of inputs in use, by key.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
@@ -111,6 +112,7 @@ class Session:
         self._histograms: dict[tuple[Hashable, str], Tensor] = {}
         self._limits: dict[Hashable, Tensor] = {}
         self._seen: set[Hashable] = set()
+        self.thresholds: dict[Hashable, Tensor] = {}
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
 
@@ -188,7 +190,8 @@ class Session:
         by_sequence = [
             allocate(one, demands, budget).thresholds for one in torch.stack(counted, 1).cpu()
         ]
-        self._limits[owner] = torch.stack(by_sequence, 1).to(like.device)
+        limits = self._limits[owner] = torch.stack(by_sequence, 1).to(like.device)
+        self.thresholds.update(zip([group.key for group in groups], limits, strict=True))
         return self._limits[owner]
 
     def count(self, groups: Sequence[InputsState], read: Tensor) -> None:

@@ -1,0 +1,260 @@
+"""Blocks of transformers as plain data that builds a module: what strategies draw, and shrink.
+
+Each is a frozen dataclass whose ``repr`` is the code that makes it, so a failing example can be
+printed as a script. ``make(width)`` gives an ``nn.Module`` from ``[B, T, width]`` to the same, with
+weights from torch's generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+LAYOUTS = ("split", "fused", "interleaved")
+DECOYS = ("norm", "softmax", "mixed", "whole")
+KINDS = ("mlp", "attention", "experts")
+
+
+class Linear(nn.Module):
+    """A linear by ``F.linear``, or, ``transposed``, by ``addmm`` as GPT-2's Conv1D is."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool = False) -> None:
+        super().__init__()
+        size = (inputs, outputs) if transposed else (outputs, inputs)
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.randn(size) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.randn(outputs) / 4) if bias or transposed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.transposed or self.bias is None:
+            return F.linear(x, self.weight, self.bias)
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """``down(act(gate x) * up x)``, or without a gate ``down(act(up x))``.
+
+    ``layout``: gate and up are two linears, halves of one, or its even and odd channels.
+    """
+
+    channels: int = 8
+    act: str = "silu"
+    gated: bool = True
+    layout: str = "split"
+    bias: bool = False
+    transposed: bool = False
+
+    def make(self, width: int) -> nn.Module:
+        return _MLP(self, width)
+
+    def units(self) -> dict[str, list[int]]:
+        """How many units an expert would count, for each of its regions by kind."""
+        return {"mlp": [self.channels]}
+
+
+class _MLP(nn.Module):
+    def __init__(self, given: MLP, width: int) -> None:
+        super().__init__()
+        self.given, f = given, given.channels
+        fused = given.gated and given.layout != "split"
+        self.up = Linear(width, 2 * f if fused else f, given.bias, given.transposed)
+        if given.gated and not fused:
+            self.gate = Linear(width, f, given.bias, given.transposed)
+        self.down = Linear(f, width, given.bias, given.transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        act, up = ACTIVATIONS[self.given.act], self.up(x)
+        if not self.given.gated:
+            return self.down(act(up))
+        if self.given.layout == "split":
+            gate = self.gate(x)
+        elif self.given.layout == "fused":
+            gate, up = up.chunk(2, -1)
+        else:
+            gate, up = up[..., ::2], up[..., 1::2]
+        return self.down(act(gate) * up)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention of ``kv_heads`` times ``group`` query heads of ``size`` channels each.
+
+    ``layout``: q, k and v are three linears, parts of one, or, interleaved, parts of each KV
+    group's part of one. ``written``: softmax written out, not SDPA.
+    """
+
+    kv_heads: int = 2
+    group: int = 1
+    size: int = 4
+    layout: str = "split"
+    bias: bool = False
+    rotary: bool = False
+    written: bool = False
+
+    def make(self, width: int) -> nn.Module:
+        return _Attention(self, width)
+
+    def units(self) -> dict[str, list[int]]:
+        # A single KV group can't be pruned: no head would be left.
+        return {"attention": [self.kv_heads] if self.kv_heads > 1 else []}
+
+
+class _Attention(nn.Module):
+    def __init__(self, given: Attention, width: int) -> None:
+        super().__init__()
+        self.given = given
+        kv = given.kv_heads * given.size
+        self.sizes = (kv * given.group, kv, kv)
+        if given.layout == "split":
+            self.q, self.k, self.v = (Linear(width, n, given.bias) for n in self.sizes)
+        else:
+            self.qkv = Linear(width, sum(self.sizes), given.bias)
+        self.o = Linear(kv * given.group, width, given.bias)
+
+    def forward(self, x: Tensor, cache: Any = None, layer: int = 0, mask: Any = None) -> Tensor:
+        """``mask`` bool ``[B, 1, T, K]``; causal over ``x`` alone if not given."""
+        given = self.given
+        q, k, v = self._heads(x)
+        past = 0 if cache is None else cache.get_seq_length(layer)
+        if given.rotary:
+            q, k = _rotated(q, past), _rotated(k, past)
+        if cache is not None:
+            k, v = cache.update(k, v, layer)
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
+        if given.written:
+            k, v = (t.repeat_interleave(given.group, 1) for t in (k, v))
+            scores = q @ k.transpose(-1, -2) / math.sqrt(given.size)
+            # Finite: a token that sees nothing, as padding may, must not give NaN.
+            h = scores.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=given.group > 1)
+        return self.o(h.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, heads, T, size]`` each."""
+        given, (batch, length, _) = self.given, x.shape
+        if given.layout == "interleaved":
+            parts = self.qkv(x).view(batch, length, given.kv_heads, given.group + 2, given.size)
+            q = parts[..., :-2, :].flatten(2, 3)
+            k, v = parts[..., -2, :], parts[..., -1, :]
+        else:
+            if given.layout == "split":
+                parts = self.q(x), self.k(x), self.v(x)
+            else:
+                parts = self.qkv(x).split(self.sizes, -1)
+            q, k, v = (part.view(batch, length, -1, given.size) for part in parts)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _rotated(x: Tensor, past: Any) -> Tensor:
+    """Rotary positions, by halves; ``x [B, H, T, d]``, d even."""
+    half = x.shape[-1] // 2
+    at = torch.arange(x.shape[2], device=x.device) + past
+    angle = at[:, None] / 10.0 ** (torch.arange(half, device=x.device) / half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Gated experts in stacked weights; each token meets its best ``top``, by a router.
+
+    ``picked``: a token's weights are picked from the stack; else all experts run, and the router's
+    zeros leave out what was not chosen.
+    """
+
+    experts: int = 3
+    top: int = 1
+    channels: int = 6
+    picked: bool = True
+
+    def make(self, width: int) -> nn.Module:
+        return _MoE(self, width)
+
+    def units(self) -> dict[str, list[int]]:
+        return {"experts": [self.channels]}
+
+
+class _MoE(nn.Module):
+    def __init__(self, given: MoE, width: int) -> None:
+        super().__init__()
+        self.given = given
+        self.router = Linear(width, given.experts, False)
+        up, down = (2 * given.channels, width), (width, given.channels)
+        self.up = nn.Parameter(torch.randn(given.experts, *up) / math.sqrt(width))
+        self.down = nn.Parameter(torch.randn(given.experts, *down) / math.sqrt(given.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, width = self.given.top, x.shape[-1]
+        flat = x.reshape(-1, width)
+        score, chosen = self.router(flat).softmax(-1).topk(top)
+        if self.given.picked:
+            rows, ids = flat.repeat_interleave(top, 0), chosen.reshape(-1)
+            gate, up = torch.bmm(self.up[ids], rows[..., None]).squeeze(-1).chunk(2, -1)
+            y = torch.bmm(self.down[ids], (F.silu(gate) * up)[..., None]).squeeze(-1)
+            return (y.view(-1, top, width) * score[..., None]).sum(1).view(x.shape)
+        weight = torch.zeros_like(score, dtype=x.dtype).new_zeros(len(flat), self.given.experts)
+        weight = weight.scatter(1, chosen, score)
+        h = torch.bmm(flat.expand(self.given.experts, -1, -1), self.up.transpose(1, 2))
+        gate, up = h.chunk(2, -1)
+        y = torch.bmm(F.silu(gate) * up, self.down.transpose(1, 2))
+        return (y * weight.t()[..., None]).sum(0).view(x.shape)
+
+
+@dataclass(frozen=True)
+class Decoy:
+    """It looks like an MLP, but no channel can be left out without the others' noticing.
+
+    ``how``: a norm or a softmax over the channels, a product that mixes them, or their sum's
+    being read as well.
+    """
+
+    channels: int = 8
+    how: str = "norm"
+
+    def make(self, width: int) -> nn.Module:
+        return _Decoy(self, width)
+
+    def units(self) -> dict[str, list[int]]:
+        return {}
+
+
+class _Decoy(nn.Module):
+    def __init__(self, given: Decoy, width: int) -> None:
+        super().__init__()
+        self.how = given.how
+        f = given.channels
+        self.up, self.down = Linear(width, f, True), Linear(f, width, True)
+        self.mix = nn.Buffer(torch.randn(f, f) / math.sqrt(f))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        if self.how == "norm":
+            h = F.layer_norm(h, h.shape[-1:])
+        elif self.how == "softmax":
+            h = h.softmax(-1)
+        elif self.how == "mixed":
+            h = h @ self.mix
+        else:
+            h = h * h.sum(-1, keepdim=True)
+        return self.down(h)
+
+
+Block = MLP | MoE | Decoy

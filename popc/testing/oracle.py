@@ -1,0 +1,397 @@
+"""The oracle: the model as it is, eager, with h of inactive units, or inputs, set to zero.
+
+Written from the papers' text. It watches every product with a weight that contracts a region,
+whatever op the model uses for it, and knows of popc only which columns make up a unit, and the
+thresholds of contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from popc.analysis.capture import identity
+from popc.analysis.inputs import Inputs
+from popc.analysis.plan import Plan, Region
+from popc.config import Config
+
+# Each op's operands: x, W, and the dim of W that is contracted (from the right).
+PRODUCTS = {
+    F.linear: (0, 1, -1),
+    torch.addmm: (1, 2, -2),
+    torch.mm: (0, 1, -2),
+    torch.matmul: (0, 1, -2),
+    Tensor.matmul: (0, 1, -2),
+    Tensor.__matmul__: (0, 1, -2),
+    torch.bmm: (0, 1, -2),
+    F.grouped_mm: (0, 1, -2),
+    torch._grouped_mm: (0, 1, -2),
+}
+Observer = Callable[[Hashable, Tensor], None]
+
+
+class Watched(TorchFunctionMode):
+    """Lets :meth:`treat` change what products with watched weights read.
+
+    Args:
+        owners: regions, or linears of one input, and how many products of a call have come before
+            with the same weight.
+        observer: called with the key of what was treated and the product's output.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owners: Sequence[Region | Inputs],
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__()
+        self.observer = observer
+        weights = {identity(p): p for p in model.parameters()}
+        self.norms = {owner.key: _norms(owner, weights) for owner in owners}
+        self.owners = by_weight(model, owners)
+        self.calls: dict[int, int] = {}
+        self.picked: dict[int, tuple[Tensor, Tensor, Any]] = {}
+
+    def begin(self) -> None:
+        """A new forward call."""
+        self.calls = {}
+        self.picked = {}
+
+    def treat(
+        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
+    ) -> Tensor:
+        """What is read in place of x; ``number`` is the weight's place in the owner's key."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and self._watching(args[0]):
+            picked = func(*args, **kwargs)
+            self.picked[id(picked)] = (picked, args[0], args[1])
+            return picked
+        if func is torch.bmm and id(args[0]) in self.picked:
+            _, weight, ids = self.picked[id(args[0])]  # bmm(W[ids], x[..., None])
+            x, found = self._treated(args[1].squeeze(-1), weight, -1, ids)
+            return self._seen(found, func(args[0], x[..., None]))
+        if func in PRODUCTS and len(args) > PRODUCTS[func][1]:
+            x_at, w_at, dim = PRODUCTS[func]
+            x, weight = args[x_at], args[w_at]
+            found = []
+            if weight.data_ptr() == weight.untyped_storage().data_ptr():
+                selector = kwargs.get("offs", (*args, None, None)[2])
+                x, found = self._treated(x, weight, dim, selector)
+                args = (*args[:x_at], x, *args[x_at + 1 :])
+            return self._seen(found, func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _watching(self, weight: Tensor) -> list[tuple[Region | Inputs, int]]:
+        return self.owners.get(weight.untyped_storage().data_ptr(), [])
+
+    def _treated(
+        self, x: Tensor, weight: Tensor, dim: int, selector: Any
+    ) -> tuple[Tensor, list[Hashable]]:
+        watched = self._watching(weight)
+        found: list[Hashable] = []
+        if watched:
+            at = weight.untyped_storage().data_ptr()
+            use = self.calls[at] = self.calls.get(at, -1) + 1
+            for owner, number in watched:
+                if owner.key[1] == use:
+                    x = self.treat(owner, number, x, weight, dim, selector)
+                    found.append((owner.key, number))
+        return x, found
+
+    def _seen(self, found: Sequence[Hashable], out: Tensor) -> Tensor:
+        if self.observer is not None:
+            for key in found:
+                self.observer(key, out)
+        return out
+
+
+def by_weight(
+    model: nn.Module, owners: Sequence[Region | Inputs]
+) -> dict[int, list[tuple[Region | Inputs, int]]]:
+    """By the address of a weight's storage: what it contracts, as which of several weights."""
+    weights = {identity(p): p for p in model.parameters()}
+    found: dict[int, list[tuple[Region | Inputs, int]]] = {}
+    for owner in owners:
+        for number, (held, *_) in enumerate(owner.key[0]):
+            at = weights[held].untyped_storage().data_ptr()
+            found.setdefault(at, []).append((owner, number))
+    return found
+
+
+def _norms(owner: Region | Inputs, weights: Mapping[int, Tensor]) -> Tensor:
+    """``‖W[:, c]‖`` over all that contracts, float64 ``[K]``; ``[E, K]`` of experts."""
+    linears = owner.consumers if isinstance(owner, Region) else owner.linears
+    squares = [
+        linear.weight.replayed(weights[held].detach()).double().square().sum(linear.weight.out_dim)
+        for (held, *_), linear in zip(owner.key[0], linears, strict=True)
+    ]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def masked_dense(
+    model: nn.Module, plan: Plan, partition: Mapping[Hashable, Tensor]
+) -> Callable[..., Any]:
+    """``model``, called eagerly, with h of the units zero that ``partition`` leaves out.
+
+    Args:
+        plan: of :func:`popc.analyze`, for this very model.
+        partition: which units are active, bool ``[U]``, or ``[B, U]`` for each sequence, or
+            ``[E, U]`` of experts, by :attr:`popc.Region.key`. Other regions stay whole.
+    """
+    regions = [region for region in plan.regions if region.key in partition]
+    watched = _Given(model, regions, partition)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        watched.begin()
+        with watched, torch.no_grad():
+            return model(*args, **kwargs)
+
+    return call
+
+
+class _Given(Watched):
+    def __init__(
+        self, model: nn.Module, regions: Sequence[Region], partition: Mapping[Hashable, Tensor]
+    ) -> None:
+        super().__init__(model, regions)
+        self.partition = partition
+
+    def treat(
+        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
+    ) -> Tensor:
+        mask = _by_column(self.partition[owner.key], owner, x)
+        if owner.experts:
+            return x * mask[experts_of(x, selector)].view(x.shape)
+        return x * (mask if mask.dim() == 1 else _spread(mask, x))
+
+
+def _by_column(active: Tensor, region: Region, x: Tensor) -> Tensor:
+    """Ones for active units' columns and for columns of no unit, ``[..., K]``."""
+    columns = torch.from_numpy(region.columns)
+    mask = torch.ones(*active.shape[:-1], x.shape[-1], dtype=x.dtype)
+    flat = active.to(x.dtype).repeat_interleave(columns.shape[1], -1)
+    mask[..., columns.flatten()] = flat
+    return mask
+
+
+def _spread(mask: Tensor, x: Tensor) -> Tensor:
+    """``[S, K]`` for each row of x, ``[..., K]``."""
+    if len(mask) == 1:
+        return mask[0]
+    return mask.repeat_interleave(x.numel() // mask.numel(), 0).view(x.shape)
+
+
+def experts_of(x: Tensor, selector: Any) -> Tensor:
+    """The expert of each row: picked, by where each one's rows end, or one after another."""
+    if x.dim() == 3:
+        return torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
+    if selector.dtype == torch.int32:
+        return torch.searchsorted(selector, torch.arange(x.shape[0]), right=True)
+    return selector
+
+
+class MaskedAnywhere(Watched):
+    """POP's own choice: measured in the first call, masked in later ones; encoders at once.
+
+    Args:
+        plan: of :func:`popc.analyze`, for this very model.
+
+    Attributes:
+        active: what the last call chose, bool ``[S, U]`` by region key (not of experts).
+        masked: how many columns were zeroed so far.
+        margin: how near a choice was: the least relative distance between the scores of the last
+            unit taken and the first one left, where they are not equal. Where it is within the
+            rounding of float32, popc may have chosen otherwise.
+        remembers: whether heads whose keys a decode step left out stay out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        config: Config,
+        observer: Observer | None = None,
+    ) -> None:
+        regions = [r for r in plan.regions if r.by_units(config) and r.kind in config.target_kinds]
+        super().__init__(model, regions, observer)
+        self.config, self.measuring = config, True
+        self.valid: Tensor | None = None
+        self.batch = 1
+        self.squares: dict[Any, Tensor] = {}
+        self.living: dict[Any, Tensor] = {}  # units whose keys and values the cache holds
+        self.active: dict[Any, Tensor] = {}
+        self.masks: dict[Any, Tensor | None] = {}
+        self.remembers = True
+        self.masked = 0
+        self.margin = float("inf")
+
+    def begin(self, measuring: bool = True, valid: Tensor | None = None, batch: int = 1) -> None:
+        """A new forward call.
+
+        Args:
+            measuring: whether it is of a prompt.
+            valid: bool ``[B, T]``, False at padding.
+            batch: B, where it matters: under ``scope="sequence"``, or where tokens are padded.
+        """
+        super().begin()
+        self.measuring, self.valid, self.batch = measuring, valid, batch
+
+    def treat(
+        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
+    ) -> Tensor:
+        """The first of the weights that contract h chooses for all."""
+        if number == 0:
+            norm = self.norms[owner.key]
+            columns = torch.from_numpy(owner.columns)
+            norm = norm[..., columns].square().sum(-1).sqrt()  # [U], or [E, U]
+            if owner.experts:
+                self.masks[owner.key] = self._of_experts(owner, x, norm, experts_of(x, selector))
+            else:
+                self.masks[owner.key] = self._of_units(owner, x, norm)
+        mask = self.masks[owner.key]
+        if mask is None:
+            return x
+        self.masked += int((mask == 0).sum()) if number == 0 else 0
+        return x * mask
+
+    def _of_units(self, region: Region, x: Tensor, norm: Tensor) -> Tensor | None:
+        """What to multiply x with, ``[..., K]``; None: nothing."""
+        key = region.key
+        rows = x.detach().double().square()[..., torch.from_numpy(region.columns)].sum(-1)
+        rows = rows.reshape(self.batch, -1, region.units)
+        measures = self.measuring and not region.one_pass
+        if self.valid is not None and measures:
+            rows = rows.where(self.valid[..., None], 0)
+        energy = rows.sum(1)
+        if self.config.scope == "batch":
+            energy = energy.sum(0, keepdim=True)  # [S, U]
+        if measures:
+            living = self.living.get(key)
+            if living is not None:
+                energy = energy * living
+            self.squares[key] = self.squares.get(key, 0) + energy
+            return None if living is None else _spread(_by_column(living, region, x), x)
+        if key not in self.squares and not region.one_pass:
+            return None
+        total = energy if region.one_pass else self.squares[key]
+        each = [self._choose(region, s, total[s], energy[s], norm) for s in range(len(energy))]
+        if region.cached and self.remembers and not region.one_pass:
+            lives = [self._live(region, s, total[s], norm) for s in range(len(energy))]
+            self.living[key] = torch.stack(lives)
+        self.active[key] = torch.stack(each)
+        return _spread(_by_column(self.active[key], region, x), x)
+
+    def _of_experts(self, region: Region, x: Tensor, norm: Tensor, expert: Tensor) -> Tensor | None:
+        columns = torch.from_numpy(region.columns)
+        rows = x.detach().double().reshape(-1, x.shape[-1]).square()[:, columns].sum(-1)
+        if self.measuring:
+            if self.valid is not None:
+                valid = self.valid.flatten()
+                # Picked, each token's experts stand side by side; in stacks, all tokens do.
+                times = len(rows) // len(valid)
+                valid = valid.repeat(times) if x.dim() == 3 else valid.repeat_interleave(times)
+                rows = rows.where(valid[:, None], 0)
+            zero = torch.zeros(region.experts, rows.shape[1], dtype=rows.dtype)
+            old = self.squares.get(region.key, zero)
+            self.squares[region.key] = old.index_add(0, expert, rows)
+            return None
+        masks = []
+        for row, e in zip(rows, expert.tolist(), strict=True):
+            total = self.squares[region.key][e]
+            active = self._choose(region, 0, total, row, norm[e])
+            masks.append(active if bool((total > 0).any()) else torch.ones_like(active))
+        return _by_column(torch.stack(masks), region, x).view(x.shape)
+
+    def _cuts(self, units: int) -> tuple[int, int, int]:
+        """|R|, |R| + |C| and k, as the paper has them, within what there is."""
+        r, gamma = self.config.sparsity, self.config.candidate
+        active = max(1, round((1 - r) * units))
+        retained = min(max(0, round((1 - r - gamma / 2) * units)), active)
+        return retained, min(units, max(active, retained + round(gamma * units))), active
+
+    def _ranked(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
+        importance = (total.sqrt() * norm).nan_to_num(nan=0.0)
+        if region.key in self.living:
+            importance = importance.masked_fill(~self.living[region.key][s], -1)
+        ranked, order = importance.sort(descending=True, stable=True)
+        retained, live, _ = self._cuts(region.units)
+        for cut in (retained, live):
+            self._note(ranked, cut)
+        return order
+
+    def _live(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
+        _, live, _ = self._cuts(region.units)
+        order = self._ranked(region, s, total, norm)
+        return torch.zeros(region.units, dtype=torch.bool).scatter(0, order[:live], True)
+
+    def _choose(self, region: Region, s: int, total: Tensor, now: Tensor, norm: Tensor) -> Tensor:
+        """Bool ``[U]``."""
+        retained, live, active = self._cuts(region.units)
+        if region.one_pass:
+            retained, live = 0, region.units
+            pool = torch.arange(region.units)
+            kept = pool[:0]
+        else:
+            order = self._ranked(region, s, total, norm)
+            kept, pool = order[:retained], order[retained:live].sort().values
+        score = ((total if region.one_pass else now).sqrt() * norm)[pool]
+        ranked, best = score.sort(descending=True, stable=True)
+        self._note(ranked, active - retained)
+        chosen = torch.zeros(region.units, dtype=torch.bool)
+        chosen[torch.cat((kept, pool[best[: active - retained]]))] = True
+        return chosen
+
+    def _note(self, ranked: Tensor, cut: int) -> None:
+        """How near the last one taken is to the first one left."""
+        if 0 < cut < len(ranked) and ranked[cut - 1] > ranked[cut]:
+            gap = (ranked[cut - 1] - ranked[cut]) / ranked[cut - 1].abs()
+            self.margin = min(self.margin, float(gap))
+
+
+class MaskedInputs(Watched):
+    """Contraction by given thresholds: in one-token calls each linear's input is masked.
+
+    Args:
+        thresholds: float32 ``[S]`` by the key of the linears' input: what scores
+            ``|x_c| · ‖W[:, c]‖`` must exceed for a channel to be read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        thresholds: Mapping[Hashable, Tensor],
+        observer: Observer | None = None,
+    ) -> None:
+        groups = [group for group in plan.inputs if group.key in thresholds]
+        super().__init__(model, groups, observer)
+        self.thresholds = thresholds
+        self.margin = float("inf")
+        self.masked = 0
+        self.decoding = False
+
+    def treat(
+        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
+    ) -> Tensor:
+        if not self.decoding:
+            return x
+        limits = self.thresholds[owner.key].double()
+        score = x.detach().double().abs() * self.norms[owner.key]
+        limit = limits.repeat_interleave(x.numel() // x.shape[-1] // len(limits))
+        limit = limit.view(*x.shape[:-1], 1)
+        gap = ((score - limit).abs() / limit.clamp(min=1e-30)).min()
+        self.margin = min(self.margin, float(gap))
+        kept = (score > limit) | score.isnan()
+        self.masked += int((~kept).sum())
+        return x * kept.to(x.dtype)
