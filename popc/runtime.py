@@ -22,14 +22,15 @@ from popc.analysis.writes import views_first, writes_first
 from popc.budget import Demand
 from popc.config import Config
 from popc.log import log_graph, logger
-from popc.passes.contract import add_histograms, contract_inputs
+from popc.ops import served, threshold_linear
+from popc.passes.contract import add_histograms, contract_inputs, stretches
 from popc.passes.decode import prune_regions
 from popc.passes.layout import read_as_stored
 from popc.passes.pack import has_kernel, pack_weights
 from popc.passes.packing import Slot
 from popc.passes.prefill import add_statistics
 from popc.policies import Counts, Policy
-from popc.state import InputsState, RegionState, Session
+from popc.state import InputsState, Limits, RegionState, Session
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -251,9 +252,13 @@ class CompiledGraph:
             limits = self._limits(instance, session, batch)
             if limits is None:
                 return self._run_dense(args, session, instance)
-            inputs += [instance.scale, limits]
+            if limits.base is None:
+                limits.base = self._base(args, instance, limits.center)
+            inputs += [instance.scale, limits.thresholds, limits.center, limits.base]
         if self.measured_inputs:
-            inputs.append(instance.measured_scale)
+            scale, groups = instance.measured_scale, instance.measured_inputs
+            assert scale is not None
+            inputs += [scale, session.moments(groups, self.scope, batch or 1, scale)]
         if self.cached:
             cached = [region for region in instance.prefill if region.cached]
             inputs.append(session.keep(cached, self.scope, batch or 1))
@@ -279,9 +284,9 @@ class CompiledGraph:
             if measures:
                 session.add(instance.prefill, self.scope, sums)
         if self.measured_inputs:
-            *outputs, counted = outputs
+            *outputs, counted, seen = outputs
             if measures:
-                session.add_histograms(instance.measured_inputs, self.scope, counted)
+                session.add_histograms(instance.measured_inputs, self.scope, counted, seen)
         if self.contracted and self.counting:
             *outputs, read = outputs
             session.count(instance.contracted, read)
@@ -315,14 +320,28 @@ class CompiledGraph:
         with state.use(session):
             return self.dense(*args)
 
-    def _limits(
-        self, instance: _Instance, session: Session, batch: int | None
-    ) -> torch.Tensor | None:
-        """Thresholds ``[G, S]`` on the device, or None if they are not known."""
+    def _limits(self, instance: _Instance, session: Session, batch: int | None) -> Limits | None:
+        """Thresholds and centers, or None if they are not known."""
         assert instance.scale is not None
         groups = instance.contracted
         limits = session.limits(instance.owner, groups, self.scope, self.budget, instance.scale)
-        return limits if batch is None or limits is None or limits.shape[1] == batch else None
+        if limits is None or batch is None or limits.thresholds.shape[1] == batch:
+            return limits
+        return None
+
+    def _base(self, args: Sequence[Any], instance: _Instance, center: torch.Tensor) -> torch.Tensor:
+        """What the linears make of the centers, float32 ``[S, ΣN]``: most are 0, and not read."""
+        assert instance.scale is not None
+        parts = []
+        places = stretches([template.group for template in self.contracted])
+        for template, (start, stop) in zip(self.contracted, places, strict=True):
+            norm = instance.scale[start:stop]
+            for linear, real in _held(template.group.linears, template.weights, args):
+                x = center[:, start:stop].to(real.dtype)
+                op = served(threshold_linear, x, real)
+                y = op(x, real, None, norm, norm.new_zeros(1), linear.weight.out_dim)
+                parts.append(y.float())
+        return torch.cat(parts, 1)
 
     def _instance(self, args: Sequence[Any]) -> _Instance:
         """The states for the parameters among ``args``."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc.budget import Budget, Demand, allocate
+from popc.ops.measure import centers
 from popc.passes.packing import Packing
 from popc.policies import Counts, Policy
 
@@ -91,6 +92,15 @@ class Partition:
     compensation: Tensor | None = None
 
 
+@dataclass
+class Limits:
+    """Inputs of a decode graph: see :func:`popc.passes.contract.contract_inputs`."""
+
+    thresholds: Tensor
+    center: Tensor
+    base: Tensor | None = None
+
+
 class Session:
     """Statistics of one KV cache, and the partitions that follow from them.
 
@@ -100,7 +110,8 @@ class Session:
         whole: whether it began with an empty cache, so that all its tokens were seen.
         base: what policies that are calibrated take their statistics from, if not from here.
         regions: those that were measured, by key.
-        thresholds: of contraction, float32 ``[S]`` for each group of inputs in use, by key.
+        thresholds, centers: of contraction, float32 ``[S]`` and ``[S, K]`` for each group of inputs
+            in use, by key.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
@@ -110,9 +121,11 @@ class Session:
         self._living: dict[tuple[Hashable, str], Tensor] = {}
         self._partitions: dict[Hashable, Partition] = {}
         self._histograms: dict[tuple[Hashable, str], Tensor] = {}
-        self._limits: dict[Hashable, Tensor] = {}
+        self._moments: dict[tuple[Hashable, str], Tensor] = {}
+        self._limits: dict[Hashable, Limits] = {}
         self._seen: set[Hashable] = set()
         self.thresholds: dict[Hashable, Tensor] = {}
+        self.centers: dict[Hashable, Tensor] = {}
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
 
@@ -153,8 +166,30 @@ class Session:
     def _base_of(self, region: RegionState) -> Session | None:
         return self.base if region.policy.calibrated else None
 
-    def add_histograms(self, groups: Sequence[InputsState], scope: str, counted: Tensor) -> None:
-        """Add a prefill's histograms ``[S, G, BINS + 1]`` and let thresholds be renewed."""
+    def moments(
+        self, groups: Sequence[InputsState], scope: str, sequences: int, like: Tensor
+    ) -> Tensor:
+        """``popc_moments`` of :func:`popc.passes.contract.add_histograms`: 0 before a prefill."""
+        parts = []
+        for group in groups:
+            held = self._moments.get((group.key, scope))
+            if held is None or len(held) != sequences:
+                size = (sequences, 2 * group.demand.width + 1)
+                held = torch.zeros(size, dtype=torch.float64, device=like.device)
+            parts.append(held)
+        return torch.cat(parts, 1)
+
+    def add_histograms(
+        self, groups: Sequence[InputsState], scope: str, counted: Tensor, seen: Tensor
+    ) -> None:
+        """Add a prefill's histograms ``[S, G, BINS + 1]`` and let thresholds be renewed.
+
+        Args:
+            seen: the moments ``[S, Σ(2K + 1)]`` of all prefills, this one too.
+        """
+        widths = [2 * group.demand.width + 1 for group in groups]
+        for group, piece in zip(groups, seen.detach().split(widths, 1), strict=True):
+            self._moments[group.key, scope] = piece.clone()
         for group, piece in zip(groups, counted.detach().unbind(1), strict=True):
             before = self._histograms.get((group.key, scope))
             if before is not None and before.shape == piece.shape:
@@ -174,8 +209,8 @@ class Session:
         scope: str,
         budget: Budget,
         like: Tensor,
-    ) -> Tensor | None:
-        """The thresholds of ``groups``, float32 ``[G, S]`` on the device of ``like``.
+    ) -> Limits | None:
+        """The thresholds of ``groups`` and their centers, on the device of ``like``.
 
         None if a group's prefill is not known. ``owner`` as in :meth:`partition`.
         """
@@ -190,8 +225,12 @@ class Session:
         by_sequence = [
             allocate(one, demands, budget).thresholds for one in torch.stack(counted, 1).cpu()
         ]
-        limits = self._limits[owner] = torch.stack(by_sequence, 1).to(like.device)
-        self.thresholds.update(zip([group.key for group in groups], limits, strict=True))
+        thresholds = torch.stack(by_sequence, 1).to(like.device)
+        keys = [group.key for group in groups]
+        middles = [centers(self._moments[key, scope]) for key in keys]
+        self.thresholds.update(zip(keys, thresholds, strict=True))
+        self.centers.update(zip(keys, middles, strict=True))
+        self._limits[owner] = Limits(thresholds, torch.cat(middles, 1))
         return self._limits[owner]
 
     def count(self, groups: Sequence[InputsState], read: Tensor) -> None:

@@ -18,8 +18,8 @@ import popc
 from popc import state
 from popc.budget import LEAST, Budget, Demand, allocate
 from popc.models import cache_keyword
-from popc.ops import native, score_histogram, sum_squares, threshold_linear
-from popc.ops.measure import BINS, _score_histogram, _sum_squares
+from popc.ops import centers, moments, native, score_histogram, sum_squares, threshold_linear
+from popc.ops.measure import BINS, _moments, _score_histogram, _sum_squares
 from popc.ops.threshold import _threshold_linear
 from tests.models import tiny_llama
 from tests.oracle import relative
@@ -46,8 +46,18 @@ def groups_of(model: nn.Module) -> list[list[nn.Linear]]:
     return found
 
 
+def middle(x: Tensor, by_sequence: bool) -> Tensor:
+    """Means ``[S, 1, K]`` of channels whose mean says something about them."""
+    rows = x if by_sequence else x.flatten(0, 1)[None]
+    mean = rows.double().mean(1, keepdim=True)
+    return (mean * (mean.square() > 0.1 * rows.double().var(1, keepdim=True))).float()
+
+
 class MaskedInputs:
-    """Masks each linear's input in one-token calls, by given thresholds ``[G, S]``."""
+    """Masks each linear's input in one-token calls, by given thresholds ``[G, S]``.
+
+    A masked channel is its mean over the first call, where that says something.
+    """
 
     def __init__(self, model: nn.Module, thresholds: Tensor) -> None:
         self.model, self.read = model, []
@@ -57,14 +67,17 @@ class MaskedInputs:
                 linear.register_forward_pre_hook(self._hook(norm, limit, linear is group[0]))
 
     def _hook(self, norm: Tensor, limit: Tensor, first: bool):
+        center: list[Tensor] = []
+
         def mask(linear: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
             (x,) = args
             if x.shape[1] > 1:
+                center.append(middle(x, len(limit) > 1))
                 return None
-            kept = (x.abs().float() * norm > limit[:, None, None]).to(x.dtype)
+            kept = (x - center[0]).abs().float() * norm > limit[:, None, None]
             if first:
                 self.read.append(int(kept.any(0).any(0).sum()))
-            return (x * kept,)
+            return (torch.where(kept, x, center[0]),)
 
         return mask
 
@@ -80,7 +93,7 @@ def decoded(model: nn.Module, ids: Tensor, prompt: int, cache: object) -> Tensor
 
 def thresholds_of(session: state.Session) -> Tensor:
     """Of the first decode graph; a later one, with a symbolic length, has the same."""
-    first, *rest = session._limits.values()
+    first, *rest = (limits.thresholds for limits in session._limits.values())
     assert all(torch.equal(first, limits) for limits in rest)
     return first
 
@@ -286,23 +299,46 @@ def test_measuring_is_the_reference(dtype: torch.dtype) -> None:
     valid = torch.rand(2, 37) > 0.3
     valid[1, 4] = True
     x[0, 5], valid[0, 5] = float("nan"), False
+    center = torch.randn(2, 50) / 4
     for mask in (None, valid):
-        expected = _score_histogram(x, norm, mask)
-        got = score_histogram(x, norm, mask)
+        expected = _score_histogram(x, norm, center, mask)
+        got = score_histogram(x, norm, center, mask)
         assert torch.equal(got[:, :BINS], expected[:, :BINS])
         torch.testing.assert_close(got[:, BINS], expected[:, BINS], rtol=1e-5, atol=1e-4)
         sums = sum_squares(x, mask)
         torch.testing.assert_close(sums, _sum_squares(x, mask), equal_nan=True)
+        torch.testing.assert_close(moments(x, mask), _moments(x, mask), equal_nan=True)
+        assert torch.equal(
+            score_histogram(x, norm, center[:1], mask),
+            score_histogram(x, norm, center[:1].expand(2, -1), mask),
+        )
     assert sum_squares(x, valid)[0].isfinite().all()
-    counted = score_histogram(x, norm, valid)[:, :BINS].sum(1)
+    counted = score_histogram(x, norm, center, valid)[:, :BINS].sum(1)
     assert counted.tolist() == (valid.sum(1) * 50).tolist()
+
+
+def test_centers_are_means_of_what_is_steady() -> None:
+    x = torch.randn(1, 400, 3)
+    x[..., 1] += 2.0
+    x[:, 7, 2] = 1e3  # one outsized token lifts a mean to 2.5
+    found = centers(moments(x, None))
+    assert found[0, [0, 2]].tolist() == [0.0, 0.0]
+    assert float(found[0, 1]) == pytest.approx(float(x[..., 1].mean()), rel=1e-5)
+    assert centers(moments(x[:, :1], None)).tolist() == [[0.0] * 3]  # one token has no variance
+    x[0, 0, 1] = float("nan")
+    assert centers(moments(x, None))[0, 1] == 0.0
 
 
 def test_thresholds_are_quantiles() -> None:
     make = torch.Generator().manual_seed(0)
     x = [torch.randn(1, 300, 64, generator=make), torch.randn(1, 300, 128, generator=make) ** 3]
     norms = [torch.rand(value.shape[-1], generator=make) for value in x]
-    histograms = torch.cat([score_histogram(*pair, None) for pair in zip(x, norms, strict=True)])
+    histograms = torch.cat(
+        [
+            score_histogram(value, norm, torch.zeros(1, len(norm)), None)
+            for value, norm in zip(x, norms, strict=True)
+        ]
+    )
     demands = [Demand(64, 1000, "a"), Demand(128, 3000, "b")]
     for share in (0.2, 0.5, 0.8):
         found = allocate(histograms, demands, Budget(share))

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import popc
+from popc.testing.oracle import MaskedAnywhere
 from tests.forms import ATTENTIONS, D, Decoder, Experts, heads, merged
-from tests.masked import MaskedAnywhere
 from tests.models import Gated
 from tests.oracle import relative
 
@@ -40,7 +40,7 @@ def test_attention(name: str, batch: int) -> None:
     twin = popc.compile(module, CONFIG)
     with torch.no_grad():
         y, dense = twin(x), module(x)
-        oracle = MaskedAnywhere(module, twin.popc_plan.regions, CONFIG)
+        oracle = MaskedAnywhere(module, twin.popc_plan, CONFIG)
         with oracle:
             oracle.begin(True)
             expected = module(x)
@@ -86,7 +86,7 @@ def test_decode_with_a_cache_of_tensors(make, batch: int) -> None:
 
     with torch.no_grad():
         pruned, dense = decode(compiled), decode(module)
-        oracle = MaskedAnywhere(module, plan.regions, CONFIG)
+        oracle = MaskedAnywhere(module, plan, CONFIG)
         with oracle:
             expected = decode(module, oracle.begin)
     for step, (a, b) in enumerate(zip(pruned, expected, strict=True)):

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import popc
-from tests.masked import MaskedAnywhere
+from popc.testing.oracle import MaskedAnywhere
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 from tests.test_oracle import run, tokens
@@ -39,7 +39,7 @@ def turns(call, pieces, begin=lambda measuring: None, cache=None):
 
 
 def oracle_turns(model, plan: popc.Plan, given: popc.Config, pieces):
-    oracle = MaskedAnywhere(model, plan.regions, given)
+    oracle = MaskedAnywhere(model, plan, given)
     with oracle:
         return turns(model, pieces, oracle.begin)
 
@@ -69,7 +69,7 @@ def test_a_head_left_out_once_stays_out() -> None:
     logits = turns(twin, pieces)
     expected = oracle_turns(model, twin.popc_plan, given, pieces)
     assert relative(logits, expected) < 1e-4
-    forgetful = MaskedAnywhere(model, twin.popc_plan.regions, given)
+    forgetful = MaskedAnywhere(model, twin.popc_plan, given)
     forgetful.remembers = False
     with forgetful:
         assert relative(turns(model, pieces, forgetful.begin), expected) > 1e-3

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import popc
 from popc.models import cache_keyword
-from tests.masked import MaskedAnywhere
+from popc.testing.oracle import MaskedAnywhere
 from tests.oracle import relative
 from tests.support import README, START, with_table
 from tests.zoo import ZOO, Entry
@@ -86,7 +86,7 @@ def test_counts_and_oracle(entry: Entry) -> None:
         twin = popc.compile(model, CONFIG)
         pruned, tokens = steps(entry, model, twin)
         # The units that the first call shows; a later one may find what no prompt has measured.
-        oracle = MaskedAnywhere(model, plan.regions, CONFIG)
+        oracle = MaskedAnywhere(model, plan, CONFIG)
         with oracle:
             expected, _ = steps(entry, model, model, oracle.begin, tokens)
         dense, _ = steps(entry, model, model, follow=tokens)

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
-from popc.ops.measure import score_histogram, sum_squares
+from popc.ops.measure import centers, moments, score_histogram, sum_squares
 from popc.ops.select import select_units
 from popc.ops.threshold import threshold_linear
 
 __all__ = [
+    "centers",
     "gather_experts",
     "gather_linear",
+    "moments",
     "score_histogram",
     "select_units",
     "served",

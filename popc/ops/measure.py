@@ -1,9 +1,11 @@
 """What a prefill measures: sums that add over chunks and leave padding out.
 
 - ``popc::sum_squares(h, valid) -> float64 [B, K]``: ``Σ_t h²`` of ``h [B, T, K]``.
-- ``popc::score_histogram(x, norm, valid) -> float64 [B, BINS + 1]``: how many of the scores
-  ``(x_c · norm_c)²`` of ``x [B, T, K]`` fall into each bin, and last the sum over tokens of
-  ``ln Σ_c (x_c · norm_c)²``.
+- ``popc::moments(x, valid) -> float64 [B, 2K + 1]``: ``Σ_t x``, ``Σ_t x²`` and how many tokens, of
+  ``x [B, T, K]``.
+- ``popc::score_histogram(x, norm, center, valid) -> float64 [B, BINS + 1]``: how many of the scores
+  ``((x_c - center_c) · norm_c)²`` fall into each bin, and last the sum over tokens of the logarithm
+  of their sum over channels; ``center`` float32 ``[B, K]``, or ``[1, K]`` for all sequences.
 
 ``valid`` bool ``[B, T]`` or None: padding tokens count for nothing, whatever they hold. A bin is a
 quarter of an octave: the exponent of a float32 and the first two bits of its fraction.
@@ -14,13 +16,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A channel may stand for its mean where the mean's square exceeds this share of the variance. A few
+# outsized tokens lift the mean, but the variance far more.
+STEADY = 0.1
 _SHIFT = 21
 BINS = 1 << 10  # 8 bits of exponent, 2 of fraction; scores have no sign
 
 torch.library.define("popc::sum_squares", "(Tensor h, Tensor? valid) -> Tensor")
-torch.library.define("popc::score_histogram", "(Tensor x, Tensor norm, Tensor? valid) -> Tensor")
+torch.library.define("popc::moments", "(Tensor x, Tensor? valid) -> Tensor")
+torch.library.define(
+    "popc::score_histogram", "(Tensor x, Tensor norm, Tensor center, Tensor? valid) -> Tensor"
+)
 
 sum_squares = torch.ops.popc.sum_squares.default
+moments = torch.ops.popc.moments.default
 score_histogram = torch.ops.popc.score_histogram.default
 
 
@@ -31,6 +40,24 @@ def edges() -> Tensor:
     return torch.cat((values, values.new_tensor([float("inf")])))
 
 
+def centers(found: Tensor) -> Tensor:
+    """What a channel that is not read is taken to be: its mean, if it is steady, else 0.
+
+    It is the mode-centering of SCAP (arXiv 2412.07174), by each prompt's own means.
+
+    Args:
+        found: of :func:`moments`, summed over what was seen, ``[S, 2K + 1]``.
+
+    Returns:
+        Float32 ``[S, K]``.
+    """
+    count = found[:, -1:]
+    sums, squares = found[:, :-1].chunk(2, -1)
+    mean = sums / count
+    variance = (squares - sums * mean) / (count - 1)
+    return torch.where(mean.square() > STEADY * variance, mean, 0.0).float()  # NaN is not steady
+
+
 def _sum_squares(h: Tensor, valid: Tensor | None) -> Tensor:
     squares = h.double().square()
     if valid is not None:
@@ -39,8 +66,17 @@ def _sum_squares(h: Tensor, valid: Tensor | None) -> Tensor:
     return squares.sum(1)
 
 
-def _score_histogram(x: Tensor, norm: Tensor, valid: Tensor | None) -> Tensor:
-    scores = (x.float() * norm).square()
+def _moments(x: Tensor, valid: Tensor | None) -> Tensor:
+    wide = x.double()
+    count = torch.full((x.shape[0], 1), x.shape[1], dtype=torch.float64, device=x.device)
+    if valid is not None:
+        wide = torch.where(valid[..., None], wide, 0.0)
+        count = valid.double().sum(1, keepdim=True)
+    return torch.cat((wide.sum(1), wide.square().sum(1), count), 1)
+
+
+def _score_histogram(x: Tensor, norm: Tensor, center: Tensor, valid: Tensor | None) -> Tensor:
+    scores = ((x.float() - center[:, None]) * norm).square()
     counted = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
     if valid is not None:
         counted = valid.double()
@@ -55,6 +91,7 @@ def _score_histogram(x: Tensor, norm: Tensor, valid: Tensor | None) -> Tensor:
 
 
 torch.library.impl("popc::sum_squares", "CompositeExplicitAutograd", _sum_squares)
+torch.library.impl("popc::moments", "CompositeExplicitAutograd", _moments)
 torch.library.impl("popc::score_histogram", "CompositeExplicitAutograd", _score_histogram)
 
 
@@ -63,6 +100,11 @@ def _sum_squares_fake(h: Tensor, valid: Tensor | None) -> Tensor:
     return h.new_empty((h.shape[0], h.shape[2]), dtype=torch.float64)
 
 
+@torch.library.register_fake("popc::moments")
+def _moments_fake(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], 2 * x.shape[2] + 1), dtype=torch.float64)
+
+
 @torch.library.register_fake("popc::score_histogram")
-def _score_histogram_fake(x: Tensor, norm: Tensor, valid: Tensor | None) -> Tensor:
+def _score_histogram_fake(x: Tensor, norm: Tensor, center: Tensor, valid: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], BINS + 1), dtype=torch.float64)

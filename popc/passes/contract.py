@@ -1,8 +1,9 @@
 """Contraction pass: a linear reads the input channels that matter to this token, and no others.
 
 Dense:  ``y = x Wᵀ``.
-Pruned: ``y = threshold_linear(x, W, norm, threshold)``.
-The choice is made within the op, where x is at hand; what the graph gains are its thresholds.
+Pruned: ``y = threshold_linear(x - center, W, norm, threshold) + base``, ``base = center Wᵀ``.
+A channel that is not read is taken to be its center: see :func:`popc.ops.measure.centers`. The
+choice is made within the op, where x is at hand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from popc.analysis.capture import Captured
 from popc.analysis.inputs import Inputs
 from popc.analysis.tokens import Mask, rows_of
 from popc.analysis.walk import shape
-from popc.ops import score_histogram, served, threshold_linear
+from popc.ops import centers, moments, score_histogram, served, threshold_linear
 from popc.passes.emit import Emitter, add_input, append_output, finish
 from popc.passes.validity import emit_valid_rows
 
@@ -28,10 +29,12 @@ aten = torch.ops.aten
 def contract_inputs(
     captured: Captured, groups: Sequence[Inputs], scope: str, counting: bool
 ) -> None:
-    """Rewrite the linears of ``groups``; the graph gains two inputs.
+    """Rewrite the linears of ``groups``; the graph gains four inputs.
 
     - ``popc_scale`` float32 ``[ΣK]``: ``‖W[:, c]‖`` over the linears of a group, group by group.
-    - ``popc_threshold`` float32 ``[G, 1]``; ``[G, B]`` for ``scope="sequence"``.
+    - ``popc_threshold`` float32 ``[G, S]``; S is 1, or B for ``scope="sequence"``.
+    - ``popc_center`` float32 ``[S, ΣK]``, group by group.
+    - ``popc_base`` float32 ``[S, ΣN]``: what the linears make of it, one after the other.
 
     With ``counting`` it also gains an output, int64 ``[G]``: how many channels each group reads.
     """
@@ -40,37 +43,62 @@ def contract_inputs(
     lead = 1 if scope == "batch" else shape(groups[0].x)[0]
     with captured.fake_mode:
         limits = torch.empty((len(groups), lead), device=groups[0].x.meta["val"].device)
+        center = torch.empty((lead, stretches(groups)[-1][1]), device=limits.device)
+        outputs = sum(linear.outputs for group in groups for linear in group.linears)
+        base = torch.empty((lead, outputs), device=limits.device)
     limits_in = add_input(captured, "popc_threshold", limits)
+    center_in = add_input(captured, "popc_center", center)
+    base_in = add_input(captured, "popc_base", base)
+    done = 0
     read: list[fx.Node] = []
-    for i, (group, (start, stop)) in enumerate(zip(groups, _stretches(groups), strict=True)):
+    for i, (group, (start, stop)) in enumerate(zip(groups, stretches(groups), strict=True)):
         with graph.inserting_before(group.linears[0].node):
             emit = Emitter(captured, group.linears[0].node)
             norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
             limit = emit.call(aten.select.int, limits_in, 0, i)
+            middle = _emit_part(emit, center_in, start, stop, group.x)
+            x = emit.call(aten.sub.Tensor, group.x, middle)
             if counting:
-                read.append(_emit_count(emit, group, norm, limit))
+                read.append(_emit_count(emit, x, norm, limit))
         for linear in group.linears:
             weight = linear.weight
-            op = served(threshold_linear, linear.x.meta["val"], weight.node.meta["val"])
-            args = (linear.x, weight.node, linear.bias, norm, limit, weight.out_dim)
-            Emitter(captured, linear.node).change(linear.node, op, *args)
+            op = served(threshold_linear, x.meta["val"], weight.node.meta["val"])
+            with graph.inserting_before(linear.node):
+                emit = Emitter(captured, linear.node)
+                args = (x, weight.node, linear.bias, norm, limit, weight.out_dim)
+                y = emit.call(op, *args)
+                part = _emit_part(emit, base_in, done, done + linear.outputs, y)
+            emit.change(linear.node, aten.add.Tensor, y, part)
+            done += linear.outputs
     if counting:
         append_output(captured, aten.stack.default, read)
     finish(captured)
 
 
 def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> None:
-    """Append the output float64 ``[S, G, BINS + 1]``, :func:`popc.ops.score_histogram` of each.
+    """Append two outputs: what was measured of each group.
 
-    S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. The graph gains the input
-    ``popc_scale``, as :func:`contract_inputs` has it.
+    - float64 ``[S, G, BINS + 1]``, its :func:`popc.ops.score_histogram`; S is 1 for
+      ``scope="batch"`` and the batch size for ``"sequence"``.
+    - float64 ``[S, Σ(2K + 1)]``, its :func:`popc.ops.moments`, of this call and all before.
+
+    The graph gains the inputs ``popc_scale``, as :func:`contract_inputs` has it, and
+    ``popc_moments``, those of the calls before.
     """
     graph = captured.gm.graph
     output = graph.output_node()
     norms = _add_scale(captured, groups)
+    lead = 1 if scope == "batch" else shape(groups[0].x)[0]
+    with captured.fake_mode:
+        size = sum(2 * group.width + 1 for group in groups)
+        device = norms.meta["val"].device
+        before = torch.empty((lead, size), dtype=torch.float64, device=device)
+    before_in = add_input(captured, "popc_moments", before)
     memo: dict[Mask, fx.Node] = {}
     found: list[fx.Node] = []
-    for group, (start, stop) in zip(groups, _stretches(groups), strict=True):
+    seen: list[fx.Node] = []
+    done = 0
+    for group, (start, stop) in zip(groups, stretches(groups), strict=True):
         valid = emit_valid_rows(captured, group.x, output, memo)
         with graph.inserting_before(output):
             emit = Emitter(captured, group.x)
@@ -79,11 +107,19 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
             rows = emit.call(aten.reshape.default, group.x, [*sizes, group.width])
             if valid is not None:
                 valid = emit.call(aten.reshape.default, valid, sizes)
-            one = emit.call(score_histogram, rows, norm, valid)
+            known = emit.call(aten.slice.Tensor, before_in, 1, done, done + 2 * group.width + 1)
+            done += 2 * group.width + 1
+            new = emit.call(moments, rows, valid)
+            if scope == "batch":
+                new = emit.call(aten.sum.dim_IntList, new, [0], True)
+            seen.append(emit.call(aten.add.Tensor, known, new))
+            middle = emit.splice(centers, seen[-1])
+            one = emit.call(score_histogram, rows, norm, middle, valid)
             if scope == "batch":
                 one = emit.call(aten.sum.dim_IntList, one, [0], True)
             found.append(one)
     append_output(captured, aten.stack.default, found, 1)
+    append_output(captured, aten.cat.default, seen, 1)
     finish(captured)
 
 
@@ -94,7 +130,7 @@ def _add_scale(captured: Captured, groups: Sequence[Inputs]) -> fx.Node:
     return add_input(captured, "popc_scale", scale)
 
 
-def _stretches(groups: Sequence[Inputs]) -> list[tuple[int, int]]:
+def stretches(groups: Sequence[Inputs]) -> list[tuple[int, int]]:
     """Where each group's norms start and stop in ``popc_scale``."""
     stops = list(accumulate(group.width for group in groups))
     return list(zip([0, *stops], stops, strict=False))
@@ -108,11 +144,19 @@ def _by_sequence(emit: Emitter, x: fx.Node) -> list[Any]:
     return [1, -1] if rows is None else [emit.size(rows.grid, 0), -1]
 
 
-def _emit_count(emit: Emitter, group: Inputs, norm: fx.Node, limit: fx.Node) -> fx.Node:
+def _emit_part(emit: Emitter, values: fx.Node, start: int, stop: int, like: fx.Node) -> fx.Node:
+    """Columns of ``values [S, ...]`` to be added to ``like``, ``[B, ..., K]``."""
+    part = emit.call(aten.slice.Tensor, values, 1, start, stop)
+    sizes = [-1, *([1] * (len(shape(like)) - 2)), stop - start]
+    part = emit.call(aten.view.default, part, sizes)
+    return emit.call(aten.to.dtype, part, like.meta["val"].dtype)
+
+
+def _emit_count(emit: Emitter, x: fx.Node, norm: fx.Node, limit: fx.Node) -> fx.Node:
     """How many channels count for at least one token: see :func:`popc.ops.threshold.counts`."""
-    rank = len(shape(group.x))
+    rank = len(shape(x))
     limit = emit.call(aten.view.default, limit, [-1, *([1] * (rank - 1))])
-    scores = emit.call(aten.mul.Tensor, emit.call(aten.abs.default, group.x), norm)
+    scores = emit.call(aten.mul.Tensor, emit.call(aten.abs.default, x), norm)
     below = emit.call(aten.le.Tensor, scores, limit)
     all_below = emit.call(aten.all.dims, below, list(range(rank - 1)))
     return emit.call(aten.sum.default, emit.call(aten.logical_not.default, all_below))

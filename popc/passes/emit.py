@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from popc.analysis.capture import Captured
 from popc.errors import GraphError
@@ -52,6 +53,22 @@ class Emitter:
                 return target(*fake_args, **fake_kwargs)
         except Exception as error:
             raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
+
+    def splice(self, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
+        """``function`` of ``values`` as nodes: traced once on their fake values."""
+        with self.mode:
+            traced = make_fx(function)(*(value.meta["val"] for value in values))
+        given = iter(values)
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copied[node] = next(given)
+            elif node.op == "output":
+                return copied[node.args[0]]
+            else:
+                args, kwargs = map_arguments(node.args, node.kwargs, copied.__getitem__)
+                copied[node] = self.call(node.target, *args, **kwargs)
+        raise AssertionError("a graph has an output")
 
     def size(self, value: fx.Node, dim: int) -> Any:
         """A size of ``value`` as an argument: a number, or a node where it is symbolic."""

@@ -6,12 +6,11 @@ from functools import partial
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.tokens import VIEWS, Mask, mask_of, rows_of, valid_tokens
 from popc.analysis.walk import shape
-from popc.passes.emit import Emitter, map_arguments
+from popc.passes.emit import Emitter
 
 aten = torch.ops.aten
 
@@ -30,7 +29,8 @@ def emit_valid_rows(
         return None
     with graph.inserting_before(before):
         if mask not in memo:
-            memo[mask] = _emit_validity(captured, mask)
+            judged = partial(valid_tokens, hides=mask.hides)
+            memo[mask] = Emitter(captured, mask.node).splice(judged, mask.node)
         emit = Emitter(captured, hidden)
         valid = emit.call(aten.unsqueeze.default, memo[mask], -1)
         for step in rows.path:
@@ -40,20 +40,3 @@ def emit_valid_rows(
             else:
                 valid = emit.call(step.target, valid, *step.args[1:], **step.kwargs)
     return valid
-
-
-def _emit_validity(captured: Captured, mask: Mask) -> fx.Node:
-    """``valid_tokens`` as nodes: traced once on the mask's fake value and spliced in."""
-    with captured.fake_mode:
-        traced = make_fx(partial(valid_tokens, hides=mask.hides))(mask.node.meta["val"])
-    emit = Emitter(captured, mask.node)
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            copied[node] = mask.node
-        elif node.op == "output":
-            return copied[node.args[0]]
-        else:
-            args, kwargs = map_arguments(node.args, node.kwargs, copied.__getitem__)
-            copied[node] = emit.call(node.target, *args, **kwargs)
-    raise AssertionError("a graph has an output")

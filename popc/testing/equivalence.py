@@ -166,8 +166,8 @@ class _Check:
             r for r in plan.regions if r.key in measured or (r.one_pass and prunable(r, config))
         ]
         units = MaskedAnywhere(self.model, Plan(regions=regions), config, observer)
-        limits = session.thresholds if session is not None else {}
-        inputs = MaskedInputs(self.model, plan, limits, observer)
+        held = state.Session() if session is None else session
+        inputs = MaskedInputs(self.model, plan, held.thresholds, held.centers, observer)
         ids = next(v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
         mask = self.inputs.get("attention_mask")
 

@@ -364,7 +364,8 @@ class MaskedInputs(Watched):
 
     Args:
         thresholds: float32 ``[S]`` by the key of the linears' input: what scores
-            ``|x_c| · ‖W[:, c]‖`` must exceed for a channel to be read.
+            ``|x_c - center_c| · ‖W[:, c]‖`` must exceed for a channel to be read.
+        centers: float32 ``[S, K]``, likewise: what others are taken to be.
     """
 
     def __init__(
@@ -372,11 +373,12 @@ class MaskedInputs(Watched):
         model: nn.Module,
         plan: Plan,
         thresholds: Mapping[Hashable, Tensor],
+        centers: Mapping[Hashable, Tensor],
         observer: Observer | None = None,
     ) -> None:
         groups = [group for group in plan.inputs if group.key in thresholds]
         super().__init__(model, groups, observer)
-        self.thresholds = thresholds
+        self.thresholds, self.centers = thresholds, centers
         self.margin = float("inf")
         self.masked = 0
         self.decoding = False
@@ -387,11 +389,12 @@ class MaskedInputs(Watched):
         if not self.decoding:
             return x
         limits = self.thresholds[owner.key].double()
-        score = x.detach().double().abs() * self.norms[owner.key]
+        center = _spread(self.centers[owner.key].to(x.dtype), x)
+        score = (x - center).detach().double().abs() * self.norms[owner.key]
         limit = limits.repeat_interleave(x.numel() // x.shape[-1] // len(limits))
         limit = limit.view(*x.shape[:-1], 1)
         gap = ((score - limit).abs() / limit.clamp(min=1e-30)).min()
         self.margin = min(self.margin, float(gap))
         kept = (score > limit) | score.isnan()
         self.masked += int((~kept).sum())
-        return x * kept.to(x.dtype)
+        return torch.where(kept, x, center)

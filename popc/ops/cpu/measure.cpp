@@ -1,4 +1,4 @@
-// popc::sum_squares and popc::score_histogram on CPUs. See popc/ops/measure.py for what they mean.
+// popc::sum_squares, popc::moments and popc::score_histogram on CPUs. See popc/ops/measure.py for what they mean.
 
 #include <cstring>
 #include <limits>
@@ -62,15 +62,54 @@ Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
   return out;
 }
 
-Tensor score_histogram(const Tensor& x, const Tensor& norm, const MaybeTensor& valid) {
+Tensor moments(const Tensor& x, const MaybeTensor& valid) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "popc::moments takes x [B, T, K], not ", x.sizes());
+  check_measured(x, valid);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const Tensor given = (is_served_type(x.scalar_type()) ? x : x.to(at::kFloat)).contiguous();
+  const Tensor marks = valid ? valid->contiguous() : Tensor();
+  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
+  const int64_t columns = 2 * width + 1;
+  Tensor out = at::zeros({batch, columns}, x.options().dtype(at::kDouble));
+  by_type(given.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = given.const_data_ptr<T>();
+    double* found = out.data_ptr<double>();
+    in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
+      for (int64_t b = 0; b < batch; ++b) {
+        double* sums = found + b * columns;
+        double* squares = sums + width;
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (counts && !counts[b * tokens + t]) continue;
+          const T* from = values + (b * tokens + t) * width;
+          for (int64_t i = first; i < last; ++i) {
+            const double value = static_cast<float>(from[i]);
+            sums[i] += value;
+            squares[i] += value * value;
+          }
+          if (first == 0) squares[width] += 1;
+        }
+      }
+    });
+  });
+  return out;
+}
+
+Tensor score_histogram(
+    const Tensor& x, const Tensor& norm, const Tensor& center, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(x.dim() == 3, "popc::score_histogram takes x [B, T, K], not ", x.sizes());
   check_measured(x, valid);
   TORCH_CHECK_VALUE(
       norm.scalar_type() == at::kFloat && norm.numel() == x.size(2),
       "popc::score_histogram: norm must be float32 [K]");
+  TORCH_CHECK_VALUE(
+      center.scalar_type() == at::kFloat && center.dim() == 2 && center.size(1) == x.size(2) &&
+          (center.size(0) == 1 || center.size(0) == x.size(0)),
+      "popc::score_histogram: center must be float32 [B, K] or [1, K]");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   const Tensor given = (is_served_type(x.scalar_type()) ? x : x.to(at::kFloat)).contiguous();
   const Tensor norms = norm.contiguous(), marks = valid ? valid->contiguous() : Tensor();
+  const Tensor means = center.contiguous();
   const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
   const float* scale = norms.const_data_ptr<float>();
   Tensor out = at::zeros({batch, bins + 1}, x.options().dtype(at::kDouble));
@@ -82,6 +121,7 @@ Tensor score_histogram(const Tensor& x, const Tensor& norm, const MaybeTensor& v
     std::vector<double> logs(tokens);
     for (int64_t b = 0; b < batch; ++b) {
       std::fill(found.begin(), found.end(), 0);
+      const float* middle = means.const_data_ptr<float>() + (means.size(0) > 1 ? b * width : 0);
       in_parts(tokens, parts, [&](int64_t first, int64_t last, int64_t p) {
         // Neighbours often share a bin: two tables, so that one addition need not wait for another.
         std::vector<int32_t> even(bins), odd(bins);
@@ -91,7 +131,7 @@ Tensor score_histogram(const Tensor& x, const Tensor& norm, const MaybeTensor& v
           if (counts && !counts[b * tokens + t]) continue;
           const T* from = values + (b * tokens + t) * width;
           for (int64_t c = 0; c < width; ++c) {
-            const float value = static_cast<float>(from[c]) * scale[c];
+            const float value = (static_cast<float>(from[c]) - middle[c]) * scale[c];
             scores[c] = value * value;
           }
           float total = 0.0f;
@@ -120,6 +160,7 @@ Tensor score_histogram(const Tensor& x, const Tensor& norm, const MaybeTensor& v
 
 TORCH_LIBRARY_IMPL(popc, CPU, m) {
   m.impl("sum_squares", sum_squares);
+  m.impl("moments", moments);
   m.impl("score_histogram", score_histogram);
 }
 
