@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
+from popc.analysis.labels import same_size
 from popc.analysis.tokens import VIEWS, Mask, mask_of, rows_of, valid_tokens
 from popc.analysis.walk import shape
 from popc.passes.emit import Emitter
@@ -32,7 +33,10 @@ def emit_valid_rows(
             judged = partial(valid_tokens, hides=mask.hides)
             memo[mask] = Emitter(captured, mask.node).splice(judged, mask.node)
         emit = Emitter(captured, hidden)
-        valid = emit.call(aten.unsqueeze.default, memo[mask], -1)
+        valid = memo[mask]
+        if not same_size(shape(valid)[0], shape(rows.grid)[0]):  # one mask for all sequences
+            valid = emit.call(aten.expand.default, valid, [emit.size(rows.grid, 0), -1])
+        valid = emit.call(aten.unsqueeze.default, valid, -1)
         for step in rows.path:
             if step.target in VIEWS:
                 sizes = [emit.size(step, d) for d in range(len(shape(step)) - 1)]
