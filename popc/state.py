@@ -1,16 +1,16 @@
 """Sessions: the statistics and the partition that belong to one KV cache.
 
-A session is told in one of two ways. ``popc.compile``'s wrapper sees the cache object and names the
-session around the call (:func:`use`). Under ``torch.compile(backend="popc")`` only tensors are
-seen: a static cache's tensors stay the same objects, and a dynamic cache's tensors of one call are
-the inputs of the next, so sessions are found by the tensors they touched. Both hold weakly: a
-dropped cache frees its session.
+A session is told in one of two ways. ``popc.compile``'s wrapper sees the cache object, which holds
+its session, and names that around the call (:func:`use`). Under ``torch.compile(backend="popc")``
+only tensors are seen: a static cache's tensors stay the same objects, and a dynamic cache's tensors
+of one call are the inputs of the next, so sessions are found by the tensors they touched, held
+weakly. Either way, a dropped cache frees its session.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -128,6 +128,21 @@ class Session:
         self.centers: dict[Hashable, Tensor] = {}
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """For the copy of a cache, as of a prefix that several prompts share.
+
+        What is measured is replaced, never changed in place, so copies may share it.
+        """
+        other = Session(self.whole, self.base)
+        for name, held in vars(self).items():
+            setattr(other, name, held.copy() if isinstance(held, dict | set) else held)
+        other.reads = {key: list(steps) for key, steps in self.reads.items()}
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A cache read from a file has no partition: what sessions hold is known by identity."""
+        return Session, (False,)
 
     def add(self, regions: Sequence[RegionState], scope: str, sums: Tensor) -> None:
         """Add a prefill's statistics ``[S, ΣK]`` float64 and let the partition be renewed."""
@@ -364,7 +379,7 @@ def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tu
 
 _named: ContextVar[Session | None] = ContextVar("popc_session", default=None)
 _by_tensor = WeakTensorKeyDictionary()
-_by_cache: dict[int, tuple[weakref.ref[object], Session]] = {}
+_ATTRIBUTE = "_popc_session"
 _lock = threading.Lock()
 
 
@@ -385,21 +400,14 @@ def named() -> Session | None:
 
 def of_cache(cache: object) -> Session | None:
     """The session of a cache object, if it has one."""
-    held = _by_cache.get(id(cache))
-    return held[1] if held is not None and held[0]() is cache else None
+    held = getattr(cache, _ATTRIBUTE, None)
+    return held if isinstance(held, Session) else None
 
 
 def bind(cache: object, session: Session) -> None:
-    """Give ``cache`` its session, for as long as the cache lives."""
-    key = id(cache)
-
-    def drop(ref: weakref.ref[object]) -> None:
-        with _lock:
-            if key in _by_cache and _by_cache[key][0] is ref:
-                del _by_cache[key]
-
-    with _lock:
-        _by_cache[key] = (weakref.ref(cache, drop), session)
+    """Give ``cache`` its session, for as long as the cache lives; a deep copy gets a copy of it."""
+    with contextlib.suppress(AttributeError):  # a class with slots: it decodes dense
+        object.__setattr__(cache, _ATTRIBUTE, session)
 
 
 def of_tensors(tensors: Iterable[Tensor]) -> Session | None:
