@@ -57,11 +57,12 @@ class Policy:
         """How many of ``units`` are retained, candidates and active: Python numbers, so static.
 
         ``active = round((1 - r)·U)``; R is the top ``(1 - r - γ/2)·U`` and C the next ``γ·U``,
-        both cut so that ``retained <= active <= retained + candidate <= units``.
+        both cut so that ``retained <= active <= retained + candidate <= units``. With more γ, R
+        never grows and R ∪ C never shrinks, so a token never keeps less of its score.
         """
         active = _active(units, sparsity)
         retained = min(max(0, round((1 - sparsity - candidate / 2) * units)), active)
-        live = min(units, max(active, retained + round(candidate * units)))
+        live = min(units, max(active, round((1 - sparsity + candidate / 2) * units)))
         return Counts(retained, live - retained, active)
 
     def measured(self, emit: Any, h: Any) -> Any:

@@ -59,14 +59,14 @@ class MaskedDense:
         size = h.shape[-1]
         active = round((1 - self.sparsity) * size)
         retained = round((1 - self.sparsity - self.candidate / 2) * size)
-        candidate = round(self.candidate * size)
+        live = round((1 - self.sparsity + self.candidate / 2) * size)
         # GPT-2 stores its weights [in, out].
         norm = down.weight.float().norm(dim=0 if down.weight.shape[1] == size else 1)
         score = h.float().norm(dim=0, keepdim=True) if self.scope == "batch" else h.float().abs()
         rows = []
         for squares, now in zip(self.squares[down], score * norm, strict=True):
             rank = (squares.sqrt() * norm.double()).sort(descending=True).indices
-            pool = rank[retained : retained + candidate]
+            pool = rank[retained:live]
             best = pool[now[pool].sort(descending=True).indices][: active - retained]
             mask = torch.zeros(size, dtype=h.dtype)
             mask[rank[:retained]] = 1

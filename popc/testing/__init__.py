@@ -19,6 +19,7 @@ from __future__ import annotations
 from popc.testing.blocks import MLP, Attention, Decoy, MoE
 from popc.testing.equivalence import Equivalence, EquivalenceError, assert_equivalent, relative
 from popc.testing.oracle import masked_dense
+from popc.testing.sessions import session_machine
 from popc.testing.strategies import (
     attentions,
     blocks,
@@ -51,5 +52,6 @@ __all__ = [
     "moes",
     "prompts",
     "relative",
+    "session_machine",
     "transformers",
 ]

@@ -42,7 +42,7 @@ class Linear(nn.Module):
         if not self.transposed or self.bias is None:
             return F.linear(x, self.weight, self.bias)
         rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return rows.view(*x.shape[:-1], -1)
+        return rows.unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ thresholds of contraction.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -236,6 +237,12 @@ class MaskedAnywhere(Watched):
         self.masked = 0
         self.margin = float("inf")
 
+    def forked(self) -> MaskedAnywhere:
+        """Another that has seen the same."""
+        other = copy.copy(self)
+        other.squares, other.living = dict(self.squares), dict(self.living)
+        return other
+
     def begin(self, measuring: bool = True, valid: Tensor | None = None, batch: int = 1) -> None:
         """A new forward call.
 
@@ -318,7 +325,7 @@ class MaskedAnywhere(Watched):
         r, gamma = self.config.sparsity, self.config.candidate
         active = max(1, round((1 - r) * units))
         retained = min(max(0, round((1 - r - gamma / 2) * units)), active)
-        return retained, min(units, max(active, retained + round(gamma * units))), active
+        return retained, min(units, max(active, round((1 - r + gamma / 2) * units))), active
 
     def _ranked(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
         importance = (total.sqrt() * norm).nan_to_num(nan=0.0)

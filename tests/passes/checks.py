@@ -19,8 +19,13 @@ class _Checked(fx.Interpreter):
         return value
 
 
-def assert_meta_is_true(gm: fx.GraphModule, module: nn.Module, *inputs: Any) -> Any:
-    """Run ``gm``, captured from ``module``, with its parameters lifted; check each node's value."""
+def checked(gm: fx.GraphModule, *inputs: Any) -> Any:
+    """Run ``gm``; check each node's value."""
     gm.graph.lint()
     with torch.no_grad():
-        return _Checked(gm).run(*module.parameters(), *module.buffers(), *inputs)
+        return _Checked(gm).run(*inputs)
+
+
+def assert_meta_is_true(gm: fx.GraphModule, module: nn.Module, *inputs: Any) -> Any:
+    """Run ``gm``, captured from ``module``, with its parameters lifted; check each node's value."""
+    return checked(gm, *module.parameters(), *module.buffers(), *inputs)

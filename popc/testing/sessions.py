@@ -1,0 +1,131 @@
+"""Generations interleaved on one compiled model, each compared with an oracle of its own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import popc
+from popc import state
+from popc.config import Config
+from popc.models import cache_keyword
+from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
+from popc.testing.oracle import MaskedAnywhere, MaskedInputs
+
+LONGEST = 40  # tokens; a generation that is longer is left alone
+
+
+@dataclass
+class Generation:
+    """One cache of the compiled model, and what the oracle knows of the same generation."""
+
+    cache: Any
+    dense_cache: Any
+    units: MaskedAnywhere
+    batch: int
+
+    @property
+    def length(self) -> int:
+        return int(self.dense_cache.get_seq_length())
+
+
+def session_machine(
+    model: nn.Module, vocabulary: int, config: Config, tolerance: float | None = None
+) -> type[RuleBasedStateMachine]:
+    """A hypothesis state machine: ``TestMine = session_machine(...).TestCase``.
+
+    It prefills, decodes, continues, copies, reorders, crops and drops caches in any order, and
+    compares every output with the masked dense model's.
+
+    Args:
+        model: causal, with ``forward(input_ids, <cache>, use_cache)``, in float64 for clear-cut
+            choices. It is compiled once, and shares its weights with the twin.
+        config: ``policy`` ``"pop"`` or ``"contraction"``; ``scope="batch"``.
+        tolerance: relative to an output's largest value.
+    """
+    keyword = cache_keyword(model.forward)
+    dtype = next(model.parameters()).dtype
+    allowed = tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    twin: Any = popc.compile(model, config)
+    plan = popc.analyze(model, (), {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+
+    class Sessions(RuleBasedStateMachine):
+        generations = Bundle("generations")
+
+        @rule(target=generations, batch=st.integers(1, 3), length=st.integers(2, 6), seed=_SEEDS)
+        def start(self, batch: int, length: int, seed: int) -> Generation:
+            units = MaskedAnywhere(model, plan, config)
+            begun = Generation(DynamicCache(), DynamicCache(), units, batch)
+            self.call(begun, length, seed)
+            return begun
+
+        @rule(held=generations, seed=_SEEDS)
+        def decode(self, held: Generation, seed: int) -> None:
+            self.call(held, 1, seed)
+
+        @rule(held=generations, length=st.integers(2, 4), seed=_SEEDS)
+        def turn(self, held: Generation, length: int, seed: int) -> None:
+            self.call(held, length, seed)
+
+        @rule(target=generations, held=generations)
+        def fork(self, held: Generation) -> Generation:
+            return Generation(
+                copy.deepcopy(held.cache),
+                copy.deepcopy(held.dense_cache),
+                held.units.forked(),
+                held.batch,
+            )
+
+        @rule(held=generations, seed=_SEEDS)
+        def reorder(self, held: Generation, seed: int) -> None:
+            order = torch.randperm(held.batch, generator=torch.Generator().manual_seed(seed))
+            for cache in (held.cache, held.dense_cache):
+                cache.reorder_cache(order)
+
+        @rule(held=generations, left=st.integers(1, LONGEST))
+        def crop(self, held: Generation, left: int) -> None:
+            if left < held.length:
+                for cache in (held.cache, held.dense_cache):
+                    cache.crop(left - held.length)
+
+        @rule(held=consumes(generations))
+        def drop(self, held: Generation) -> None:
+            del held
+
+        def call(self, held: Generation, length: int, seed: int) -> None:
+            if held.length + length > LONGEST:
+                return
+            made = torch.Generator().manual_seed(seed)
+            ids = torch.randint(1, vocabulary, (held.batch, length), generator=made)
+            expected = self.expected(held, ids, self.pruned(held, ids))
+            near = held.units.margin < ROUNDING
+            assert near or relative(self.out, expected) <= allowed
+
+        @torch.no_grad()
+        def pruned(self, held: Generation, ids: Tensor) -> state.Session | None:
+            given = {keyword: held.cache}
+            self.out = twin(input_ids=ids, use_cache=True, **given).logits
+            return state.of_cache(held.cache)
+
+        @torch.no_grad()
+        def expected(self, held: Generation, ids: Tensor, session: state.Session | None) -> Tensor:
+            measuring = ids.shape[1] > 1
+            found = state.Session() if session is None else session
+            inputs = MaskedInputs(model, plan, found.thresholds, found.centers)
+            inputs.decoding = not measuring
+            held.units.begin(measuring, batch=held.batch)
+            given = {keyword: held.dense_cache}
+            with held.units, inputs:
+                return model(input_ids=ids, use_cache=True, **given).logits
+
+    return Sessions
+
+
+_SEEDS = st.integers(0, 2**16)

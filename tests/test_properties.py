@@ -1,0 +1,231 @@
+"""What must hold for any model, prompt and config, as hypothesis draws them."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from transformers import DynamicCache
+
+import popc
+from popc import testing
+from popc.analysis.capture import Captured, capture_dynamo, capture_module
+from popc.analysis.regions import find_regions
+from popc.passes.decode import prune_regions
+from popc.passes.packing import Slot
+from popc.policies import Counts
+from popc.testing import Layer, Prompt, Transformer
+from tests.passes.checks import checked
+from tests.profiles import examples
+
+WIDTH = 8
+FRONT_ENDS = ("symbolic_trace", "export", "dynamo")
+
+
+def captured_by(front_end: str, module: nn.Module, x: torch.Tensor) -> Captured:
+    if front_end == "symbolic_trace":
+        return capture_module(fx.symbolic_trace(module), (x,))
+    if front_end == "export":
+        return capture_module(torch.export.export(module, (x,)).module(), (x,))
+    found: list[Captured] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]):
+        found.append(capture_dynamo(gm, inputs))
+        return gm.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=backend)(x)
+    return found[0]
+
+
+@st.composite
+def pruned_blocks(draw: st.DrawFn):
+    """A block, and which of its units live."""
+    spec = draw(st.one_of(testing.mlps(), testing.decoys()))
+    seed = draw(st.integers(0, 2**16))
+    torch.manual_seed(seed)
+    module = spec.make(WIDTH).double().eval()
+    batch, live = draw(st.integers(1, 3)), draw(st.integers(1, spec.channels))
+    order = draw(st.permutations(range(spec.channels)))
+    return spec, module, torch.randn(batch, 1, WIDTH).double(), sorted(order[:live])
+
+
+def pruned(captured: Captured, live: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewrite the graph's one region, of which the units ``live`` are retained; its inputs."""
+    (region,) = find_regions(captured).regions
+    counts = Counts(len(live), 0, len(live))
+    packing = prune_regions(captured, [Slot(region, counts, rows=True)], "batch")
+    index = packing.pack([torch.tensor([live])], [None])[0]
+    return index, torch.ones(len(live))
+
+
+def arguments(captured: Captured, module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What the captured graph takes, in its order."""
+    nodes = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    held = [captured.parameters.get(n) for n in nodes if not n.name.startswith("popc_")]
+    others = iter([*module.buffers(), x])
+    return [next(others) if value is None else value for value in held]
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@given(case=pruned_blocks())
+@examples(8, 500)
+def test_pruned_block_is_masked_dense(front_end: str, case) -> None:
+    """From each front end: the oracle's numbers, true fake values, other nodes as they were."""
+    spec, module, x, live = case
+    captured = captured_by(front_end, module, x)
+    plan = find_regions(captured)
+    assert [region.units for region in plan.regions] == spec.units().get("mlp", [])
+    if not plan.regions:
+        assert plan.skipped
+        return
+    (region,) = plan.regions
+    rewritten = {p.linear.node.name for p in region.producers}
+    rewritten |= {linear.node.name for linear in region.consumers}
+    before = {node.name: node.target for node in captured.gm.graph.nodes}
+    index, norm = pruned(captured, live)
+    after = {node.name: node.target for node in captured.gm.graph.nodes}
+    for name in before.keys() - rewritten:
+        assert name not in after or after[name] == before[name]
+    assert all("linear" in n or "addmm" in n for n in before.keys() - after.keys() - rewritten)
+    y = checked(captured.gm, *arguments(captured, module, x), index, norm)[0]
+    active = torch.zeros(spec.channels, dtype=torch.bool)
+    active[live] = True
+    oracle = testing.masked_dense(module, plan, {region.key: active})
+    assert testing.relative(y, oracle(x)) < 1e-9
+    assert find_regions(captured).regions == []  # what is pruned is no region again
+
+
+@given(testing.mlps(), st.integers(0, 2**16), st.randoms(use_true_random=False))
+@examples(15, 300)
+def test_a_permutation_of_channels_leaves_the_output(spec, seed: int, shuffle) -> None:
+    assume(spec.layout != "interleaved" or not spec.gated)
+    torch.manual_seed(seed)
+    module, x = spec.make(WIDTH).double().eval(), torch.randn(1, 5, WIDTH).double()
+    turned = copy.deepcopy(module)
+    order = list(range(spec.channels))
+    shuffle.shuffle(order)
+    for name, linear in turned.named_children():
+        contracts = name == "down"
+        dim = int(contracts != linear.transposed)
+        parts = linear.weight.shape[dim] // spec.channels
+        rows = torch.cat([torch.tensor(order) + i * spec.channels for i in range(parts)])
+        linear.weight.data = linear.weight.data.index_select(dim, rows)
+        if linear.bias is not None and not contracts:
+            linear.bias.data = linear.bias.data[rows]
+    count = shuffle.randint(1, spec.channels)
+    outputs = []
+    for block, live in ((module, order[:count]), (turned, list(range(count)))):
+        captured = captured_by("symbolic_trace", block, x)
+        index, norm = pruned(captured, sorted(live))
+        with torch.no_grad():
+            outputs.append(captured.gm(*arguments(captured, block, x), index, norm)[0])
+    assert testing.relative(*outputs) < 1e-12
+
+
+@given(testing.transformers(), testing.prompts())
+@examples(15, 400)
+def test_found_is_what_an_expert_counts(spec: Transformer, prompt: Prompt) -> None:
+    torch.compiler.reset()
+    plan = popc.analyze(spec.make(), (), prompt.inputs(spec.vocabulary))
+    for kind, units in spec.units().items():
+        found = [region.units for region in plan.regions if region.kind == kind]
+        assert sorted(found) == sorted(units), plan
+
+
+@given(testing.transformers(), testing.prompts(), testing.configs(codegen="eager"))
+@examples(10, 600)
+def test_pruned_is_the_oracle(spec: Transformer, prompt: Prompt, config: popc.Config) -> None:
+    result = testing.assert_equivalent(spec.make(), prompt.inputs(spec.vocabulary), config)
+    assert result.masked == 0 or config.sparsity > 0
+
+
+@given(testing.transformers(), testing.prompts(), st.sampled_from(["pop", "contraction"]))
+@examples(4, 150)
+def test_sparsity_zero_is_dense(spec: Transformer, prompt: Prompt, policy: str) -> None:
+    given_inputs = prompt.inputs(spec.vocabulary)
+    config = popc.Config(sparsity=0, policy=policy, codegen="eager")
+    result = testing.assert_equivalent(spec.make(), given_inputs, config)
+    assert result.masked == 0
+
+
+@given(testing.transformers(most=1), testing.prompts(sequences=2), testing.configs())
+@examples(2, 60)
+def test_compiled_is_the_oracle(spec: Transformer, prompt: Prompt, config: popc.Config) -> None:
+    testing.assert_equivalent(spec.make(), prompt.inputs(spec.vocabulary), config, steps=2)
+
+
+@given(testing.mlps(), st.floats(0.1, 0.9), st.floats(0, 1), st.integers(0, 2**16))
+@examples(15, 500)
+def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float, seed: int):
+    """The plan's bytes are the rows and columns that the decode graph's lists name."""
+    torch.manual_seed(seed)
+    module, x = spec.make(WIDTH).double().eval(), torch.randn(1, 1, WIDTH).double()
+    captured = captured_by("symbolic_trace", module, x)
+    (region,) = find_regions(captured).regions
+    config = popc.Config(policy="pop", sparsity=sparsity, candidate=candidate)
+    counts = config.counts(region.units)
+    packing = prune_regions(captured, [Slot(region, counts, rows=True)], "batch")
+    live = torch.arange(counts.live)[None]
+    inputs = arguments(captured, module, x)
+    read = 0
+
+    class Reads(fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            nonlocal read
+            if target is torch.ops.popc.gather_linear.default:
+                _, weight, _, rows, columns, out_dim = args
+                rows = weight.shape[out_dim] if rows is None else len(rows)
+                columns = weight.shape[1 - out_dim] if columns is None else len(columns)
+                read += rows * columns * weight.element_size()
+            return super().call_function(target, args, kwargs)
+
+    with torch.no_grad():
+        norms = torch.ones(packing.norm_total)
+        Reads(captured.gm).run(*inputs, packing.pack([live], [None])[0], norms)
+    assert read == region.decode_bytes(config)
+
+
+@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_and_is_forgotten(policy: str, value: float) -> None:
+    """A NaN or an infinity shows as in the dense model, and harms no later call."""
+    spec = Transformer(layers=(Layer(block=testing.MLP(channels=12)),))
+    config = popc.Config(policy=policy, sparsity=0.5, codegen="eager")
+    model, clean, bad = spec.make(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5]])
+    with torch.no_grad():
+        model.embedding.weight[5, 0] = value
+    torch.compiler.reset()
+    twin = popc.compile(model, config)
+
+    def run(call, tokens: list[torch.Tensor]) -> torch.Tensor:
+        cache, out = DynamicCache(), []
+        with torch.no_grad():
+            for ids in tokens:
+                out.append(call(ids, cache=cache, use_cache=True).logits[:, -1])
+        return torch.cat(out)
+
+    expected = run(twin, [clean, bad - 4])
+    shown, dense = run(twin, [clean, bad]), run(model, [clean, bad])
+    assert shown[1].isnan().all() and dense[1].isnan().all()
+    poisoned = torch.cat((clean, bad), 1)
+    assert run(twin, [poisoned, bad - 4]).isnan().all()  # as keys of the cache it stays
+    assert torch.equal(run(twin, [clean, bad - 4]), expected)
+
+
+def machine(policy: str):
+    spec = Transformer(layers=(Layer(block=testing.MLP(channels=12, gated=policy == "pop")),))
+    config = popc.Config(policy=policy, sparsity=0.5, candidate=0.3, codegen="eager")
+    made = testing.session_machine(spec.make(), spec.vocabulary, config)
+    made.TestCase.settings = settings(examples(6, 400), stateful_step_count=12)
+    return made.TestCase
+
+
+TestPopSessions = machine("pop")
+TestContractionSessions = machine("contraction")
