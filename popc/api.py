@@ -18,6 +18,7 @@ from popc.analysis.inputs import find_inputs
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
 from popc.backend import popc_backend
+from popc.caches import in_session
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
 from popc.runtime import InputsTemplate, Template
@@ -63,6 +64,7 @@ def compile(
     plan = Plan()
     compiled = compat.compile_alone(forward, _backend(config, plan))
     base: state.Session | None = None
+    by_sequence = config.scope == "sequence"
     warned = False
 
     @functools.wraps(forward)
@@ -70,7 +72,7 @@ def compile(
         nonlocal warned
         grad = torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)
         with torch.set_grad_enabled(grad), _noting_breaks(plan):
-            out = compat.call_compiled(_in_session, compiled, args, kwargs, base)
+            out = compat.call_compiled(in_session, compiled, args, kwargs, base, by_sequence)
         if not warned and not plan.regions and not plan.inputs and plan.skipped:
             warned = True
             warnings.warn(
@@ -160,48 +162,6 @@ def _wants_grad(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str
     values = (*args, *kwargs.values())
     asks = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
     return model.training or asks
-
-
-def _in_session(
-    call: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    base: state.Session | None,
-) -> Any:
-    """Run ``call`` under the session of the KV cache among its arguments, or in a new one.
-
-    Args:
-        base: what was measured on a text given beforehand.
-    """
-    caches = list(_caches((*args, *kwargs.values())))
-    session = next((s for s in map(state.of_cache, caches) if s is not None), None)
-    empty = all(_is_empty(cache) for cache in caches)
-    if session is None or empty:
-        session = state.Session(empty, base)
-    with state.use(session):
-        out = call(*args, **kwargs)
-    returned = out.values() if isinstance(out, Mapping) else out
-    for cache in _caches(returned if isinstance(returned, Iterable) else ()):
-        if not any(cache is known for known in caches):
-            caches.append(cache)
-    for cache in caches:
-        if state.of_cache(cache) is not session:
-            state.bind(cache, session)
-    return out
-
-
-def _caches(values: Iterable[Any]) -> Iterable[Any]:
-    """KV cache objects: what can say how many tokens it holds."""
-    for value in values:
-        if not isinstance(value, torch.Tensor) and hasattr(value, "get_seq_length"):
-            yield value
-
-
-def _is_empty(cache: Any) -> bool:
-    try:
-        return int(cache.get_seq_length()) == 0
-    except ValueError:  # a cache of states alone, which has no length
-        return False
 
 
 def analyze(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -112,6 +113,7 @@ class Session:
         regions: those that were measured, by key.
         thresholds, centers: of contraction, float32 ``[S]`` and ``[S, K]`` for each group of inputs
             in use, by key.
+        left: a tensor of the cache, as the last call left it: see :mod:`popc.caches`.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
@@ -126,6 +128,7 @@ class Session:
         self._seen: set[Hashable] = set()
         self.thresholds: dict[Hashable, Tensor] = {}
         self.centers: dict[Hashable, Tensor] = {}
+        self.left: weakref.ref[Tensor] | None = None
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
 
@@ -137,6 +140,9 @@ class Session:
         other = Session(self.whole, self.base)
         for name, held in vars(self).items():
             setattr(other, name, held.copy() if isinstance(held, dict | set) else held)
+        # Of a cache, attributes are copied in order, and its session was the last one.
+        left = None if self.left is None else memo.get(id(self.left()))
+        other.left = None if left is None else weakref.ref(left)
         other.reads = {key: list(steps) for key, steps in self.reads.items()}
         return other
 
@@ -162,6 +168,11 @@ class Session:
     def has_seen(self, owners: Iterable[RegionState | InputsState]) -> bool:
         """Whether a prefill measured a weight of ``owners``, be it as part of others."""
         return any(not self._seen.isdisjoint(owner.weights) for owner in owners)
+
+    def rows_differ(self) -> bool:
+        """Whether sequences have statistics of their own, so that their order counts."""
+        held = (*self._sums.values(), *self._histograms.values())
+        return any(len(rows) > 1 and bool((rows != rows[:1]).any()) for rows in held)
 
     def statistics(self, key: Hashable, scope: str, policy: str = "pop") -> Tensor | None:
         """The sum of squares ``[S, K]`` of a region so far, or None before its prefill.

@@ -110,3 +110,32 @@ def test_a_target_that_cannot_be_met_is_an_error(call: str) -> None:
             popc.compile(tiny_llama(), given)(tokens())
         else:
             popc.explain(tiny_llama(), config=given, input_ids=tokens())
+
+
+def test_sequences_of_a_reordered_cache_run_dense(caplog) -> None:
+    """Each sequence has its own partition; whose is whose can't be told after a reordering."""
+    torch._dynamo.reset()
+    model, ids = heads_llama(), tokens(3)
+    given = config(codegen="eager", scope="sequence", targets=("mlp",))
+    twin, order = popc.compile(model, given), torch.tensor([2, 0, 1])
+
+    def decode(call, reorder: bool, beams: bool = False) -> torch.Tensor:
+        cache = DynamicCache()
+        rows = ids[:1].expand(3, -1) if beams else ids
+        with torch.no_grad():
+            call(rows[:, :10], **{CACHE: cache}, use_cache=True)
+            call(rows[:, 10:11], **{CACHE: cache}, use_cache=True)
+            if reorder:
+                cache.reorder_cache(order)
+            return call(rows[:, 11:12], **{CACHE: cache}, use_cache=True).logits
+
+    assert relative(decode(twin, False), decode(model, False)) > 0.05
+    assert "reordered" not in caplog.text
+    mixed, dense = decode(twin, True), decode(model, True)
+    assert "reordered" in caplog.text
+    assert relative(mixed, dense) < 0.5 * relative(decode(twin, False), decode(model, False))
+    # Beams of one prompt are alike: any order of them is right.
+    caplog.clear()
+    beams = decode(twin, True, beams=True)
+    assert "reordered" not in caplog.text
+    assert relative(beams, decode(twin, False, beams=True)) < 1e-5

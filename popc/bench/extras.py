@@ -135,7 +135,7 @@ def host_seconds(way: Way, context: Context, settings: Settings) -> Spread:
 def _watched() -> Iterator[Stopwatch]:
     """Meanwhile popc's runner of graphs is timed, and what it and the session wrap is not."""
     watch = Stopwatch()
-    in_session, call_graph = api._in_session, runtime.CompiledGraph.__call__
+    in_session, call_graph = api.in_session, runtime.CompiledGraph.__call__
 
     def session(call: Callable[..., Any], *rest: Any) -> Any:
         return in_session(watch.untimed(call), *rest)
@@ -148,7 +148,7 @@ def _watched() -> Iterator[Stopwatch]:
         finally:
             self.run = run
 
-    with mock.patch.object(api, "_in_session", session):
+    with mock.patch.object(api, "in_session", session):
         with mock.patch.object(runtime.CompiledGraph, "__call__", graph):
             yield watch
 

@@ -1,0 +1,87 @@
+"""KV cache objects, as the wrapper of ``popc.compile`` sees them: whose session a call is in."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from popc import state
+from popc.log import logger
+
+_DEPTH = 3  # a cache's layers, one of them, and its keys
+
+
+def in_session(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    base: state.Session | None,
+    by_sequence: bool,
+) -> Any:
+    """Run ``call`` under the session of the KV cache among its arguments, or in a new one.
+
+    Args:
+        base: what was measured on a text given beforehand.
+        by_sequence: whether each sequence has a partition of its own, so that their order counts.
+    """
+    caches = list(_caches((*args, *kwargs.values())))
+    session = next((s for s in map(state.of_cache, caches) if s is not None), None)
+    empty = all(_is_empty(cache) for cache in caches)
+    if session is None or empty:
+        session = state.Session(empty, base)
+    elif by_sequence and session.rows_differ() and not _is_as_left(caches, session):
+        logger.warning(
+            "a cache was reordered or cropped since its last call: its sequences can't be told "
+            "apart any more, and decode dense until their next prompt"
+        )
+        session = state.Session(False, base)
+    with state.use(session):
+        out = call(*args, **kwargs)
+    returned = out.values() if isinstance(out, Mapping) else out
+    for cache in _caches(returned if isinstance(returned, Iterable) else ()):
+        if not any(cache is known for known in caches):
+            caches.append(cache)
+    for cache in caches:
+        if state.of_cache(cache) is not session:
+            state.bind(cache, session)
+    if by_sequence:
+        left = _tensor_of(caches)
+        session.left = None if left is None else weakref.ref(left)
+    return out
+
+
+def _caches(values: Iterable[Any]) -> Iterator[Any]:
+    """KV cache objects: what can say how many tokens it holds."""
+    for value in values:
+        if not isinstance(value, Tensor) and hasattr(value, "get_seq_length"):
+            yield value
+
+
+def _is_empty(cache: Any) -> bool:
+    try:
+        return int(cache.get_seq_length()) == 0
+    except ValueError:  # a cache of states alone, which has no length
+        return False
+
+
+def _is_as_left(caches: Sequence[Any], session: state.Session) -> bool:
+    """Whether the first tensor held is the one that the last call left there."""
+    held = _tensor_of(caches)
+    return held is None or (session.left is not None and session.left() is held)
+
+
+def _tensor_of(held: Any, depth: int = _DEPTH + 1) -> Tensor | None:
+    """The first tensor of keys or values in it; None if there is none near its surface."""
+    if isinstance(held, Tensor):
+        return held if held.dim() > 2 else None
+    if isinstance(held, Mapping):
+        inner: Iterable[Any] = held.values()
+    elif isinstance(held, list | tuple):
+        inner = held
+    else:
+        inner = vars(held).values() if depth and hasattr(held, "__dict__") else ()
+    found = (_tensor_of(value, depth - 1) for value in inner if depth)
+    return next((tensor for tensor in found if tensor is not None), None)
