@@ -21,7 +21,7 @@ from popc.backend import popc_backend
 from popc.caches import in_session
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
-from popc.runtime import InputsTemplate, Template
+from popc.templates import InputsTemplate, Template
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -56,6 +56,8 @@ def compile(
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.compile takes an nn.Module, not {type(model).__name__}")
+    # Of a twin, the twin of what it was made of.
+    model = model.__dict__.get("popc_original", model)
     config = Config.of(config, options)
     _check_calibration(config, calibration)
     _save_as_before(model)
@@ -86,12 +88,33 @@ def compile(
     twin.__dict__["forward"] = pruned_forward
     twin.__dict__["popc_plan"] = plan
     twin.__dict__["popc_config"] = config
+    twin.__dict__["popc_original"] = model
+    calibrated = calibration is not None
+    twin.__dict__["__deepcopy__"] = functools.partial(_copied, model, config, calibrated)
+    twin.__dict__["__reduce_ex__"] = _refuse_to_pickle
     if hasattr(model, "get_compiled_call"):
         # transformers' generate would compile the call once more.
         twin.__dict__["get_compiled_call"] = lambda *_: twin.__call__
     if calibration is not None:
         base = _measured(compiled, calibration)
     return twin
+
+
+def _copied(model: Model, config: Config, calibrated: bool, memo: dict[int, Any]) -> Model:
+    """A deep copy of a twin: the twin of a copy, with weights of its own."""
+    if calibrated:
+        raise ModelError(
+            f"a twin with policy {config.policy_name!r} can't be copied, as its text is not kept: "
+            "copy the model, and compile the copy with its calibration"
+        )
+    return compile(copy.deepcopy(model, memo), config)
+
+
+def _refuse_to_pickle(_: Any) -> Any:
+    raise ModelError(
+        "a compiled twin can't be pickled: save its state_dict(), or pickle the model that it was "
+        "made of, whose weights it shares, and compile that where it is loaded"
+    )
 
 
 def _measured(compiled: Callable[..., Any], calibration: Iterable[Any]) -> state.Session:

@@ -18,7 +18,8 @@ from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.errors import ConfigError
 from popc.models import cache_keyword
-from popc.state import RegionState, Session, split
+from popc.partition import RegionState, split
+from popc.state import Session
 
 PRUNED, CANDIDATE, RETAINED = 0, 1, 2
 

@@ -3,124 +3,36 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from popc import state
+from popc import state, weights
 from popc.analysis.capture import Captured, identity
 from popc.analysis.inputs import Inputs
 from popc.analysis.labels import same_size
-from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
 from popc.analysis.writes import views_first, writes_first
-from popc.budget import Demand
 from popc.config import Config
 from popc.log import log_graph, logger
 from popc.ops import served, threshold_linear
+from popc.partition import InputsState, Limits, RegionState
 from popc.passes.contract import add_histograms, contract_inputs, stretches
 from popc.passes.decode import prune_regions
 from popc.passes.layout import read_as_stored
 from popc.passes.pack import has_kernel, pack_weights
 from popc.passes.packing import Slot
 from popc.passes.prefill import add_statistics
-from popc.policies import Counts, Policy
-from popc.state import InputsState, Limits, RegionState, Session
+from popc.policies import Counts
+from popc.state import Session
+from popc.templates import InputsTemplate, Template, held
 
 Compiled = Callable[..., Sequence[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Template:
-    """A region of a compiled graph, and at which inputs the weights are that contract it.
-
-    Dynamo runs one graph for several layers where they differ in their parameters alone, so what
-    belongs to a parameter is looked up by each call's own inputs.
-    """
-
-    region: Region
-    weights: tuple[int, ...]
-
-    @classmethod
-    def of(cls, region: Region, captured: Captured) -> Template:
-        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        place = {node: i for i, node in enumerate(placeholders)}
-        return cls(region, tuple(place[c.weight.parameter] for c in region.consumers))
-
-    def named(self, args: Sequence[Any]) -> Region:
-        """The region as it is for the parameters among ``args``."""
-        consumers = zip(self.region.consumers, self.weights, strict=True)
-        identities = tuple((identity(args[at]), *c.weight.identity[1:]) for c, at in consumers)
-        return replace(self.region, key=(identities, *self.region.key[1:]))
-
-    def state(self, args: Sequence[Any], counts: Counts, policy: Policy) -> RegionState:
-        region = self.region
-        columns = torch.from_numpy(region.columns)
-        squares = []
-        for linear, real in _held(region.consumers, self.weights, args):
-            norm = _norm(linear, real)
-            squares.append(norm.square()[..., columns.to(norm.device)].sum(-1))
-        return RegionState(
-            key=self.named(args).key,
-            columns=columns,
-            width=region.width,
-            experts=region.experts,
-            counts=counts,
-            norm=torch.stack(squares).sum(0).sqrt().float(),
-            cached=region.cached,
-            one_pass=region.one_pass,
-            policy=policy,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class InputsTemplate:
-    """Linears of a compiled graph that share an input, and at which inputs their weights are."""
-
-    group: Inputs
-    weights: tuple[int, ...]
-
-    @classmethod
-    def of(cls, group: Inputs, captured: Captured) -> InputsTemplate:
-        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        place = {node: i for i, node in enumerate(placeholders)}
-        return cls(group, tuple(place[linear.weight.parameter] for linear in group.linears))
-
-    def named(self, args: Sequence[Any]) -> Inputs:
-        """The group as it is for the parameters among ``args``."""
-        linears = zip(self.group.linears, self.weights, strict=True)
-        own = tuple((identity(args[at]), *linear.weight.identity[1:]) for linear, at in linears)
-        return replace(self.group, key=(own, *self.group.key[1:]))
-
-    def state(self, args: Sequence[Any]) -> InputsState:
-        group = self.group
-        demand = Demand(group.width, group.weight_bytes, group.alike)
-        return InputsState(self.named(args).key, demand)
-
-    def norm(self, args: Sequence[Any]) -> torch.Tensor:
-        """``‖W[:, c]‖`` over all the linears, float32 ``[K]``."""
-        held = _held(self.group.linears, self.weights, args)
-        squares = [_norm(linear, real).square() for linear, real in held]
-        return torch.stack(squares).sum(0).sqrt().float()
-
-
-def _held(
-    linears: Sequence[Linear], places: Sequence[int], args: Sequence[Any]
-) -> Iterator[tuple[Linear, torch.Tensor]]:
-    """Each linear with its weight, of the parameter at its place among ``args``."""
-    for linear, at in zip(linears, places, strict=True):
-        yield linear, linear.weight.replayed(args[at].detach())
-
-
-def _norm(linear: Linear, real: torch.Tensor) -> torch.Tensor:
-    """``‖W[:, c]‖``, at least in float32."""
-    wide = torch.promote_types(real.dtype, torch.float32)
-    return torch.linalg.vector_norm(real, dim=linear.weight.out_dim, dtype=wide)
 
 
 @dataclass(frozen=True)
@@ -149,7 +61,8 @@ class Work:
 class _Instance:
     """The states of a graph's regions for the parameters of one layer, or of one model.
 
-    ``scale`` and ``measured_scale`` are norms, as :mod:`popc.passes.contract` takes them.
+    ``scale`` and ``measured_scale`` are norms, as :mod:`popc.passes.contract` takes them;
+    ``sample`` tells whether they are still right: see :mod:`popc.weights`.
     """
 
     owner: object
@@ -159,6 +72,7 @@ class _Instance:
     measured_inputs: list[InputsState]
     scale: torch.Tensor | None
     measured_scale: torch.Tensor | None
+    sample: torch.Tensor | None
 
     @property
     def pruned(self) -> list[RegionState | InputsState]:
@@ -205,6 +119,7 @@ class CompiledGraph:
         self._instances: dict[tuple[int, ...], _Instance] = {}
         self._last: tuple[tuple[int, ...], _Instance] | None = None
         self._alive: list[weakref.ref[Any]] = []
+        self._changes = weights.changes()
         self.batch = _batch_of(work, placeholders, config.scope)
         self.activations = [
             i
@@ -246,6 +161,10 @@ class CompiledGraph:
     def _run(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
         """Inputs and outputs in the order in which ``__init__`` has the passes add them."""
         instance = self._instance(args)
+        if instance.sample is not None and not torch.equal(instance.sample, self._sample(args)):
+            logger.info("weights have changed: their norms are taken anew")
+            weights.note_change()
+            instance = self._instance(args)
         batch = self.batch(args)
         inputs = list(args)
         if self.contracted:
@@ -302,7 +221,7 @@ class CompiledGraph:
         templates = [template for (template, _, _), slot in slots if slot.compensates]
         parts = []
         for template, mean in zip(templates, lost, strict=True):
-            for linear, real in _held(template.region.consumers, template.weights, args):
+            for linear, real in held(template.region.consumers, template.weights, args):
                 weight = real.float()
                 parts.append(mean @ (weight.mT if linear.weight.out_dim == 0 else weight))
         total = torch.cat(parts, dim=-1)
@@ -336,7 +255,7 @@ class CompiledGraph:
         places = stretches([template.group for template in self.contracted])
         for template, (start, stop) in zip(self.contracted, places, strict=True):
             norm = instance.scale[start:stop]
-            for linear, real in _held(template.group.linears, template.weights, args):
+            for linear, real in held(template.group.linears, template.weights, args):
                 x = center[:, start:stop].to(real.dtype)
                 op = served(threshold_linear, x, real)
                 y = op(x, real, None, norm, norm.new_zeros(1), linear.weight.out_dim)
@@ -345,6 +264,9 @@ class CompiledGraph:
 
     def _instance(self, args: Sequence[Any]) -> _Instance:
         """The states for the parameters among ``args``."""
+        if self._changes != weights.changes():
+            self._changes, self._last = weights.changes(), None
+            self._instances.clear()
         ids = tuple([id(args[i]) for i in self.weights])
         if self._last is not None and self._last[0] == ids:
             return self._last[1]
@@ -379,7 +301,11 @@ class CompiledGraph:
             measured_inputs=[template.state(args) for template in self.measured_inputs],
             scale=scale(self.contracted),
             measured_scale=scale(self.measured_inputs),
+            sample=self._sample(args) if self.prefill or self.measured_inputs else None,
         )
+
+    def _sample(self, args: Sequence[Any]) -> torch.Tensor:
+        return weights.sample([args[i] for i in self.weights])
 
     @property
     def dense(self) -> Compiled:

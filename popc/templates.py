@@ -1,0 +1,105 @@
+"""Regions and inputs of a compiled graph, apart from whose parameters it runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from popc.analysis.capture import Captured, identity
+from popc.analysis.inputs import Inputs
+from popc.analysis.linears import Linear
+from popc.analysis.plan import Region
+from popc.budget import Demand
+from popc.partition import InputsState, RegionState
+from popc.policies import Counts, Policy
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """A region of a compiled graph, and at which inputs the weights are that contract it.
+
+    Dynamo runs one graph for several layers where they differ in their parameters alone, so what
+    belongs to a parameter is looked up by each call's own inputs.
+    """
+
+    region: Region
+    weights: tuple[int, ...]
+
+    @classmethod
+    def of(cls, region: Region, captured: Captured) -> Template:
+        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+        place = {node: i for i, node in enumerate(placeholders)}
+        return cls(region, tuple(place[c.weight.parameter] for c in region.consumers))
+
+    def named(self, args: Sequence[Any]) -> Region:
+        """The region as it is for the parameters among ``args``."""
+        consumers = zip(self.region.consumers, self.weights, strict=True)
+        identities = tuple((identity(args[at]), *c.weight.identity[1:]) for c, at in consumers)
+        return replace(self.region, key=(identities, *self.region.key[1:]))
+
+    def state(self, args: Sequence[Any], counts: Counts, policy: Policy) -> RegionState:
+        region = self.region
+        columns = torch.from_numpy(region.columns)
+        squares = []
+        for linear, real in held(region.consumers, self.weights, args):
+            norm = norm_of(linear, real)
+            squares.append(norm.square()[..., columns.to(norm.device)].sum(-1))
+        return RegionState(
+            key=self.named(args).key,
+            columns=columns,
+            width=region.width,
+            experts=region.experts,
+            counts=counts,
+            norm=torch.stack(squares).sum(0).sqrt().float(),
+            cached=region.cached,
+            one_pass=region.one_pass,
+            policy=policy,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class InputsTemplate:
+    """Linears of a compiled graph that share an input, and at which inputs their weights are."""
+
+    group: Inputs
+    weights: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: Inputs, captured: Captured) -> InputsTemplate:
+        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+        place = {node: i for i, node in enumerate(placeholders)}
+        return cls(group, tuple(place[linear.weight.parameter] for linear in group.linears))
+
+    def named(self, args: Sequence[Any]) -> Inputs:
+        """The group as it is for the parameters among ``args``."""
+        linears = zip(self.group.linears, self.weights, strict=True)
+        own = tuple((identity(args[at]), *linear.weight.identity[1:]) for linear, at in linears)
+        return replace(self.group, key=(own, *self.group.key[1:]))
+
+    def state(self, args: Sequence[Any]) -> InputsState:
+        group = self.group
+        demand = Demand(group.width, group.weight_bytes, group.alike)
+        return InputsState(self.named(args).key, demand)
+
+    def norm(self, args: Sequence[Any]) -> torch.Tensor:
+        """``‖W[:, c]‖`` over all the linears, float32 ``[K]``."""
+        found = held(self.group.linears, self.weights, args)
+        squares = [norm_of(linear, real).square() for linear, real in found]
+        return torch.stack(squares).sum(0).sqrt().float()
+
+
+def held(
+    linears: Sequence[Linear], places: Sequence[int], args: Sequence[Any]
+) -> Iterator[tuple[Linear, torch.Tensor]]:
+    """Each linear with its weight, of the parameter at its place among ``args``."""
+    for linear, at in zip(linears, places, strict=True):
+        yield linear, linear.weight.replayed(args[at].detach())
+
+
+def norm_of(linear: Linear, real: torch.Tensor) -> torch.Tensor:
+    """``‖W[:, c]‖``, at least in float32."""
+    wide = torch.promote_types(real.dtype, torch.float32)
+    return torch.linalg.vector_norm(real, dim=linear.weight.out_dim, dtype=wide)
