@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-thorough lint clean
+.PHONY: demo test test-thorough asan soak lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/popc demo
@@ -11,9 +11,20 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/pytest
 
-# Every architecture of the zoo through Inductor, not one of each kind: takes long.
+# Every architecture of the zoo through Inductor, and 20,000 examples of hypothesis: takes hours.
 test-thorough: lint
 	POPC_THOROUGH=1 $(BIN)/pytest
+
+# The C++ kernels, built with AddressSanitizer in a cache of their own, under all that tests them.
+asan: $(INSTALLED)
+	CXX=$(CURDIR)/tests/asan-c++ TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/asan OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(tests/asan-c++ -print-file-name=libasan.so) $$(tests/asan-c++ -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest -n0 -s tests/test_native.py tests/test_fuzz.py -k 'not portable'
+
+# 20,000 tokens over changing prompts: tokens, memory and speed must not drift.
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

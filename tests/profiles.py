@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import TypeVar
 
 from hypothesis import HealthCheck, settings
+
+T = TypeVar("T")
 
 THOROUGH = bool(os.environ.get("POPC_THOROUGH"))
 
@@ -19,3 +23,8 @@ def examples(few: int, many: int) -> settings:
         print_blob=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
+
+
+def few(values: Sequence[T], count: int) -> list[T]:
+    """For ``parametrize``: the first ``count``; all under ``make test-thorough``."""
+    return list(values) if THOROUGH else list(values)[:count]

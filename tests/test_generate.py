@@ -15,6 +15,7 @@ import popc
 from popc import state
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
+from tests.profiles import few
 
 OPTIONS = {"policy": "pop", "sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
 
@@ -66,7 +67,7 @@ class Stepper:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", few([3, 1], 1))
 def test_generate_runs_pruned_and_at_sparsity_zero_as_dense(how: dict, batch: int) -> None:
     model, ids = tiny_llama(), prompt(batch=batch)
     how = {"max_new_tokens": 8, "attention_mask": torch.ones_like(ids), **how}
@@ -125,7 +126,7 @@ def test_interleaved_generations_keep_their_partitions() -> None:
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-@pytest.mark.parametrize("cuts", [(4,), (3, 8), (2, 4, 6, 8)])
+@pytest.mark.parametrize("cuts", few([(3, 8), (4,), (2, 4, 6, 8)], 1))
 def test_chunked_prefill_gives_the_whole_prefills_partition(scope: str, cuts: tuple) -> None:
     twin, ids = popc.compile(tiny_llama(), scope=scope, **OPTIONS), prompt(12, batch=2)
     with torch.no_grad():

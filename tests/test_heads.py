@@ -10,6 +10,7 @@ import popc
 from popc.testing.oracle import MaskedAnywhere
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
+from tests.profiles import few
 from tests.test_oracle import run, tokens
 
 ALL = ("mlp", "attention")
@@ -44,7 +45,7 @@ def oracle_turns(model, plan: popc.Plan, given: popc.Config, pieces):
         return turns(model, pieces, oracle.begin)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", few([True, False], 1))
 @pytest.mark.parametrize(("batch", "codegen"), [(1, "eager"), (3, "eager"), (1, "inductor")])
 def test_is_the_oracle(batch: int, codegen: str, static: bool) -> None:
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ from popc.analysis.cost import B, T, region_cost
 from popc.models import cache_keyword
 from tests.models import tiny_llama
 from tests.oracle import relative
+from tests.profiles import few
 
 PROMPT = 16
 
@@ -103,7 +104,7 @@ class StaticByHand(ByHand):
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize(("policy", "pruned"), [("staged", 0.0), ("staged_pruned", 0.1)])
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", few(["eager", "inductor"], 1))
 def test_staged_is_the_oracle(policy: str, pruned: float, scope: str, codegen: str) -> None:
     model = tiny_llama()
     units = model.config.intermediate_size
@@ -187,8 +188,13 @@ def test_the_factor_with_the_activation_is_the_gate() -> None:
     assert region.gate.late.weight.identity == region.producers[0].linear.weight.identity
 
 
-@pytest.mark.parametrize("scope", ["batch", "sequence"])
-@pytest.mark.parametrize("policy", ["wanda_sp", "flap"])
+@pytest.mark.parametrize(
+    ("policy", "scope"),
+    few(
+        [("flap", "sequence"), ("wanda_sp", "batch"), ("flap", "batch"), ("wanda_sp", "sequence")],
+        2,
+    ),
+)
 def test_a_text_given_beforehand_decides(policy: str, scope: str) -> None:
     model = tiny_llama()
     batches = [tokens(2, 20, seed=5), tokens(2, 20, seed=6)]

@@ -130,7 +130,7 @@ def test_a_permutation_of_channels_leaves_the_output(spec, seed: int, shuffle) -
 
 
 @given(testing.transformers(), testing.prompts())
-@examples(15, 400)
+@examples(10, 200)
 def test_found_is_what_an_expert_counts(spec: Transformer, prompt: Prompt) -> None:
     torch.compiler.reset()
     plan = popc.analyze(spec.make(), (), prompt.inputs(spec.vocabulary))
@@ -140,14 +140,14 @@ def test_found_is_what_an_expert_counts(spec: Transformer, prompt: Prompt) -> No
 
 
 @given(testing.transformers(), testing.prompts(), testing.configs(codegen="eager"))
-@examples(10, 600)
+@examples(8, 250)
 def test_pruned_is_the_oracle(spec: Transformer, prompt: Prompt, config: popc.Config) -> None:
     result = testing.assert_equivalent(spec.make(), prompt.inputs(spec.vocabulary), config)
     assert result.masked == 0 or config.sparsity > 0
 
 
 @given(testing.transformers(), testing.prompts(), st.sampled_from(["pop", "contraction"]))
-@examples(4, 150)
+@examples(3, 60)
 def test_sparsity_zero_is_dense(spec: Transformer, prompt: Prompt, policy: str) -> None:
     given_inputs = prompt.inputs(spec.vocabulary)
     config = popc.Config(sparsity=0, policy=policy, codegen="eager")
@@ -156,7 +156,7 @@ def test_sparsity_zero_is_dense(spec: Transformer, prompt: Prompt, policy: str) 
 
 
 @given(testing.transformers(most=1), testing.prompts(sequences=2), testing.configs())
-@examples(2, 60)
+@examples(2, 25)
 def test_compiled_is_the_oracle(spec: Transformer, prompt: Prompt, config: popc.Config) -> None:
     testing.assert_equivalent(spec.make(), prompt.inputs(spec.vocabulary), config, steps=2)
 

@@ -9,6 +9,7 @@ import popc
 from popc import text
 from popc.models import load_model
 from tests.oracle import relative
+from tests.profiles import few
 from tests.test_oracle import oracle_run, run
 
 
@@ -29,7 +30,7 @@ def test_every_layer_is_a_region(smollm2) -> None:
     assert plan.decode_share(config) == pytest.approx((2 * 0.65 + 0.6) / 3, abs=1e-3)
 
 
-@pytest.mark.parametrize("candidate", [0.1, 0.4])
+@pytest.mark.parametrize("candidate", few([0.1, 0.4], 1))
 def test_is_the_oracle_on_real_text(smollm2, candidate: float) -> None:
     """In float64, so that rounding does not decide between near-equal scores of 46,080 channels."""
     _, tokenizer = smollm2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ import popc
 from popc.models import cache_keyword
 from popc.testing.oracle import MaskedAnywhere
 from tests.oracle import relative
+from tests.profiles import THOROUGH
 from tests.support import README, START, with_table
 from tests.zoo import ZOO, Entry
 
@@ -74,7 +74,15 @@ def first_call_compiled(entry: Entry, model: nn.Module) -> tuple[Tensor, Tensor]
     return popcs, compiled
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def unlike() -> list[Entry]:
+    """The first of those with the same regions, refusals and kind; all with POPC_THOROUGH=1."""
+    first: dict[tuple[object, ...], Entry] = {}
+    for entry in ZOO:
+        first.setdefault((entry.kind, entry.found, entry.refused), entry)
+    return list(ZOO) if THOROUGH else list(first.values())
+
+
+@pytest.mark.parametrize("entry", unlike(), ids=lambda entry: entry.name)
 def test_counts_and_oracle(entry: Entry) -> None:
     torch._dynamo.reset()
     model = entry.make()
@@ -101,13 +109,11 @@ def test_counts_and_oracle(entry: Entry) -> None:
 
 
 def chosen() -> list[Entry]:
-    """The first of each kind, with and without experts; all with POPC_THOROUGH=1."""
-    if os.environ.get("POPC_THOROUGH"):
-        return list(ZOO)
-    first: dict[tuple[str, bool], Entry] = {}
+    """The first of each kind; all with POPC_THOROUGH=1."""
+    first: dict[str, Entry] = {}
     for entry in ZOO:
-        first.setdefault((entry.kind, entry.experts > 0), entry)
-    return list(first.values())
+        first.setdefault(entry.kind, entry)
+    return list(ZOO) if THOROUGH else list(first.values())
 
 
 @pytest.mark.parametrize("entry", chosen(), ids=lambda entry: entry.name)

@@ -51,6 +51,8 @@ def _gather_linear(
 ) -> Tensor:
     for index in (rows, columns):
         if index is not None and index.dim() == 2:
+            if not x.shape[0]:
+                return x.new_zeros(*x.shape[:-1], weight.shape[out_dim])
             return torch.stack(
                 [
                     _gather_linear(x[b], weight, bias, _of(rows, b), _of(columns, b), out_dim)
