@@ -112,15 +112,22 @@ def new_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-def load_cpp(source: str) -> None:
-    """Build C++ that registers ops as Inductor builds its own, and load it.
+def load_cpp(source: str) -> str:
+    """Build C++ that registers ops as Inductor builds its own, and load it; the library's path.
 
     ``torch.utils.cpp_extension`` is public, but needs ninja, does not know this machine's vector
     instructions, and builds in a second cache.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    CppCodeCache.load(source)
+    return str(CppCodeCache.load(source)._name)
+
+
+def inductor_cache() -> str:
+    """The folder in which Inductor keeps what it builds; private because nothing public tells."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
 
 
 def storage_users(tensor: torch.Tensor) -> int:

@@ -31,7 +31,8 @@ def prompt(seed: int, length: int = 9, batch: int = 1) -> Tensor:
 
 
 def twin_of(model: nn.Module, policy: str = "contraction", **options: object):
-    return popc.compile(model, policy=policy, sparsity=0.5, codegen="eager", **options)
+    given = {"policy": policy, "sparsity": 0.5, "codegen": "eager", **options}
+    return popc.compile(model, **given)
 
 
 @torch.no_grad()

@@ -7,11 +7,15 @@ Where it fails, the plain ATen reference serves, after a warning.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 import warnings
 from pathlib import Path
 
 from popc import compat
+from popc.files import write_whole
 from popc.log import logger
 
 FOLDER = Path(__file__).parent / "cpu"
@@ -31,8 +35,11 @@ def load() -> bool:
 
     Once in a process: a second call answers as the first did.
     """
+    text = source()
     try:
-        compat.load_cpp(source())
+        record = Path(compat.inductor_cache()) / f"popc-{_digest(text.encode())}.json"
+        _discard_if_damaged(record)
+        built = compat.load_cpp(text)
     except Exception as error:
         reason = str(error).strip().splitlines()
         warnings.warn(
@@ -42,4 +49,22 @@ def load() -> bool:
         )
         logger.debug("kernel build failed: %s", error)
         return False
+    with contextlib.suppress(OSError):  # then a damaged library is not noticed
+        write_whole(record, json.dumps([built, _digest(Path(built).read_bytes())]))
     return True
+
+
+def _discard_if_damaged(record: Path) -> None:
+    """Remove a library that is not as it was built: loading half of one ends the process."""
+    try:
+        path, digest = json.loads(record.read_text(encoding="utf-8"))
+        whole = _digest(Path(path).read_bytes()) == digest
+    except (OSError, ValueError):
+        return
+    if not whole:
+        logger.warning("%s is damaged: it is built anew", path)
+        Path(path).unlink()
+
+
+def _digest(held: bytes) -> str:
+    return hashlib.sha256(held).hexdigest()[:32]
