@@ -1,10 +1,11 @@
 """How much each group of linears may leave unread, from what the prompt showed.
 
-What a group loses with a token are the scores ``(|x_c| · ‖W[:, c]‖)²`` of the channels left out:
-the squared error of its output, as far as the columns of W are orthogonal. All groups are given the
-same error ε relative to a typical token's ``Σ_c``, so a group whose input is concentrated on few
-channels reads fewer. ε is raised until the bytes that the prompt's tokens would have read meet the
-budget; or it is given, and each prompt reads what it needs.
+What a group loses with a token are the scores ``(|x_c - mean_c| · ‖W[:, c]‖)²`` of the channels
+left out, which count as their means (see :func:`popc.ops.measure.centers`): the squared error of
+its output, as far as the columns of W are orthogonal. All groups are given the same error ε
+relative to a typical token's ``Σ_c``, so a group whose input is concentrated on few channels reads
+fewer. ε is raised until the bytes that the prompt's tokens would have read meet the budget; or it
+is given, and each prompt reads what it needs.
 """
 
 from __future__ import annotations

@@ -223,8 +223,9 @@ class Flap(Wanda):
 class Contraction(Policy):
     """Each linear reads the input channels whose score for this very token exceeds a threshold.
 
-    The score ``|x_c| · ‖W[:, c]‖`` is Wanda's (arXiv 2306.11695), on single tokens; thresholds are
-    TEAL's idea (arXiv 2408.14690), but taken from the prompt: no calibration. It has no units: see
+    The score ``|x_c - mean_c| · ‖W[:, c]‖`` is Wanda's (arXiv 2306.11695), on single tokens;
+    thresholds are TEAL's idea (arXiv 2408.14690), and what is not read counts as its mean, SCAP's
+    (arXiv 2412.07174); but both are taken from the prompt: no calibration. It has no units: see
     ``popc/passes/contract.py`` and, for how a budget becomes thresholds, ``popc/budget.py``.
     Experts, and encoders, whose one pass reads all weights anyway, are pruned by POP under it.
     """

@@ -243,13 +243,18 @@ class _Products:
     ) -> None:
         self.weights, self.seen = by_weight(model, owners), seen
         self.calls: dict[int, int] = {}
+        self.partial: dict[int, tuple[Tensor, Sequence[Hashable]]] = {}
 
     def begin(self, number: int) -> None:
         self.seen.append({})
-        self.calls = {}
+        self.calls, self.partial = {}, {}
 
     def see(self, node: fx.Node, args: Sequence[Any], value: Any) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        if args and id(args[0]) in self.partial:  # contraction adds what its centers give
+            _, places = self.partial.pop(id(args[0]))
+            self.seen[-1].update(dict.fromkeys(places, value.detach().clone()))
             return
         for arg in args:
             at = arg.untyped_storage().data_ptr() if isinstance(arg, Tensor) else None
@@ -257,14 +262,16 @@ class _Products:
             if at not in self.weights or value.untyped_storage().data_ptr() == at:
                 continue
             use = self.calls[at] = self.calls.get(at, -1) + 1
-            for owner, number in self.weights[at]:
-                if owner.key[1] == use:
-                    self.seen[-1].setdefault((owner.key, number), value.detach().clone())
+            found = [(o.key, number) for o, number in self.weights[at] if o.key[1] == use]
+            for place in found:
+                self.seen[-1].setdefault(place, value.detach().clone())
+            if "threshold_linear" in str(node.target):
+                self.partial[id(value)] = value, found
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     """The largest difference, relative to the largest value of ``b``; NaN where only one has it."""
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     largest = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else torch.ones(())
     gap = (a - b).abs().where(a != b, 0.0)  # equal infinities differ by nothing
     gap = gap.where(~(a.isnan() & b.isnan()), 0.0)

@@ -1,0 +1,108 @@
+"""The means to find faults find them: a popc that is made wrong on purpose is told so."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import popc
+from popc import partition, runtime, state, testing
+from popc.testing import MLP, Attention, EquivalenceError, Layer, Prompt, Transformer
+
+SPEC = Transformer(
+    layers=(
+        Layer(block=MLP(channels=12)),
+        Layer(attention=Attention(kv_heads=3), block=MLP(channels=16, gated=False)),
+    )
+)
+INPUTS = Prompt((5, 5)).inputs(SPEC.vocabulary)
+POP = {"policy": "pop", "sparsity": 0.5, "candidate": 0.3, "codegen": "eager"}
+
+
+def check(**options: object) -> testing.Equivalence:
+    return testing.assert_equivalent(SPEC.make(), INPUTS, **{**POP, **options})
+
+
+def test_what_is_right_passes() -> None:
+    for options in ({}, {"policy": "contraction"}, {"scope": "sequence"}):
+        result = check(**options)
+        assert result.decided and result.masked > 0 and result.error < 1e-6
+    assert check(policy="dense").masked == 0
+
+
+def test_a_wrong_choice_is_named(monkeypatch) -> None:
+    """In the second MLP alone, the least important units are kept."""
+    right = partition.split
+
+    def wrong(sums, region, living=None):
+        index, norm = right(sums, region, living)
+        if len(region.columns) == 16:
+            index = (15 - index.flip(-1)).contiguous()
+        return index, norm
+
+    monkeypatch.setattr(state, "split", wrong)
+    with pytest.raises(EquivalenceError, match=r"the output differs by") as caught:
+        check()
+    said = str(caught.value)
+    assert "the first that differs, in call 1: layers.1.block (mlp" in said
+    script = said.split("To reproduce it:")[1]
+    held: dict[str, object] = {}
+    with pytest.raises(EquivalenceError):
+        exec(script, held)
+    monkeypatch.setattr(state, "split", right)
+    torch.compiler.reset()
+    exec(script, held)
+
+
+def test_a_wrong_threshold_is_named(monkeypatch) -> None:
+    """One linear's norms are another's."""
+    right = runtime.InputsTemplate.norm
+
+    def wrong(self, args):
+        norm = right(self, args)
+        return norm.flip(0) if self.group.width == 16 else norm
+
+    monkeypatch.setattr(runtime.InputsTemplate, "norm", wrong)
+    with pytest.raises(EquivalenceError, match=r"layers\.1\.block"):
+        check(policy="contraction")
+
+
+def test_near_ties_are_not_decided() -> None:
+    """Two units that are equal but for the last bits of float64."""
+    model = SPEC.make()
+    with torch.no_grad():
+        for layer in model.layers:
+            for linear in layer.block.children():
+                if linear is layer.block.down:
+                    linear.weight[:, 1::2] = linear.weight[:, ::2] * (1 + 1e-9)
+                else:
+                    linear.weight[1::2] = linear.weight[::2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = testing.assert_equivalent(
+            model, INPUTS, sparsity=0.45, candidate=0.5, policy="pop", codegen="eager"
+        )
+    assert result.margin < 1e-6 and (result.decided or result.error > 0)
+
+
+def test_what_the_oracle_does_not_cover_is_refused() -> None:
+    with pytest.raises(popc.ConfigError, match="griffin"):
+        check(policy="griffin")
+
+
+def test_masked_dense() -> None:
+    model = SPEC.make()
+    plan = popc.analyze(model, (), INPUTS)
+    mlps = [region for region in plan.regions if region.kind == "mlp"]
+    assert [region.units for region in mlps] == [12, 16]
+    whole = testing.masked_dense(model, plan, {r.key: torch.ones(r.units).bool() for r in mlps})
+    dense = model(**INPUTS).logits
+    assert torch.equal(whole(**INPUTS).logits, dense)
+    none = {region.key: torch.zeros(region.units).bool() for region in mlps}
+    without = testing.masked_dense(model, plan, none)(**INPUTS).logits
+    for layer in model.layers:
+        torch.nn.init.zeros_(layer.block.down.weight)
+    assert testing.relative(without, model(**INPUTS).logits) < 1e-12
+    assert testing.relative(without, dense) > 1e-2
