@@ -62,7 +62,9 @@ class Policy:
         """
         active = _active(units, sparsity)
         retained = min(max(0, round((1 - sparsity - candidate / 2) * units)), active)
-        live = min(units, max(active, round((1 - sparsity + candidate / 2) * units)))
+        # γ·U candidates, where R can't shrink any further, and γ = 1 has all of them.
+        live = max(round((1 - sparsity + candidate / 2) * units), round(candidate * units), active)
+        live = min(units, live)
         return Counts(retained, live - retained, active)
 
     def measured(self, emit: Any, h: Any) -> Any:

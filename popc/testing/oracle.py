@@ -325,7 +325,8 @@ class MaskedAnywhere(Watched):
         r, gamma = self.config.sparsity, self.config.candidate
         active = max(1, round((1 - r) * units))
         retained = min(max(0, round((1 - r - gamma / 2) * units)), active)
-        return retained, min(units, max(active, round((1 - r + gamma / 2) * units))), active
+        live = max(active, round((1 - r + gamma / 2) * units), round(gamma * units))
+        return retained, min(units, live), active
 
     def _ranked(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
         importance = (total.sqrt() * norm).nan_to_num(nan=0.0)
