@@ -32,7 +32,7 @@ def in_session(
     empty = all(_is_empty(cache) for cache in caches)
     if session is None or empty:
         session = state.Session(empty, base)
-    elif by_sequence and session.rows_differ() and not _is_as_left(caches, session):
+    elif by_sequence and not _is_as_left(caches, session) and session.rows_differ():
         logger.warning(
             "a cache was reordered or cropped since its last call: its sequences can't be told "
             "apart any more, and decode dense until their next prompt"

@@ -80,8 +80,9 @@ class Partition:
 
 @dataclass
 class Limits:
-    """Inputs of a decode graph: see :func:`popc.passes.contract.contract_inputs`."""
+    """Inputs of a decode graph, for ``groups``: see :mod:`popc.passes.contract`."""
 
+    groups: Sequence[InputsState]
     thresholds: Tensor
     center: Tensor
     base: Tensor | None = None

@@ -115,6 +115,10 @@ class CompiledGraph:
         self.measured_inputs = [InputsTemplate.of(g, captured) for g in work.measured_inputs]
         templates: list[Template | InputsTemplate] = [t for t, _, _ in (*self.slots, *self.prefill)]
         templates += [*self.contracted, *self.measured_inputs]
+        # Whether it can run on a prompt; what only decodes goes by what a prompt's graph saw.
+        self.begins = bool(work.measured or work.measured_inputs) or any(
+            slot.region.one_pass for slot in work.pruned
+        )
         self.weights = sorted({i for template in templates for i in template.weights})
         self._instances: dict[tuple[int, ...], _Instance] = {}
         self._last: tuple[tuple[int, ...], _Instance] | None = None
@@ -161,7 +165,8 @@ class CompiledGraph:
     def _run(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
         """Inputs and outputs in the order in which ``__init__`` has the passes add them."""
         instance = self._instance(args)
-        if instance.sample is not None and not torch.equal(instance.sample, self._sample(args)):
+        measures = self.measuring is not None or self._is_prompt(instance, session)
+        if measures and self._has_changed(instance, args):
             logger.info("weights have changed: their norms are taken anew")
             weights.note_change()
             instance = self._instance(args)
@@ -197,7 +202,6 @@ class CompiledGraph:
                     partition.weights = self.packer(inputs)
                 inputs += partition.weights
         outputs = self.run(*inputs)
-        measures = self.measuring is not None or self._is_prompt(instance, session)
         if self.prefill:
             *outputs, sums = outputs
             if measures:
@@ -301,8 +305,12 @@ class CompiledGraph:
             measured_inputs=[template.state(args) for template in self.measured_inputs],
             scale=scale(self.contracted),
             measured_scale=scale(self.measured_inputs),
-            sample=self._sample(args) if self.prefill or self.measured_inputs else None,
+            sample=self._sample(args) if self.begins else None,
         )
+
+    def _has_changed(self, instance: _Instance, args: Sequence[Any]) -> bool:
+        """Whether weights are others than those whose norms the instance holds."""
+        return instance.sample is not None and not torch.equal(instance.sample, self._sample(args))
 
     def _sample(self, args: Sequence[Any]) -> torch.Tensor:
         return weights.sample([args[i] for i in self.weights])

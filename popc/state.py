@@ -36,8 +36,6 @@ class Session:
         whole: whether it began with an empty cache, so that all its tokens were seen.
         base: what policies that are calibrated take their statistics from, if not from here.
         regions: those that were measured, by key.
-        thresholds, centers: of contraction, float32 ``[S]`` and ``[S, K]`` for each group of inputs
-            in use, by key.
         left: a tensor of the cache, as the last call left it: see :mod:`popc.caches`.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
@@ -51,8 +49,6 @@ class Session:
         self._moments: dict[tuple[Hashable, str], Tensor] = {}
         self._limits: dict[Hashable, Limits] = {}
         self._seen: set[Hashable] = set()
-        self.thresholds: dict[Hashable, Tensor] = {}
-        self.centers: dict[Hashable, Tensor] = {}
         self.left: weakref.ref[Tensor] | None = None
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
@@ -177,12 +173,24 @@ class Session:
             allocate(one, demands, budget).thresholds for one in torch.stack(counted, 1).cpu()
         ]
         thresholds = torch.stack(by_sequence, 1).to(like.device)
-        keys = [group.key for group in groups]
-        middles = [centers(self._moments[key, scope]) for key in keys]
-        self.thresholds.update(zip(keys, thresholds, strict=True))
-        self.centers.update(zip(keys, middles, strict=True))
-        self._limits[owner] = Limits(thresholds, torch.cat(middles, 1))
+        middles = [centers(self._moments[group.key, scope]) for group in groups]
+        self._limits[owner] = Limits(tuple(groups), thresholds, torch.cat(middles, 1))
         return self._limits[owner]
+
+    @property
+    def thresholds(self) -> dict[Hashable, Tensor]:
+        """Of contraction, since the last prefill, float32 ``[S]`` by the key of the inputs."""
+        held = self._limits.values()
+        return {g.key: row for x in held for g, row in zip(x.groups, x.thresholds, strict=True)}
+
+    @property
+    def centers(self) -> dict[Hashable, Tensor]:
+        """Likewise, float32 ``[S, K]``."""
+        found: dict[Hashable, Tensor] = {}
+        for held in self._limits.values():
+            parts = held.center.split([group.demand.width for group in held.groups], 1)
+            found.update(zip([group.key for group in held.groups], parts, strict=True))
+        return found
 
     def count(self, groups: Sequence[InputsState], read: Tensor) -> None:
         """Note how many channels ``[G]`` a decode step read."""

@@ -19,9 +19,10 @@ def sample(weights: Sequence[Tensor]) -> Tensor:
     """Float64: values from all over each weight, whatever its layout."""
     parts = []
     for weight in weights:
-        step = max(1, weight.numel() // _VALUES)
-        size = min(_VALUES, weight.numel())
         # Along the storage: of a dense weight in any layout that is all of it.
+        stored = weight.untyped_storage().nbytes() // weight.element_size()
+        length = min(weight.numel(), stored - weight.storage_offset())
+        size, step = min(_VALUES, length), max(1, length // _VALUES)
         held = weight.detach().as_strided((size,), (step,), weight.storage_offset())
         parts.append(held.double())
     return torch.cat(parts)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import popc
 from popc.errors import ModelError
 from popc.testing import MLP, Layer, Transformer
+from tests.forms import Attention, D, thirds
 from tests.models import tiny_llama
 from tests.oracle import relative
 from tests.test_stress import POLICIES, generated, prompt, twin_of
@@ -62,9 +63,29 @@ def test_changed_weights_are_followed(policy: str, change) -> None:
     got = generated(twin, prompt(0))
     assert relative(got, before) > 1e-2
     torch.compiler.reset()
-    fresh = tiny_llama()
-    change(fresh)
-    assert torch.equal(got, generated(twin_of(fresh, policy), prompt(0)))
+    changed = tiny_llama()
+    change(changed)
+    assert torch.equal(got, generated(twin_of(changed, policy), prompt(0)))
+
+
+def test_changed_weights_of_an_encoder_are_followed() -> None:
+    """Its one pass measures nothing that is kept, but goes by norms too."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return Attention(3 * D, thirds).eval()
+
+    options = {"policy": "pop", "sparsity": 0.5, "targets": ("attention",), "codegen": "eager"}
+    module, changed, x = made(), made(), torch.randn(1, 6, D)
+    twin = popc.compile(module, **options)
+    with torch.no_grad():
+        twin(x)
+        for head in torch.arange(D).chunk(4):  # in turn the one that counts by far
+            for each in (module, changed):
+                each.o.weight[:, head] *= 4096
+            got = twin(x)
+            torch.compiler.reset()
+            assert torch.equal(got, popc.compile(changed, **options)(x))
 
 
 def test_another_dtype_is_followed() -> None:
