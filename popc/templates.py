@@ -30,15 +30,12 @@ class Template:
 
     @classmethod
     def of(cls, region: Region, captured: Captured) -> Template:
-        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        place = {node: i for i, node in enumerate(placeholders)}
-        return cls(region, tuple(place[c.weight.parameter] for c in region.consumers))
+        return cls(region, _places(region.consumers, captured))
 
     def named(self, args: Sequence[Any]) -> Region:
         """The region as it is for the parameters among ``args``."""
-        consumers = zip(self.region.consumers, self.weights, strict=True)
-        identities = tuple((identity(args[at]), *c.weight.identity[1:]) for c, at in consumers)
-        return replace(self.region, key=(identities, *self.region.key[1:]))
+        own = _identities(self.region.consumers, self.weights, args)
+        return replace(self.region, key=(own, *self.region.key[1:]))
 
     def state(self, args: Sequence[Any], counts: Counts, policy: Policy) -> RegionState:
         region = self.region
@@ -69,14 +66,11 @@ class InputsTemplate:
 
     @classmethod
     def of(cls, group: Inputs, captured: Captured) -> InputsTemplate:
-        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        place = {node: i for i, node in enumerate(placeholders)}
-        return cls(group, tuple(place[linear.weight.parameter] for linear in group.linears))
+        return cls(group, _places(group.linears, captured))
 
     def named(self, args: Sequence[Any]) -> Inputs:
         """The group as it is for the parameters among ``args``."""
-        linears = zip(self.group.linears, self.weights, strict=True)
-        own = tuple((identity(args[at]), *linear.weight.identity[1:]) for linear, at in linears)
+        own = _identities(self.group.linears, self.weights, args)
         return replace(self.group, key=(own, *self.group.key[1:]))
 
     def state(self, args: Sequence[Any]) -> InputsState:
@@ -89,6 +83,21 @@ class InputsTemplate:
         found = held(self.group.linears, self.weights, args)
         squares = [norm_of(linear, real).square() for linear, real in found]
         return torch.stack(squares).sum(0).sqrt().float()
+
+
+def _places(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
+    """At which of the graph's inputs the weights of ``linears`` are."""
+    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    place = {node: i for i, node in enumerate(placeholders)}
+    return tuple(place[linear.weight.parameter] for linear in linears)
+
+
+def _identities(
+    linears: Sequence[Linear], places: Sequence[int], args: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Those of the weights, for the parameters among ``args``."""
+    pairs = zip(linears, places, strict=True)
+    return tuple((identity(args[at]), *linear.weight.identity[1:]) for linear, at in pairs)
 
 
 def held(

@@ -56,7 +56,7 @@ def contract_inputs(
             emit = Emitter(captured, group.linears[0].node)
             norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
             limit = emit.call(aten.select.int, limits_in, 0, i)
-            middle = _emit_part(emit, center_in, start, stop, group.x)
+            middle = emit.part(center_in, start, stop, group.x)
             x = emit.call(aten.sub.Tensor, group.x, middle)
             if counting:
                 read.append(_emit_count(emit, x, norm, limit))
@@ -67,7 +67,7 @@ def contract_inputs(
                 emit = Emitter(captured, linear.node)
                 args = (x, weight.node, linear.bias, norm, limit, weight.out_dim)
                 y = emit.call(op, *args)
-                part = _emit_part(emit, base_in, done, done + linear.outputs, y)
+                part = emit.part(base_in, done, done + linear.outputs, y)
             emit.change(linear.node, aten.add.Tensor, y, part)
             done += linear.outputs
     if counting:
@@ -97,6 +97,7 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
     memo: dict[Mask, fx.Node] = {}
     found: list[fx.Node] = []
     seen: list[fx.Node] = []
+    rules: dict[int, fx.Graph] = {}  # tracing one takes milliseconds, and there are few widths
     done = 0
     for group, (start, stop) in zip(groups, stretches(groups), strict=True):
         valid = emit_valid_rows(captured, group.x, output, memo)
@@ -113,7 +114,9 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
             if scope == "batch":
                 new = emit.call(aten.sum.dim_IntList, new, [0], True)
             seen.append(emit.call(aten.add.Tensor, known, new))
-            middle = emit.splice(centers, seen[-1])
+            if group.width not in rules:
+                rules[group.width] = emit.traced(centers, seen[-1])
+            middle = emit.splice(rules[group.width], seen[-1])
             one = emit.call(score_histogram, rows, norm, middle, valid)
             if scope == "batch":
                 one = emit.call(aten.sum.dim_IntList, one, [0], True)
@@ -142,14 +145,6 @@ def _by_sequence(emit: Emitter, x: fx.Node) -> list[Any]:
         return [emit.size(x, 0), -1]
     rows = rows_of(x)
     return [1, -1] if rows is None else [emit.size(rows.grid, 0), -1]
-
-
-def _emit_part(emit: Emitter, values: fx.Node, start: int, stop: int, like: fx.Node) -> fx.Node:
-    """Columns of ``values [S, ...]`` to be added to ``like``, ``[B, ..., K]``."""
-    part = emit.call(aten.slice.Tensor, values, 1, start, stop)
-    sizes = [-1, *([1] * (len(shape(like)) - 2)), stop - start]
-    part = emit.call(aten.view.default, part, sizes)
-    return emit.call(aten.to.dtype, part, like.meta["val"].dtype)
 
 
 def _emit_count(emit: Emitter, x: fx.Node, norm: fx.Node, limit: fx.Node) -> fx.Node:

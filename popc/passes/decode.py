@@ -118,11 +118,7 @@ class _Rewrite:
 
     def _compensated(self, y: fx.Node, linear: fx.Node) -> fx.Node:
         emit = Emitter(self.captured, linear)
-        start, stop = self.added[linear]
-        part = emit.call(aten.slice.Tensor, self.compensation, -1, start, stop)
-        sizes = [-1, *([1] * (len(shape(y)) - 2)), stop - start]
-        part = emit.call(aten.view.default, part, sizes)
-        part = emit.call(aten.to.dtype, part, y.meta["val"].dtype)
+        part = emit.part(self.compensation, *self.added[linear], y)
         return emit.call(aten.add.Tensor, y, part)
 
     def _select(self, i: int, at: fx.Node, h: fx.Node, linear: Linear) -> fx.Node:

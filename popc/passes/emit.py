@@ -54,13 +54,16 @@ class Emitter:
         except Exception as error:
             raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
 
-    def splice(self, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
-        """``function`` of ``values`` as nodes: traced once on their fake values."""
+    def traced(self, function: Callable[..., Any], *values: fx.Node) -> fx.Graph:
+        """``function`` as a graph, for :meth:`splice`, of values like these."""
         with self.mode:
-            traced = make_fx(function)(*(value.meta["val"] for value in values))
+            return make_fx(function)(*(value.meta["val"] for value in values)).graph
+
+    def splice(self, graph: fx.Graph, *values: fx.Node) -> fx.Node:
+        """What ``graph`` gives for ``values``, its nodes among those of this one."""
         given = iter(values)
         copied: dict[fx.Node, fx.Node] = {}
-        for node in traced.graph.nodes:
+        for node in graph.nodes:
             if node.op == "placeholder":
                 copied[node] = next(given)
             elif node.op == "output":
@@ -69,6 +72,14 @@ class Emitter:
                 args, kwargs = map_arguments(node.args, node.kwargs, copied.__getitem__)
                 copied[node] = self.call(node.target, *args, **kwargs)
         raise AssertionError("a graph has an output")
+
+    def part(self, values: fx.Node, start: int, stop: int, like: fx.Node) -> fx.Node:
+        """Columns of ``values [..., Σ]``, for all or for each sequence, to go with ``like
+        [B, ..., K]``: of its rank and dtype."""
+        part = self.call(aten.slice.Tensor, values, -1, start, stop)
+        sizes = [-1, *([1] * (like.meta["val"].dim() - 2)), stop - start]
+        part = self.call(aten.view.default, part, sizes)
+        return self.call(aten.to.dtype, part, like.meta["val"].dtype)
 
     def size(self, value: fx.Node, dim: int) -> Any:
         """A size of ``value`` as an argument: a number, or a node where it is symbolic."""

@@ -68,15 +68,9 @@ def _keep_living(
     start = 0
     for region in regions:
         h = region.hidden
-        with graph.inserting_after(h):
+        with graph.inserting_before(h.next):
             emit = Emitter(captured, h)
-            part = emit.call(aten.slice.Tensor, keep, -1, start, start + region.width)
-            sizes = [-1, *([1] * (len(shape(h)) - 2)), region.width]
-        with graph.inserting_after(part):
-            part = emit.call(aten.view.default, part, sizes)
-        with graph.inserting_after(part):
-            part = emit.call(aten.to.dtype, part, h.meta["val"].dtype)
-        with graph.inserting_after(part):
+            part = emit.part(keep, start, start + region.width, h)
             kept[h] = emit.call(aten.mul.Tensor, h, part)
         for linear in region.consumers:
             linear.node.replace_input_with(h, kept[h])

@@ -30,6 +30,8 @@ ROUNDING = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 COARSE = 0.05  # for 16-bit floats
 POLICIES = ("pop", "contraction", "dense")
+# To what these give, a graph adds what the centers give.
+_CENTERED = ("popc::threshold_linear", "popc::triton_threshold_linear")
 
 
 class EquivalenceError(PopcError, AssertionError):
@@ -252,7 +254,7 @@ class _Products:
     def see(self, node: fx.Node, args: Sequence[Any], value: Any) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return
-        if args and id(args[0]) in self.partial:  # contraction adds what its centers give
+        if args and id(args[0]) in self.partial:
             _, places = self.partial.pop(id(args[0]))
             self.seen[-1].update(dict.fromkeys(places, value.detach().clone()))
             return
@@ -265,7 +267,8 @@ class _Products:
             found = [(o.key, number) for o, number in self.weights[at] if o.key[1] == use]
             for place in found:
                 self.seen[-1].setdefault(place, value.detach().clone())
-            if "threshold_linear" in str(node.target):
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.name in _CENTERED:
                 self.partial[id(value)] = value, found
 
 

@@ -21,17 +21,17 @@ from popc.analysis.inputs import Inputs
 from popc.analysis.plan import Plan, Region
 from popc.config import Config
 
-# Each op's operands: x, W, and the dim of W that is contracted (from the right).
+# Where x and W stand among each op's operands.
 PRODUCTS = {
-    F.linear: (0, 1, -1),
-    torch.addmm: (1, 2, -2),
-    torch.mm: (0, 1, -2),
-    torch.matmul: (0, 1, -2),
-    Tensor.matmul: (0, 1, -2),
-    Tensor.__matmul__: (0, 1, -2),
-    torch.bmm: (0, 1, -2),
-    F.grouped_mm: (0, 1, -2),
-    torch._grouped_mm: (0, 1, -2),
+    F.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.mm: (0, 1),
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    torch.bmm: (0, 1),
+    F.grouped_mm: (0, 1),
+    torch._grouped_mm: (0, 1),
 }
 Observer = Callable[[Hashable, Tensor], None]
 
@@ -40,9 +40,9 @@ class Watched(TorchFunctionMode):
     """Lets :meth:`treat` change what products with watched weights read.
 
     Args:
-        owners: regions, or linears of one input, and how many products of a call have come before
-            with the same weight.
-        observer: called with the key of what was treated and the product's output.
+        owners: regions, or linears of one input.
+        observer: called with what was treated, as its key and the weight's place in that, and with
+            the product's output.
     """
 
     def __init__(
@@ -64,10 +64,13 @@ class Watched(TorchFunctionMode):
         self.calls = {}
         self.picked = {}
 
-    def treat(
-        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
-    ) -> Tensor:
-        """What is read in place of x; ``number`` is the weight's place in the owner's key."""
+    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
+        """What is read in place of x.
+
+        Args:
+            number: the weight's place in the owner's key.
+            selector: of experts, what tells which one each row meets.
+        """
         raise NotImplementedError
 
     def __torch_function__(
@@ -80,15 +83,15 @@ class Watched(TorchFunctionMode):
             return picked
         if func is torch.bmm and id(args[0]) in self.picked:
             _, weight, ids = self.picked[id(args[0])]  # bmm(W[ids], x[..., None])
-            x, found = self._treated(args[1].squeeze(-1), weight, -1, ids)
+            x, found = self._treated(args[1].squeeze(-1), weight, ids)
             return self._seen(found, func(args[0], x[..., None]))
         if func in PRODUCTS and len(args) > PRODUCTS[func][1]:
-            x_at, w_at, dim = PRODUCTS[func]
+            x_at, w_at = PRODUCTS[func]
             x, weight = args[x_at], args[w_at]
             found = []
             if weight.data_ptr() == weight.untyped_storage().data_ptr():
                 selector = kwargs.get("offs", (*args, None, None)[2])
-                x, found = self._treated(x, weight, dim, selector)
+                x, found = self._treated(x, weight, selector)
                 args = (*args[:x_at], x, *args[x_at + 1 :])
             return self._seen(found, func(*args, **kwargs))
         return func(*args, **kwargs)
@@ -96,9 +99,7 @@ class Watched(TorchFunctionMode):
     def _watching(self, weight: Tensor) -> list[tuple[Region | Inputs, int]]:
         return self.owners.get(weight.untyped_storage().data_ptr(), [])
 
-    def _treated(
-        self, x: Tensor, weight: Tensor, dim: int, selector: Any
-    ) -> tuple[Tensor, list[Hashable]]:
+    def _treated(self, x: Tensor, weight: Tensor, selector: Any) -> tuple[Tensor, list[Hashable]]:
         watched = self._watching(weight)
         found: list[Hashable] = []
         if watched:
@@ -106,7 +107,7 @@ class Watched(TorchFunctionMode):
             use = self.calls[at] = self.calls.get(at, -1) + 1
             for owner, number in watched:
                 if owner.key[1] == use:
-                    x = self.treat(owner, number, x, weight, dim, selector)
+                    x = self.treat(owner, number, x, selector)
                     found.append((owner.key, number))
         return x, found
 
@@ -168,9 +169,7 @@ class _Given(Watched):
         super().__init__(model, regions)
         self.partition = partition
 
-    def treat(
-        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
-    ) -> Tensor:
+    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
         mask = _by_column(self.partition[owner.key], owner, x)
         if owner.experts:
             return x * mask[experts_of(x, selector)].view(x.shape)
@@ -254,9 +253,7 @@ class MaskedAnywhere(Watched):
         super().begin()
         self.measuring, self.valid, self.batch = measuring, valid, batch
 
-    def treat(
-        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
-    ) -> Tensor:
+    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
         """The first of the weights that contract h chooses for all."""
         if number == 0:
             norm = self.norms[owner.key]
@@ -391,9 +388,7 @@ class MaskedInputs(Watched):
         self.masked = 0
         self.decoding = False
 
-    def treat(
-        self, owner: Any, number: int, x: Tensor, weight: Tensor, dim: int, selector: Any
-    ) -> Tensor:
+    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
         if not self.decoding:
             return x
         limits = self.thresholds[owner.key].double()

@@ -19,6 +19,7 @@ from popc.models import cache_keyword
 from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs
 
+_SEEDS = st.integers(0, 2**16)
 LONGEST = 40  # tokens; a generation that is longer is left alone
 
 
@@ -104,28 +105,18 @@ def session_machine(
                 return
             made = torch.Generator().manual_seed(seed)
             ids = torch.randint(1, vocabulary, (held.batch, length), generator=made)
-            expected = self.expected(held, ids, self.pruned(held, ids))
-            near = held.units.margin < ROUNDING
-            assert near or relative(self.out, expected) <= allowed
-
-        @torch.no_grad()
-        def pruned(self, held: Generation, ids: Tensor) -> state.Session | None:
-            given = {keyword: held.cache}
-            self.out = twin(input_ids=ids, use_cache=True, **given).logits
-            return state.of_cache(held.cache)
-
-        @torch.no_grad()
-        def expected(self, held: Generation, ids: Tensor, session: state.Session | None) -> Tensor:
-            measuring = ids.shape[1] > 1
-            found = state.Session() if session is None else session
-            inputs = MaskedInputs(model, plan, found.thresholds, found.centers)
-            inputs.decoding = not measuring
-            held.units.begin(measuring, batch=held.batch)
-            given = {keyword: held.dense_cache}
+            got = self.run(twin, held.cache, ids)
+            session = state.of_cache(held.cache) or state.Session()
+            inputs = MaskedInputs(model, plan, session.thresholds, session.centers)
+            inputs.decoding = length == 1
+            held.units.begin(length > 1, batch=held.batch)
             with held.units, inputs:
-                return model(input_ids=ids, use_cache=True, **given).logits
+                expected = self.run(model, held.dense_cache, ids)
+            near = held.units.margin < ROUNDING
+            assert near or relative(got, expected) <= allowed
+
+        @torch.no_grad()
+        def run(self, call: Any, cache: Any, ids: Tensor) -> Tensor:
+            return call(input_ids=ids, use_cache=True, **{keyword: cache}).logits
 
     return Sessions
-
-
-_SEEDS = st.integers(0, 2**16)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from popc.testing.blocks import Attention, Block, Linear
+from popc.testing.blocks import KINDS, Attention, Block, Linear
 
 RESIDUALS = ("pre", "post", "parallel")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -48,7 +48,7 @@ class Transformer:
 
     def units(self) -> dict[str, list[int]]:
         """How many units an expert would count, for each region by kind."""
-        counted: dict[str, list[int]] = {"mlp": [], "attention": [], "experts": []}
+        counted: dict[str, list[int]] = {kind: [] for kind in KINDS}
         for layer in self.layers:
             found = [layer.attention.units(), {} if layer.block is None else layer.block.units()]
             for kind in counted:

@@ -1,4 +1,5 @@
-// popc::sum_squares, popc::moments and popc::score_histogram on CPUs. See popc/ops/measure.py for what they mean.
+// popc::sum_squares, popc::moments and popc::score_histogram on CPUs. See popc/ops/measure.py for
+// what they mean.
 
 #include <cstring>
 #include <limits>
@@ -28,70 +29,61 @@ int64_t parts_for(int64_t values) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), values >> 14));
 }
 
+// add(to, value, channel) for each channel of each valid token of x [B, T, K]; `to` is the
+// sequence's row of `out`. By channels, so that no thread adds into another's: the order of a sum is
+// always the same.
+template <typename F>
+void over_tokens(const Tensor& x, const MaybeTensor& valid, const Tensor& out, F&& add) {
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), columns = out.size(1);
+  const Tensor given = x.contiguous(), marks = valid ? valid->contiguous() : Tensor();
+  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
+  double* sums = out.data_ptr<double>();
+  by_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = given.const_data_ptr<T>();
+    in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
+      for (int64_t b = 0; b < batch; ++b) {
+        double* to = sums + b * columns;
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (counts && !counts[b * tokens + t]) continue;
+          const T* from = values + (b * tokens + t) * width;
+          for (int64_t i = first; i < last; ++i) add(to, static_cast<float>(from[i]), i);
+        }
+      }
+    });
+  });
+}
+
 Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(h.dim() == 3, "popc::sum_squares takes h [B, T, K], not ", h.sizes());
   check_measured(h, valid);
-  const int64_t batch = h.size(0), tokens = h.size(1), width = h.size(2);
   if (!is_served_type(h.scalar_type())) {
     Tensor squares = h.to(at::kDouble).square();
     if (valid) squares.masked_fill_(valid->unsqueeze(-1).logical_not(), 0.0);
     return squares.sum(1);
   }
-  const Tensor given = h.contiguous(), marks = valid ? valid->contiguous() : Tensor();
-  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
-  Tensor out = at::zeros({batch, width}, h.options().dtype(at::kDouble));
-  by_type(h.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* values = given.const_data_ptr<T>();
-    double* sums = out.data_ptr<double>();
-    // By channels, so that no thread adds into another's: the order of a sum is always the same.
-    in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
-      for (int64_t b = 0; b < batch; ++b) {
-        double* to = sums + b * width;
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (counts && !counts[b * tokens + t]) continue;
-          const T* from = values + (b * tokens + t) * width;
-          for (int64_t i = first; i < last; ++i) {
-            const double value = static_cast<float>(from[i]);
-            to[i] += value * value;
-          }
-        }
-      }
-    });
-  });
+  Tensor out = at::zeros({h.size(0), h.size(2)}, h.options().dtype(at::kDouble));
+  over_tokens(h, valid, out, [](double* to, double value, int64_t i) { to[i] += value * value; });
   return out;
 }
 
 Tensor moments(const Tensor& x, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(x.dim() == 3, "popc::moments takes x [B, T, K], not ", x.sizes());
   check_measured(x, valid);
-  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
-  const Tensor given = (is_served_type(x.scalar_type()) ? x : x.to(at::kFloat)).contiguous();
-  const Tensor marks = valid ? valid->contiguous() : Tensor();
-  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
-  const int64_t columns = 2 * width + 1;
-  Tensor out = at::zeros({batch, columns}, x.options().dtype(at::kDouble));
-  by_type(given.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* values = given.const_data_ptr<T>();
-    double* found = out.data_ptr<double>();
-    in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
-      for (int64_t b = 0; b < batch; ++b) {
-        double* sums = found + b * columns;
-        double* squares = sums + width;
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (counts && !counts[b * tokens + t]) continue;
-          const T* from = values + (b * tokens + t) * width;
-          for (int64_t i = first; i < last; ++i) {
-            const double value = static_cast<float>(from[i]);
-            sums[i] += value;
-            squares[i] += value * value;
-          }
-          if (first == 0) squares[width] += 1;
-        }
-      }
-    });
-  });
+  const int64_t width = x.size(2);
+  Tensor out = at::zeros({x.size(0), 2 * width + 1}, x.options().dtype(at::kDouble));
+  over_tokens(
+      is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid, out,
+      [width](double* to, double value, int64_t i) {
+        to[i] += value;
+        to[width + i] += value * value;
+      });
+  Tensor count = out.select(1, 2 * width);
+  if (valid) {
+    count.copy_(valid->sum(1));
+  } else {
+    count.fill_(x.size(1));
+  }
   return out;
 }
 
