@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -252,10 +253,14 @@ def test_kernel_is_the_reference(dtype: torch.dtype, turned: bool, batch: int) -
     weight = torch.randn(40, 72, generator=make).to(dtype)
     weight = weight.t().contiguous().t() if turned else weight
     bias, norm = torch.randn(40, generator=make).to(dtype), weight.float().norm(dim=0)
-    for limit in (torch.tensor([6.0]), torch.rand(batch, generator=make) * 12):
-        expected = _threshold_linear(x.float(), weight.float(), bias.float(), norm, limit, 0)
+    center, base = (torch.randn(batch, n, generator=make) / 2 for n in (72, 40))
+    centered = [(), (center[:1].to(dtype).float(), base[:1]), (center.to(dtype).float(), base)]
+    limits = (torch.tensor([6.0]), torch.rand(batch, generator=make) * 12)
+    for limit, moved in itertools.product(limits, centered):
+        wide = (x.float(), weight.float(), bias.float(), norm, limit, 0)
+        expected = _threshold_linear(*wide, *moved)
         for stored, out_dim in ((weight, 0), (weight.t(), 1)):
-            got = threshold_linear(x, stored, bias, norm, limit, out_dim)
+            got = threshold_linear(x, stored, bias, norm, limit, out_dim, *moved)
             assert relative(got, expected) < (1e-5 if dtype is torch.float32 else 2e-2)
     x[0, 0, 5] = float("nan")
     assert threshold_linear(x, weight, bias, norm, torch.tensor([6.0]), 0)[0].isnan().all()
@@ -276,6 +281,9 @@ def test_a_line_that_is_not_read_counts_for_nothing() -> None:
         {"norm": torch.ones(72, dtype=torch.float64)},
         {"threshold": torch.ones(3)},
         {"bias": torch.ones(7)},
+        {"center": torch.ones(2, 71)},
+        {"center": torch.ones(3, 72)},
+        {"base": torch.ones(1, 40, dtype=torch.float64)},
         {"x": torch.ones(2, 1, 70)},
     ],
 )
@@ -308,10 +316,11 @@ def test_measuring_is_the_reference(dtype: torch.dtype) -> None:
         sums = sum_squares(x, mask)
         torch.testing.assert_close(sums, _sum_squares(x, mask), equal_nan=True)
         torch.testing.assert_close(moments(x, mask), _moments(x, mask), equal_nan=True)
-        assert torch.equal(
-            score_histogram(x, norm, center[:1], mask),
-            score_histogram(x, norm, center[:1].expand(2, -1), mask),
-        )
+        apart = score_histogram(x, norm, center[:1].expand(2, -1), mask)
+        together = score_histogram(x, norm, center[:1], mask)
+        torch.testing.assert_close(together, apart.sum(0, True), rtol=1e-12, atol=0)
+        both = moments(x, mask, torch.zeros(1, 101, dtype=torch.float64))
+        torch.testing.assert_close(both, _moments(x, mask).sum(0, True), equal_nan=True)
     assert sum_squares(x, valid)[0].isfinite().all()
     counted = score_histogram(x, norm, center, valid)[:, :BINS].sum(1)
     assert counted.tolist() == (valid.sum(1) * 50).tolist()

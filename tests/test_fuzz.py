@@ -10,7 +10,7 @@ from torch import Tensor
 
 from popc import ops
 from popc.ops import native
-from popc.ops.measure import BINS, _moments, _score_histogram, _sum_squares
+from popc.ops.measure import BINS, _centers, _moments, _score_histogram, _sum_squares
 from tests.profiles import examples
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -112,11 +112,21 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
     bias = data.draw(st.none() | tensors(outputs, dtype=dtype), "bias")
     norm = data.draw(tensors(inputs, dtype=torch.float32)).abs()
     limit = data.draw(tensors(data.draw(st.sampled_from([1, batch])), dtype=torch.float32)).abs()
-    y = ops.threshold_linear(x, weight, bias, norm, limit, out_dim)
-    kept = x.float().abs() * norm > limit.view(-1, 1, 1)
+    center = base = None
+    moved, added = x, torch.zeros(outputs)
+    if data.draw(st.booleans(), "centered"):
+        rows = data.draw(st.sampled_from([1, batch]))
+        center = data.draw(tensors(rows, inputs, dtype=torch.float32), "center")
+        base = added = data.draw(tensors(rows, outputs, dtype=torch.float32), "base")
+        moved = (x.float() - center[:, None]).to(dtype)
+    kept = (x.float() - (0 if center is None else center[:, None])).abs() * norm
+    kept = kept > limit.view(-1, 1, 1)
+    y = ops.threshold_linear(x, weight, bias, norm, limit, out_dim, center, base)
     weights = weight.double().mT if out_dim == 0 else weight.double()
-    expected = (x.double() * kept) @ weights + (0 if bias is None else bias.double())
-    close(y, expected, dtype)
+    expected = (moved.double() * kept) @ weights + added.double().view(-1, 1, outputs)
+    close(y, expected + (0 if bias is None else bias.double()), dtype)
+    read = kept.flatten(0, 1).any(0).sum()
+    assert ops.count_read(x, norm, limit, center) == read
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))
@@ -148,14 +158,18 @@ def test_measures(data: st.DataObject, dtype: torch.dtype) -> None:
     made = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     valid = data.draw(st.sampled_from([None, torch.rand(batch, length, generator=made) > 0.5]))
     norm, center = torch.rand(width, generator=made), torch.randn(1, width, generator=made)
-    center = center.expand(data.draw(st.sampled_from([1, max(batch, 1)])), -1)
+    center = center.expand(data.draw(st.sampled_from([1, batch])), -1)
     torch.testing.assert_close(ops.sum_squares(x, valid), _sum_squares(x, valid))
-    torch.testing.assert_close(ops.moments(x, valid), _moments(x, valid), rtol=1e-6, atol=1e-6)
+    known = torch.rand(len(center), 2 * width + 1, generator=made).double()
+    for held in (None, known):
+        got, expected = ops.moments(x, valid, held), _moments(x, valid, held)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ops.centers(got), _centers(got), equal_nan=True)
     got = ops.score_histogram(x, norm, center, valid)
     expected = _score_histogram(x, norm, center, valid)
     assert got[:, :BINS].sum(1).tolist() == expected[:, :BINS].sum(1).tolist()
     # One rounding may put a score into the next bin.
-    moved = (got[:, :BINS].cumsum(1) - expected[:, :BINS].cumsum(1)).abs().max() if batch else 0
+    moved = (got[:, :BINS].cumsum(1) - expected[:, :BINS].cumsum(1)).abs().max() if len(got) else 0
     assert moved <= 1
     torch.testing.assert_close(got[:, BINS], expected[:, BINS], rtol=1e-4, atol=1e-3)
 

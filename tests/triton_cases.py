@@ -48,6 +48,7 @@ class Case:
     flags: str = "int64"
     # Thresholds: how many, one or one for each sequence; 0 for the other ops.
     thresholds: int = 0
+    centered: bool = False
 
     def __str__(self) -> str:
         lists = f"rows={self.rows} columns={self.columns}{' apart' if self.apart else ''}"
@@ -56,6 +57,7 @@ class Case:
         experts = f" experts={self.experts} full={self.full} {self.flags}" if self.experts else ""
         bias = " bias" if self.bias else ""
         limits = f" thresholds={self.thresholds}" if self.thresholds else ""
+        limits += " centered" if self.centered else ""
         return f"{sizes} {lists} {weight}{bias} {self.dtype}{experts}{limits}"
 
 
@@ -147,12 +149,15 @@ def _thresholds() -> Iterator[Case]:
             bias=i % 2 == 0,
             dtype=DTYPES[i % 3],
             thresholds=lead[0] if apart else 1,
+            centered=i % 4 > 1,
         )
     for dtype in DTYPES:
         yield Case((1, 1), 70, 600, along_k=False, bias=True, dtype=dtype, thresholds=1)
-        yield Case((3, 1), 70, 1100, along_k=False, dtype=dtype, thresholds=3)
+        yield Case((3, 1), 70, 1100, along_k=False, dtype=dtype, thresholds=3, centered=True)
+        yield Case((1, 1), 70, 600, along_k=False, dtype=dtype, thresholds=1, centered=True)
     yield Case((), thresholds=1)
-    yield Case((0, 1), thresholds=1)
+    yield Case((), thresholds=1, centered=True)
+    yield Case((0, 1), thresholds=1, centered=True)
 
 
 # The last case of two repeats the first where a batch of one has one threshold either way.
@@ -255,22 +260,33 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     bias = torch.randn(case.outputs).to(dtype) if case.bias else None
     norm = torch.rand(case.inputs) + 0.5
     limits = torch.rand(case.thresholds) + 0.3
-    scores = x.float().abs() * norm
+    center = base = None
+    moved, added = x.float(), torch.zeros(case.outputs)
+    if case.centered:
+        center = torch.randn(case.thresholds, case.inputs) / 2
+        base = torch.randn(case.thresholds, case.outputs)
+        moved, added = moved - _spread(center, x), _spread(base, x)
+    if bias is not None:
+        added = added + bias.float()
+    scores = moved.abs() * norm
     kept = scores > limits.view(-1, *([1] * (x.dim() - 1))) if x.dim() > 1 else scores > limits
-    tokens = (x.double() * kept).reshape(-1, case.inputs)
-    expected = tokens @ weight.double().T + (0 if bias is None else bias.double())
-    size = tokens.abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    tokens = (moved.double() * kept).reshape(-1, case.inputs)
+    added = added.expand(*case.lead, case.outputs).reshape(-1, case.outputs).double()
+    expected = tokens @ weight.double().T + added
+    size = tokens.abs() @ weight.double().abs().T + added.abs()
+    # What is left of x when its center is taken from it may be rounded.
+    rounded = 1e-5 + (EPS[case.dtype] if case.centered else 0)
     unread = ~kept.reshape(-1, case.inputs).any(0)
     if tokens.shape[0] > 0 and unread.all():
         return "a case in which nothing is read"
     held = _held(weight.masked_fill(unread, float("nan")), case)
-    y = op(x, held, bias, norm, limits, case.out_dim)
+    y = op(x, held, bias, norm, limits, case.out_dim, center, base)
     if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:
         return f"{y.dtype} {tuple(y.shape)}"
     y = y.reshape(expected.shape).double()
     if y.isnan().any():
         return f"{int(y.isnan().sum())} NaN of {y.numel()}"
-    error = (y - expected).abs() - EPS[case.dtype] * expected.abs() - 1e-5 * size
+    error = (y - expected).abs() - EPS[case.dtype] * expected.abs() - rounded * size
     if (error > 0).any():
         return f"off by {float(error.max()):.2e}"
     if x.numel() == 0:
@@ -278,9 +294,15 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     spoiled = x.clone()
     spoiled.view(-1, case.inputs)[0, 0] = float("nan")
     held = _held(weight, case)
-    again = op(spoiled, held, bias, norm, limits, case.out_dim).reshape(expected.shape)
+    again = op(spoiled, held, bias, norm, limits, case.out_dim, center, base)
+    again = again.reshape(expected.shape)
     shows = again[0].isnan().all() and again[1:].isfinite().all()
     return "" if shows else "a NaN is hidden, or met another token"
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """``values [S, K]`` as they go with ``x [B, ..., K]``, or with a single token."""
+    return values.view(-1, *([1] * (x.dim() - 2)), values.shape[-1]) if x.dim() > 1 else values[0]
 
 
 class _Launched:

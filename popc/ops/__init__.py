@@ -15,10 +15,11 @@ from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.measure import centers, moments, score_histogram, sum_squares
 from popc.ops.select import select_units
-from popc.ops.threshold import threshold_linear
+from popc.ops.threshold import count_read, threshold_linear
 
 __all__ = [
     "centers",
+    "count_read",
     "gather_experts",
     "gather_linear",
     "moments",

@@ -1,14 +1,21 @@
 """A linear that reads only the input channels that matter to the token at hand.
 
-``popc::threshold_linear(x, weight, bias, norm, threshold, out_dim)``: ``x [..., K] -> [..., N]``.
-Channel c of a token counts if ``|x_c| · norm_c > threshold``; a NaN counts, so that it shows in the
-output as it would in the dense model. ``norm`` float32 ``[K]`` is ``‖W[:, c]‖`` (any score may
-stand there), ``threshold`` float32 ``[1]``, or ``[B]`` with one for each sequence. What is read of
-the weight is what at least one token of the batch counts; each token has its own channels, so a
-token's result does not depend on the batch that it is in. It is TEAL's magnitude pruning
-(arXiv 2408.14690, section 4) with Wanda's score (arXiv 2306.11695, equation 1).
+``popc::threshold_linear(x, weight, bias, norm, threshold, out_dim, center, base)``: ``x [..., K] ->
+[..., N]``, ``y = keep(x - center) Wᵀ + bias + base``. Channel c of a token counts, and is kept, if
+``|x_c - center_c| · norm_c > threshold``; a NaN counts, so that it shows in the output as it would
+in the dense model. ``norm`` float32 ``[K]`` is ``‖W[:, c]‖`` (any score may stand there),
+``threshold`` float32 ``[1]``, or ``[B]`` with one for each sequence; ``center`` float32 ``[S, K]``
+and ``base`` float32 ``[S, N]``, S being 1 or B, are what a channel is taken to be that does not
+count, and what the weight makes of that. What is read of the weight is what at least one token of
+the batch counts; each token has its own channels, so its result does not depend on the batch that
+it is in. It is TEAL's magnitude pruning (arXiv 2408.14690, section 4) with Wanda's score (arXiv
+2306.11695, equation 1). Center and base are arguments, not ops around it, as they are parts of long
+tensors: Inductor would make a kernel for each offset, layer by layer.
 
-The implementation here is plain ATen and serves every device; it is the reference for kernels.
+``popc::count_read(x, norm, threshold, center) -> int64 []``: how many channels count for at least
+one token.
+
+The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """
 
 from __future__ import annotations
@@ -18,35 +25,76 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 _SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor norm, Tensor threshold, int out_dim) -> Tensor"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor norm, Tensor threshold, int out_dim, "
+    "Tensor? center=None, Tensor? base=None) -> Tensor"
 )
 torch.library.define("popc::threshold_linear", _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 torch.library.define("popc::threshold_linear_reference", _SCHEMA)
+torch.library.define(
+    "popc::count_read", "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None) -> Tensor"
+)
 
 threshold_linear = torch.ops.popc.threshold_linear.default
+count_read = torch.ops.popc.count_read.default
 
 
-def counts(x: Tensor, norm: Tensor, threshold: Tensor) -> Tensor:
-    """Bool, of the shape of ``x [..., K]``: which channels count for each token."""
-    limit = threshold.reshape(-1, *([1] * (x.dim() - 1)))
-    return ~(x.abs().float() * norm <= limit)
+def _moved(x: Tensor, center: Tensor | None) -> Tensor:
+    return x if center is None else x - _to_rows(center, x)
+
+
+def _counts(moved: Tensor, norm: Tensor, threshold: Tensor) -> Tensor:
+    """Bool, of the shape of ``moved [..., K]``: which channels count for each token."""
+    limit = threshold.reshape(-1, *([1] * (moved.dim() - 1)))
+    return ~(moved.abs().float() * norm <= limit)
+
+
+def _to_rows(values: Tensor, like: Tensor) -> Tensor:
+    """``values [S, K]`` as they go with ``like``, which is ``[..., K]`` or ``[B, ..., K]``."""
+    return values.reshape(*([-1] * (like.dim() > 1)), *([1] * (like.dim() - 2)), values.shape[-1])
 
 
 def _threshold_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor, threshold: Tensor, out_dim: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor,
+    threshold: Tensor,
+    out_dim: int,
+    center: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    kept = torch.where(counts(x, norm, threshold), x, torch.zeros_like(x))
-    return linear(kept, weight if out_dim == 0 else weight.t(), bias)
+    moved = _moved(x, center)
+    kept = torch.where(_counts(moved, norm, threshold), moved, 0.0).to(x.dtype)
+    y = linear(kept, weight if out_dim == 0 else weight.t(), bias)
+    return y if base is None else (y + _to_rows(base, y)).to(y.dtype)
 
 
-torch.library.impl("popc::threshold_linear", "CompositeExplicitAutograd", _threshold_linear)
-torch.library.impl(
-    "popc::threshold_linear_reference", "CompositeExplicitAutograd", _threshold_linear
-)
+def _count_read(x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | None = None) -> Tensor:
+    counted = _counts(_moved(x, center), norm, threshold)
+    return counted.flatten(0, -2).any(0).sum()
+
+
+for _name in ("popc::threshold_linear", "popc::threshold_linear_reference"):
+    torch.library.impl(_name, "CompositeExplicitAutograd", _threshold_linear)
+torch.library.impl("popc::count_read", "CompositeExplicitAutograd", _count_read)
 
 
 @torch.library.register_fake("popc::threshold_linear")
 def _threshold_linear_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor, threshold: Tensor, out_dim: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor,
+    threshold: Tensor,
+    out_dim: int,
+    center: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[out_dim]))
+
+
+@torch.library.register_fake("popc::count_read")
+def _count_read_fake(
+    x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | None = None
+) -> Tensor:
+    return x.new_empty((), dtype=torch.int64)

@@ -22,6 +22,7 @@ from popc.ops.triton_gather import BLOCK_M
 from popc.ops.triton_kernels import gather_columns, gather_kernel, gather_rows
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_OF_THRESHOLDS = ("norm", "threshold", "center", "base")
 _USUAL = (torch.bfloat16, torch.float32)
 
 
@@ -59,11 +60,13 @@ def _source(tiling: str, form: str, block: int, dtype: str, blocks: dict[str, in
     constants: dict[str, int | None] = {"SPLITS": 1 if rows else 8, "BLOCK_M": block, **blocks}
     constants |= {"x_input": 1, "weight_input" if rows else "weight_output": 1}
     absent = ["bias"] if form == "experts" else ["expert", "full"]
-    absent += ["rows", "columns"] if form == "threshold" else ["norm", "threshold"]
+    absent += (
+        ["rows", "columns"] if form == "threshold" else ["norm", "threshold", "center", "base"]
+    )
     constants |= dict.fromkeys([*absent, "columns" if rows else "rows"])
     types = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}")
     types |= dict.fromkeys(("rows", "columns", "expert", "full"), "*i64")
-    types |= dict.fromkeys(("norm", "threshold"), "*fp32")
+    types |= dict.fromkeys(_OF_THRESHOLDS, "*fp32")
     types["y"] = f"*{dtype}" if rows else "*fp32"
     names = gather_kernel.arg_names
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in names}

@@ -67,6 +67,12 @@ def _dense(index: Tensor | None) -> Tensor | None:
     return index if index is None or index.stride(-1) == 1 else index.contiguous()
 
 
+def _between(values: Tensor | None) -> Any:
+    """How far from one group's row to the next: none where all share one."""
+    shared = values is None or values.dim() == 1 or values.shape[0] == 1
+    return 0 if shared else values.stride(0)  # type: ignore[union-attr]
+
+
 def launch_linear(
     rows_kernel: Any,
     columns_kernel: Any,
@@ -104,9 +110,11 @@ def launch_threshold(
     norm: Tensor,
     threshold: Tensor,
     out_dim: int,
+    center: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     """``threshold_linear`` by two kernels that the caller has made ready to launch."""
-    apart = threshold.numel() > 1
+    apart = threshold.numel() > 1 or any(v is not None and len(v) > 1 for v in (center, base))
     lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
     y = _launch(
         rows_kernel,
@@ -121,6 +129,8 @@ def launch_threshold(
         out_dim,
         norm,
         threshold.reshape(-1),
+        center,
+        base,
     )
     return y.view(*x.shape[:-1], weight.shape[out_dim])
 
@@ -164,10 +174,12 @@ def _launch(
     out_dim: int,
     norm: Tensor | None = None,
     threshold: Tensor | None = None,
+    center: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     """``x [groups, tokens, K]`` and ``weight [experts, ...]`` give ``[groups, tokens, N]``."""
     bias, expert, full, rows, columns = map(_dense, (bias, expert, full, rows, columns))
-    norm, threshold = _dense(norm), _dense(threshold)
+    norm, threshold, center, base = map(_dense, (norm, threshold, center, base))
     groups, tokens, inputs = x.shape
     outputs = weight.shape[1 + out_dim]
     by_output, by_input = weight.stride(1 + out_dim), weight.stride(2 - out_dim)
@@ -196,6 +208,8 @@ def _launch(
         full,
         norm,
         threshold,
+        center,
+        base,
         y,
         tokens,
         outputs,
@@ -206,9 +220,11 @@ def _launch(
         weight.stride(0),
         by_output,
         by_input,
-        0 if rows is None or rows.dim() == 1 else rows.stride(0),
-        0 if columns is None or columns.dim() == 1 else columns.stride(0),
-        0 if threshold is None or threshold.numel() == 1 else 1,
+        _between(rows),
+        _between(columns),
+        _between(threshold if threshold is None else threshold[:, None]),
+        _between(center),
+        _between(base),
         *y.stride()[:3],
         SPLITS=splits,
         BLOCK_M=block,
@@ -248,6 +264,8 @@ if available():
         norm: Tensor,
         threshold: Tensor,
         out_dim: int,
+        center: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
         """``popc::threshold_linear`` in Triton."""
         return launch_threshold(
@@ -259,6 +277,8 @@ if available():
             norm,
             threshold,
             out_dim,
+            center,
+            base,
         )
 
     @triton_op("popc::triton_gather_experts", mutates_args=())

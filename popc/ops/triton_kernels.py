@@ -29,6 +29,8 @@ def gather_kernel(
     full,
     norm,
     threshold,
+    center,
+    base,
     y,
     tokens,
     outputs,  # N and K, and how many of them are listed
@@ -44,6 +46,8 @@ def gather_kernel(
     rows_list,
     columns_list,
     threshold_group,
+    center_group,
+    base_group,
     y_split,
     y_group,
     y_token,
@@ -102,6 +106,13 @@ def gather_kernel(
             v = tl.load(
                 x_rows + input_[None, :] * x_input, mask=in_m[:, None] & in_k[None, :], other=0.0
             )
+        if center is not None:
+            middle = tl.load(center + group * center_group + input_, mask=in_k, other=0.0)
+            if BLOCK_M == 1:
+                v = v.to(tl.float32) - middle
+            else:
+                # Rows past the last token stay 0, lest they ask for channels.
+                v = tl.where(in_m[:, None], v.to(tl.float32) - middle[None, :], 0.0)
         if norm is not None:
             scale = tl.load(norm + input_, mask=in_k, other=0.0)
             # Not "above": a NaN counts, and shows in y.
@@ -125,6 +136,9 @@ def gather_kernel(
         total = tl.sum(total, 0)[None, :]
     if bias is not None:
         b = tl.load(bias + output, mask=in_n, other=0.0).to(tl.float32)
+        total += tl.where(split == 0, b, 0.0)[None, :]
+    if base is not None:
+        b = tl.load(base + group * base_group + output, mask=in_n, other=0.0)
         total += tl.where(split == 0, b, 0.0)[None, :]
     y += split.to(tl.int64) * y_split + group * y_group
     tl.store(

@@ -1,9 +1,9 @@
 """Contraction pass: a linear reads the input channels that matter to this token, and no others.
 
 Dense:  ``y = x Wᵀ``.
-Pruned: ``y = threshold_linear(x - center, W, norm, threshold) + base``, ``base = center Wᵀ``.
-A channel that is not read is taken to be its center: see :func:`popc.ops.measure.centers`. The
-choice is made within the op, where x is at hand.
+Pruned: ``y = threshold_linear(x, W, norm, threshold, center, base)``, ``base = center Wᵀ``.
+A channel that is not read is taken to be its center: see :mod:`popc.ops.measure`. The choice is
+made within the op, where x is at hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from popc.analysis.capture import Captured
 from popc.analysis.inputs import Inputs
 from popc.analysis.tokens import Mask, rows_of
 from popc.analysis.walk import shape
-from popc.ops import centers, moments, score_histogram, served, threshold_linear
+from popc.ops import centers, count_read, moments, score_histogram, served, threshold_linear
 from popc.passes.emit import Emitter, add_input, append_output, finish
 from popc.passes.validity import emit_valid_rows
 
@@ -43,12 +43,12 @@ def contract_inputs(
     lead = 1 if scope == "batch" else shape(groups[0].x)[0]
     with captured.fake_mode:
         limits = torch.empty((len(groups), lead), device=groups[0].x.meta["val"].device)
-        center = torch.empty((lead, stretches(groups)[-1][1]), device=limits.device)
+        middles = torch.empty((lead, stretches(groups)[-1][1]), device=limits.device)
         outputs = sum(linear.outputs for group in groups for linear in group.linears)
-        base = torch.empty((lead, outputs), device=limits.device)
+        bases = torch.empty((lead, outputs), device=limits.device)
     limits_in = add_input(captured, "popc_threshold", limits)
-    center_in = add_input(captured, "popc_center", center)
-    base_in = add_input(captured, "popc_base", base)
+    center_in = add_input(captured, "popc_center", middles)
+    base_in = add_input(captured, "popc_base", bases)
     done = 0
     read: list[fx.Node] = []
     for i, (group, (start, stop)) in enumerate(zip(groups, stretches(groups), strict=True)):
@@ -56,19 +56,17 @@ def contract_inputs(
             emit = Emitter(captured, group.linears[0].node)
             norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
             limit = emit.call(aten.select.int, limits_in, 0, i)
-            middle = emit.part(center_in, start, stop, group.x)
-            x = emit.call(aten.sub.Tensor, group.x, middle)
+            center = emit.call(aten.slice.Tensor, center_in, 1, start, stop)
             if counting:
-                read.append(_emit_count(emit, x, norm, limit))
+                read.append(emit.call(count_read, group.x, norm, limit, center))
         for linear in group.linears:
             weight = linear.weight
-            op = served(threshold_linear, x.meta["val"], weight.node.meta["val"])
+            op = served(threshold_linear, group.x.meta["val"], weight.node.meta["val"])
             with graph.inserting_before(linear.node):
                 emit = Emitter(captured, linear.node)
-                args = (x, weight.node, linear.bias, norm, limit, weight.out_dim)
-                y = emit.call(op, *args)
-                part = emit.part(base_in, done, done + linear.outputs, y)
-            emit.change(linear.node, aten.add.Tensor, y, part)
+                base = emit.call(aten.slice.Tensor, base_in, 1, done, done + linear.outputs)
+            given = (group.x, weight.node, linear.bias, norm, limit, weight.out_dim, center, base)
+            emit.change(linear.node, op, *given)
             done += linear.outputs
     if counting:
         append_output(captured, aten.stack.default, read)
@@ -88,7 +86,7 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
     graph = captured.gm.graph
     output = graph.output_node()
     norms = _add_scale(captured, groups)
-    lead = 1 if scope == "batch" else shape(groups[0].x)[0]
+    lead = 1 if scope == "batch" else _sequences(groups[0].x)
     with captured.fake_mode:
         size = sum(2 * group.width + 1 for group in groups)
         device = norms.meta["val"].device
@@ -97,7 +95,6 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
     memo: dict[Mask, fx.Node] = {}
     found: list[fx.Node] = []
     seen: list[fx.Node] = []
-    rules: dict[int, fx.Graph] = {}  # tracing one takes milliseconds, and there are few widths
     done = 0
     for group, (start, stop) in zip(groups, stretches(groups), strict=True):
         valid = emit_valid_rows(captured, group.x, output, memo)
@@ -110,17 +107,9 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
                 valid = emit.call(aten.reshape.default, valid, sizes)
             known = emit.call(aten.slice.Tensor, before_in, 1, done, done + 2 * group.width + 1)
             done += 2 * group.width + 1
-            new = emit.call(moments, rows, valid)
-            if scope == "batch":
-                new = emit.call(aten.sum.dim_IntList, new, [0], True)
-            seen.append(emit.call(aten.add.Tensor, known, new))
-            if group.width not in rules:
-                rules[group.width] = emit.traced(centers, seen[-1])
-            middle = emit.splice(rules[group.width], seen[-1])
-            one = emit.call(score_histogram, rows, norm, middle, valid)
-            if scope == "batch":
-                one = emit.call(aten.sum.dim_IntList, one, [0], True)
-            found.append(one)
+            seen.append(emit.call(moments, rows, valid, known))
+            middle = emit.call(centers, seen[-1])
+            found.append(emit.call(score_histogram, rows, norm, middle, valid))
     append_output(captured, aten.stack.default, found, 1)
     append_output(captured, aten.cat.default, seen, 1)
     finish(captured)
@@ -139,19 +128,17 @@ def stretches(groups: Sequence[Inputs]) -> list[tuple[int, int]]:
     return list(zip([0, *stops], stops, strict=False))
 
 
+def _sequences(x: fx.Node) -> Any:
+    """How many there are in x, as a number or a symbol."""
+    rows = rows_of(x)
+    if len(shape(x)) > 2 or rows is None:
+        return shape(x)[0] if len(shape(x)) > 2 else 1
+    return shape(rows.grid)[0]
+
+
 def _by_sequence(emit: Emitter, x: fx.Node) -> list[Any]:
     """``[B, T]`` of x's rows, as a reshape takes it; one sequence where none can be told apart."""
     if len(shape(x)) > 2:
         return [emit.size(x, 0), -1]
     rows = rows_of(x)
     return [1, -1] if rows is None else [emit.size(rows.grid, 0), -1]
-
-
-def _emit_count(emit: Emitter, x: fx.Node, norm: fx.Node, limit: fx.Node) -> fx.Node:
-    """How many channels count for at least one token: see :func:`popc.ops.threshold.counts`."""
-    rank = len(shape(x))
-    limit = emit.call(aten.view.default, limit, [-1, *([1] * (rank - 1))])
-    scores = emit.call(aten.mul.Tensor, emit.call(aten.abs.default, x), norm)
-    below = emit.call(aten.le.Tensor, scores, limit)
-    all_below = emit.call(aten.all.dims, below, list(range(rank - 1)))
-    return emit.call(aten.sum.default, emit.call(aten.logical_not.default, all_below))

@@ -54,16 +54,13 @@ class Emitter:
         except Exception as error:
             raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
 
-    def traced(self, function: Callable[..., Any], *values: fx.Node) -> fx.Graph:
-        """``function`` as a graph, for :meth:`splice`, of values like these."""
+    def splice(self, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
+        """``function`` of ``values`` as nodes: traced once on their fake values."""
         with self.mode:
-            return make_fx(function)(*(value.meta["val"] for value in values)).graph
-
-    def splice(self, graph: fx.Graph, *values: fx.Node) -> fx.Node:
-        """What ``graph`` gives for ``values``, its nodes among those of this one."""
+            traced = make_fx(function)(*(value.meta["val"] for value in values))
         given = iter(values)
         copied: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
+        for node in traced.graph.nodes:
             if node.op == "placeholder":
                 copied[node] = next(given)
             elif node.op == "output":

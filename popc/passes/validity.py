@@ -30,9 +30,8 @@ def emit_valid_rows(
         return None
     with graph.inserting_before(before):
         if mask not in memo:
-            emit = Emitter(captured, mask.node)
-            judged = emit.traced(partial(valid_tokens, hides=mask.hides), mask.node)
-            memo[mask] = emit.splice(judged, mask.node)
+            judged = partial(valid_tokens, hides=mask.hides)
+            memo[mask] = Emitter(captured, mask.node).splice(judged, mask.node)
         emit = Emitter(captured, hidden)
         valid = memo[mask]
         if not same_size(shape(valid)[0], shape(rows.grid)[0]):  # one mask for all sequences

@@ -30,8 +30,6 @@ ROUNDING = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 COARSE = 0.05  # for 16-bit floats
 POLICIES = ("pop", "contraction", "dense")
-# To what these give, a graph adds what the centers give.
-_CENTERED = ("popc::threshold_linear", "popc::triton_threshold_linear")
 
 
 class EquivalenceError(PopcError, AssertionError):
@@ -245,18 +243,13 @@ class _Products:
     ) -> None:
         self.weights, self.seen = by_weight(model, owners), seen
         self.calls: dict[int, int] = {}
-        self.partial: dict[int, tuple[Tensor, Sequence[Hashable]]] = {}
 
     def begin(self, number: int) -> None:
         self.seen.append({})
-        self.calls, self.partial = {}, {}
+        self.calls = {}
 
     def see(self, node: fx.Node, args: Sequence[Any], value: Any) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            return
-        if args and id(args[0]) in self.partial:
-            _, places = self.partial.pop(id(args[0]))
-            self.seen[-1].update(dict.fromkeys(places, value.detach().clone()))
             return
         for arg in args:
             at = arg.untyped_storage().data_ptr() if isinstance(arg, Tensor) else None
@@ -264,12 +257,9 @@ class _Products:
             if at not in self.weights or value.untyped_storage().data_ptr() == at:
                 continue
             use = self.calls[at] = self.calls.get(at, -1) + 1
-            found = [(o.key, number) for o, number in self.weights[at] if o.key[1] == use]
-            for place in found:
-                self.seen[-1].setdefault(place, value.detach().clone())
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.name in _CENTERED:
-                self.partial[id(value)] = value, found
+            for owner, number in self.weights[at]:
+                if owner.key[1] == use:
+                    self.seen[-1].setdefault((owner.key, number), value.detach().clone())
 
 
 def relative(a: Tensor, b: Tensor) -> float:

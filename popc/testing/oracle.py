@@ -393,7 +393,8 @@ class MaskedInputs(Watched):
             return x
         limits = self.thresholds[owner.key].double()
         center = _spread(self.centers[owner.key].to(x.dtype), x)
-        score = (x - center).detach().double().abs() * self.norms[owner.key]
+        moved = x.detach().double() - _spread(self.centers[owner.key], x)
+        score = moved.abs() * self.norms[owner.key]
         limit = limits.repeat_interleave(x.numel() // x.shape[-1] // len(limits))
         limit = limit.view(*x.shape[:-1], 1)
         gap = ((score - limit).abs() / limit.clamp(min=1e-30)).min()

@@ -145,11 +145,15 @@ void add_lines(
   }
 }
 
-// y[n] = Σ_c x[n, c] · Wᵀ[c] + bias over the listed columns c; each thread sums its own.
-template <typename T>
+struct NoBase {
+  const float* operator()(int64_t) const { return nullptr; }
+};
+
+// y[n] = Σ_c x[n, c] · Wᵀ[c] + bias + base(n) over the listed columns c; each thread sums its own.
+template <typename T, typename F = NoBase>
 void sums(
     const T* x, int64_t inputs, int64_t tokens, const Lines<T>& weight, const List& columns,
-    const T* bias, T* y) {
+    const T* bias, T* y, F&& base = {}) {
   const int64_t threads = threads_for(columns.count, weight.width * sizeof(T));
   const int64_t width = weight.width, size = tokens * width;
   std::vector<float> acc(threads * size, 0.0f);
@@ -164,9 +168,10 @@ void sums(
     });
   });
   for (int64_t n = 0; n < tokens; ++n) {
+    const float* plus = base(n);
     for (int64_t i = 0; i < width; ++i) {
       const int64_t k = value_at<T>(i, width);
-      float total = bias ? static_cast<float>(bias[k]) : 0.0f;
+      float total = (bias ? static_cast<float>(bias[k]) : 0.0f) + (plus ? plus[k] : 0.0f);
       for (int64_t t = 0; t < threads; ++t) total += acc[t * size + n * width + i];
       y[n * width + k] = static_cast<T>(total);
     }

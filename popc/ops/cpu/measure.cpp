@@ -1,5 +1,5 @@
-// popc::sum_squares, popc::moments and popc::score_histogram on CPUs. See popc/ops/measure.py for
-// what they mean.
+// popc::sum_squares, moments, centers and score_histogram on CPUs. See popc/ops/measure.py for what
+// they mean.
 
 #include <cstring>
 #include <limits>
@@ -9,6 +9,7 @@ namespace {
 
 constexpr int shift = 21;
 constexpr int64_t bins = 1 << 10;
+constexpr double steady = 0.1;
 
 void check_measured(const Tensor& x, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(
@@ -30,11 +31,12 @@ int64_t parts_for(int64_t values) {
 }
 
 // add(to, value, channel) for each channel of each valid token of x [B, T, K]; `to` is the
-// sequence's row of `out`. By channels, so that no thread adds into another's: the order of a sum is
+// sequence's row of `out`, or the only one. By channels, so that no thread adds into another's: the order of a sum is
 // always the same.
 template <typename F>
 void over_tokens(const Tensor& x, const MaybeTensor& valid, const Tensor& out, F&& add) {
-  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), columns = out.size(1);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const int64_t rows = out.size(0), columns = out.size(1);
   const Tensor given = x.contiguous(), marks = valid ? valid->contiguous() : Tensor();
   const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
   double* sums = out.data_ptr<double>();
@@ -43,7 +45,7 @@ void over_tokens(const Tensor& x, const MaybeTensor& valid, const Tensor& out, F
     const T* values = given.const_data_ptr<T>();
     in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
       for (int64_t b = 0; b < batch; ++b) {
-        double* to = sums + b * columns;
+        double* to = sums + (rows > 1 ? b * columns : 0);
         for (int64_t t = 0; t < tokens; ++t) {
           if (counts && !counts[b * tokens + t]) continue;
           const T* from = values + (b * tokens + t) * width;
@@ -67,11 +69,16 @@ Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
   return out;
 }
 
-Tensor moments(const Tensor& x, const MaybeTensor& valid) {
+Tensor moments(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& known) {
   TORCH_CHECK_VALUE(x.dim() == 3, "popc::moments takes x [B, T, K], not ", x.sizes());
   check_measured(x, valid);
-  const int64_t width = x.size(2);
-  Tensor out = at::zeros({x.size(0), 2 * width + 1}, x.options().dtype(at::kDouble));
+  const int64_t width = x.size(2), columns = 2 * width + 1;
+  TORCH_CHECK_VALUE(
+      !known || (known->scalar_type() == at::kDouble && known->dim() == 2 &&
+                 known->size(1) == columns && (known->size(0) == 1 || known->size(0) == x.size(0))),
+      "popc::moments: known must be float64 [1 or B, 2K + 1]");
+  Tensor out = known ? known->clone(at::MemoryFormat::Contiguous)
+                     : at::zeros({x.size(0), columns}, x.options().dtype(at::kDouble));
   over_tokens(
       is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid, out,
       [width](double* to, double value, int64_t i) {
@@ -79,10 +86,31 @@ Tensor moments(const Tensor& x, const MaybeTensor& valid) {
         to[width + i] += value * value;
       });
   Tensor count = out.select(1, 2 * width);
-  if (valid) {
-    count.copy_(valid->sum(1));
+  if (!valid) {
+    count.add_(out.size(0) == x.size(0) ? x.size(1) : x.size(0) * x.size(1));
   } else {
-    count.fill_(x.size(1));
+    count.add_(out.size(0) == x.size(0) ? valid->sum(1) : valid->sum());
+  }
+  return out;
+}
+
+Tensor centers(const Tensor& moments) {
+  TORCH_CHECK_VALUE(
+      moments.dim() == 2 && moments.scalar_type() == at::kDouble && moments.size(1) % 2 == 1,
+      "popc::centers takes moments, float64 [S, 2K + 1], not ", moments.sizes());
+  const int64_t width = moments.size(1) / 2;
+  const Tensor given = moments.contiguous();
+  Tensor out = at::empty({moments.size(0), width}, moments.options().dtype(at::kFloat));
+  for (int64_t s = 0; s < moments.size(0); ++s) {
+    const double* sums = given.const_data_ptr<double>() + s * moments.size(1);
+    const double* squares = sums + width;
+    const double count = squares[width];
+    float* to = out.data_ptr<float>() + s * width;
+    for (int64_t i = 0; i < width; ++i) {
+      const double mean = sums[i] / count;
+      const double variance = (squares[i] - sums[i] * mean) / (count - 1.0);
+      to[i] = mean * mean > steady * variance ? static_cast<float>(mean) : 0.0f;
+    }
   }
   return out;
 }
@@ -104,7 +132,7 @@ Tensor score_histogram(
   const Tensor means = center.contiguous();
   const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
   const float* scale = norms.const_data_ptr<float>();
-  Tensor out = at::zeros({batch, bins + 1}, x.options().dtype(at::kDouble));
+  Tensor out = at::zeros({center.size(0), bins + 1}, x.options().dtype(at::kDouble));
   by_type(given.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* values = given.const_data_ptr<T>();
@@ -138,7 +166,7 @@ Tensor score_histogram(
         }
         for (int64_t i = 0; i < bins; ++i) found[p * bins + i] = int64_t(even[i]) + odd[i];
       });
-      double* to = out.data_ptr<double>() + b * (bins + 1);
+      double* to = out.data_ptr<double>() + (means.size(0) > 1 ? b * (bins + 1) : 0);
       for (int64_t p = 0; p < parts; ++p) {
         for (int64_t i = 0; i < bins; ++i) to[i] += found[p * bins + i];
       }
@@ -153,6 +181,7 @@ Tensor score_histogram(
 TORCH_LIBRARY_IMPL(popc, CPU, m) {
   m.impl("sum_squares", sum_squares);
   m.impl("moments", moments);
+  m.impl("centers", centers);
   m.impl("score_histogram", score_histogram);
 }
 

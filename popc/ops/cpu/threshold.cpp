@@ -5,18 +5,40 @@
 namespace popc {
 namespace {
 
-// x without the channels that do not count; returns the channels that count for any token.
+// A row of `values` for each sequence, or one for all; nullptr where there are none.
+struct Rows {
+  Tensor held;
+  int64_t step = 0;
+
+  Rows(const MaybeTensor& values, int64_t width, int64_t sequences, const char* name) {
+    if (!values) return;
+    TORCH_CHECK_VALUE(
+        values->scalar_type() == at::kFloat && values->dim() == 2 && values->size(1) == width &&
+            (values->size(0) == 1 || values->size(0) == sequences),
+        "popc::threshold_linear: ", name, " must be float32 [1 or B, ", width, "], not ",
+        values->scalar_type(), " ", values->sizes());
+    held = values->contiguous();
+    if (values->size(0) > 1) step = width;
+  }
+  const float* of(int64_t sequence) const {
+    return held.defined() ? held.const_data_ptr<float>() + sequence * step : nullptr;
+  }
+};
+
+// x - center without the channels that do not count; returns those that count for any token.
 template <typename T>
 std::vector<int64_t> keep(
-    const T* x, int64_t tokens, int64_t inputs, const float* norm, const float* threshold,
-    int64_t tokens_each, T* kept) {
+    const T* x, int64_t tokens, int64_t inputs, const float* norm, const Tensor& threshold,
+    const Rows& centers, int64_t each, T* kept) {
   std::vector<char> any(inputs, 0);
+  const float* limits = threshold.const_data_ptr<float>();
   for (int64_t n = 0; n < tokens; ++n) {
-    const float limit = threshold[tokens_each ? n / tokens_each : 0];
+    const float limit = limits[threshold.numel() > 1 ? n / each : 0];
+    const float* center = centers.of(n / each);
     for (int64_t c = 0; c < inputs; ++c) {
-      const T value = x[n * inputs + c];
-      const bool counts = !(std::fabs(static_cast<float>(value)) * norm[c] <= limit);
-      kept[n * inputs + c] = counts ? value : T(0);
+      const float value = static_cast<float>(x[n * inputs + c]) - (center ? center[c] : 0.0f);
+      const bool counts = !(std::fabs(value) * norm[c] <= limit);
+      kept[n * inputs + c] = counts ? static_cast<T>(value) : T(0);
       any[c] |= counts;
     }
   }
@@ -30,7 +52,7 @@ std::vector<int64_t> keep(
 
 Tensor threshold_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& norm,
-    const Tensor& threshold, int64_t out_dim) {
+    const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base) {
   TORCH_CHECK_VALUE(
       weight.dim() == 2 && x.dim() >= 1 && (out_dim == 0 || out_dim == 1),
       "popc::threshold_linear takes x [..., K] and a weight of two dims, not ", x.sizes(), " and ",
@@ -48,18 +70,20 @@ Tensor threshold_linear(
   TORCH_CHECK_VALUE(
       !bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == outputs),
       "popc::threshold_linear: the bias does not fit the weight");
+  const int64_t sequences = x.dim() > 1 ? x.size(0) : 1;
+  const Rows centers(center, inputs, sequences, "center"), bases(base, outputs, sequences, "base");
   if (!is_served(x, weight) || x.numel() == 0 || weight.numel() == 0) {
     static auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("popc::threshold_linear_reference", "")
             .typed<Tensor(
                 const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-                int64_t)>();
-    return op.call(x, weight, bias, norm, threshold, out_dim);
+                int64_t, const MaybeTensor&, const MaybeTensor&)>();
+    return op.call(x, weight, bias, norm, threshold, out_dim, center, base);
   }
   const Tensor given = x.contiguous(), norms = norm.contiguous(), limits = threshold.contiguous();
   const int64_t tokens = x.numel() / inputs;
-  const int64_t each = limits.numel() == 1 ? 0 : tokens / limits.numel();
+  const int64_t each = tokens / sequences;
   Tensor kept = at::empty(x.sizes(), x.options());
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
@@ -68,20 +92,23 @@ Tensor threshold_linear(
   by_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto columns = keep<T>(
-        given.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>(),
-        limits.const_data_ptr<float>(), each, kept.data_ptr<T>());
+        given.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>(), limits, centers,
+        each, kept.data_ptr<T>());
     const Lines<T> lines = lines_of<T>(weight, out_dim);
     if (lines.by_output || tokens > most_tokens) return;
     const Tensor plus = bias ? bias->contiguous() : Tensor();
     const List chosen(columns.data(), columns.size(), inputs, "columns");
     sums(
         kept.const_data_ptr<T>(), inputs, tokens, lines, chosen,
-        bias ? plus.const_data_ptr<T>() : nullptr, y.data_ptr<T>());
+        bias ? plus.const_data_ptr<T>() : nullptr, y.data_ptr<T>(),
+        [&](int64_t n) { return bases.of(n / each); });
     done = true;
   });
   if (done) return y;
   // More tokens than share a reading, or a weight that lies the other way: nothing left to save.
-  return gather_linear(kept, weight, bias, std::nullopt, std::nullopt, out_dim);
+  y = gather_linear(kept, weight, bias, std::nullopt, std::nullopt, out_dim);
+  if (base) y.view({base->size(0), -1, outputs}).add_(base->unsqueeze(1));
+  return y;
 }
 
 }  // namespace
