@@ -111,6 +111,9 @@ def test_fake_tensors_have_the_answers_form(batch, stride, dtype) -> None:
             args = (x, w, bias, fake(64, dtype=torch.float32), limits, 0)
             y = torch.ops.popc.triton_threshold_linear(*args)
             assert (y.shape, y.dtype, y.device) == ((batch, 1, 128), dtype, x.device)
+            more = (fake(batch, n, dtype=torch.float32) for n in (64, 128))
+            y = torch.ops.popc.triton_threshold_linear(*args, *more)
+            assert (y.shape, y.dtype, y.device) == ((batch, 1, 128), dtype, x.device)
         stack = fake(4, 128, 64, dtype=dtype, stride=(128 * 64, *stride))
         for count in (0, batch):
             args = (listed(count), fake(4, dtype=torch.bool), listed(4, 7), listed(count, 5), 0)

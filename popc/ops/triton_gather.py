@@ -114,7 +114,7 @@ def launch_threshold(
     base: Tensor | None = None,
 ) -> Tensor:
     """``threshold_linear`` by two kernels that the caller has made ready to launch."""
-    apart = threshold.numel() > 1 or any(v is not None and len(v) > 1 for v in (center, base))
+    apart = threshold.numel() > 1 or any(v is not None and v.shape[0] > 1 for v in (center, base))
     lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
     y = _launch(
         rows_kernel,
@@ -222,7 +222,7 @@ def _launch(
         by_input,
         _between(rows),
         _between(columns),
-        _between(threshold if threshold is None else threshold[:, None]),
+        0 if threshold is None or threshold.numel() == 1 else 1,
         _between(center),
         _between(base),
         *y.stride()[:3],
