@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from popc import state
+from popc import compat, state
 from popc.log import logger
 
 _DEPTH = 3  # a cache's layers, one of them, and its keys
@@ -29,7 +29,7 @@ def in_session(
     """
     caches = list(_caches((*args, *kwargs.values())))
     session = next((s for s in map(state.of_cache, caches) if s is not None), None)
-    empty = all(_is_empty(cache) for cache in caches)
+    empty = all(_length(cache) == 0 for cache in caches)
     if session is None or empty:
         session = state.Session(empty, base)
     elif by_sequence and not _is_as_left(caches, session) and session.rows_differ():
@@ -38,6 +38,9 @@ def in_session(
             "apart any more, and decode dense until their next prompt"
         )
         session = state.Session(False, base)
+    if not empty and not session.told:
+        session.told = True
+        _tell_what_grows(caches, [*args, *kwargs.values()])
     with state.use(session):
         out = call(*args, **kwargs)
     returned = out.values() if isinstance(out, Mapping) else out
@@ -60,11 +63,29 @@ def _caches(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _is_empty(cache: Any) -> bool:
+def _length(cache: Any) -> int | None:
+    """How many tokens it holds; None for one of states alone."""
     try:
-        return int(cache.get_seq_length()) == 0
-    except ValueError:  # a cache of states alone, which has no length
-        return False
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None
+
+
+def _tell_what_grows(caches: Sequence[Any], given: Sequence[Any]) -> None:
+    """Say that lengths will change, which Dynamo else learns by compiling the next token again.
+
+    What a prompt leaves may lie by tokens, where the concatenation of the next step is contiguous:
+    a graph is compiled for one of them, so it is made contiguous at once.
+    """
+    for cache in caches:
+        length = _length(cache)
+        if length is not None:
+            for tensor in _tensors_of(cache):
+                if compat.mark_dynamic(tensor, (length,)) and not tensor.is_contiguous():
+                    tensor.data = tensor.detach().contiguous()
+            for value in given:  # masks reach over the new token too
+                if isinstance(value, Tensor):
+                    compat.mark_dynamic(value, (length, length + 1))
 
 
 def _is_as_left(caches: Sequence[Any], session: state.Session) -> bool:
@@ -73,15 +94,23 @@ def _is_as_left(caches: Sequence[Any], session: state.Session) -> bool:
     return held is None or (session.left is not None and session.left() is held)
 
 
-def _tensor_of(held: Any, depth: int = _DEPTH + 1) -> Tensor | None:
+def _tensor_of(held: Any) -> Tensor | None:
     """The first tensor of keys or values in it; None if there is none near its surface."""
+    return next(_tensors_of(held), None)
+
+
+def _tensors_of(held: Any, depth: int = _DEPTH + 1) -> Iterator[Tensor]:
+    """The tensors of keys and values near its surface."""
     if isinstance(held, Tensor):
-        return held if held.dim() > 2 else None
+        if held.dim() > 2:
+            yield held
+        return
     if isinstance(held, Mapping):
         inner: Iterable[Any] = held.values()
     elif isinstance(held, list | tuple):
         inner = held
     else:
-        inner = vars(held).values() if depth and hasattr(held, "__dict__") else ()
-    found = (_tensor_of(value, depth - 1) for value in inner if depth)
-    return next((tensor for tensor in found if tensor is not None), None)
+        inner = vars(held).values() if hasattr(held, "__dict__") else ()
+    if depth:
+        for value in inner:
+            yield from _tensors_of(value, depth - 1)

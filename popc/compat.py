@@ -87,6 +87,18 @@ def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
+def mark_dynamic(tensor: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Let Dynamo take the one dim of ``tensor`` with one of ``sizes`` for dynamic, if it can.
+
+    Where several dims have such a size nothing tells which one is meant, and none is marked; 0 and
+    1 are constants to Dynamo. Returns whether one was. Documented, but in a private module.
+    """
+    found = [dim for dim, size in enumerate(tensor.shape) if size in sizes and size > 1]
+    if len(found) == 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, found[0])
+    return len(found) == 1
+
+
 def is_trace_only(value: Any) -> bool:
     """Whether ``value`` is a tensor that means nothing outside the trace that it was made in.
 

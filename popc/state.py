@@ -36,6 +36,7 @@ class Session:
         whole: whether it began with an empty cache, so that all its tokens were seen.
         base: what policies that are calibrated take their statistics from, if not from here.
         regions: those that were measured, by key.
+        told: whether Dynamo was told which sizes grow with each token.
         left: a tensor of the cache, as the last call left it: see :mod:`popc.caches`.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
@@ -49,6 +50,7 @@ class Session:
         self._moments: dict[tuple[Hashable, str], Tensor] = {}
         self._limits: dict[Hashable, Limits] = {}
         self._seen: set[Hashable] = set()
+        self.told = False
         self.left: weakref.ref[Tensor] | None = None
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}

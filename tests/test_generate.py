@@ -92,18 +92,17 @@ def test_static_and_dynamic_cache_agree() -> None:
 
 
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
-def test_no_graph_break_and_no_recompilation_after_the_second_token(codegen: str) -> None:
+def test_a_prompt_and_one_decode_step_are_all_that_is_compiled(codegen: str) -> None:
+    """Dense, the second step compiles again, as only that shows that the past grows."""
     twin = popc.compile(tiny_llama(), policy="pop", sparsity=0.4, codegen=codegen)
     with torch.no_grad():
         run = Stepper(twin, prompt())
-        run.step()
-        run.step()
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        for _ in range(10):
+        for _ in range(12):
             run.step()
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert graphs == 3  # prefill, the first decode step, and one with a symbolic past
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    twin.generate(prompt(batch=2), max_new_tokens=8, do_sample=False)  # brings masks of its own
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert twin.popc_plan.breaks == []
 
 
