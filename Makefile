@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/pytest
 
-# Every architecture of the zoo through Inductor, and 20,000 examples of hypothesis: takes hours.
+# Every architecture of the zoo, and tens of thousands of examples of hypothesis: takes hours.
 test-thorough: lint
 	POPC_THOROUGH=1 $(BIN)/pytest
 

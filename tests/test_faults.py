@@ -155,6 +155,7 @@ def test_compiling_a_twin_is_compiling_its_model() -> None:
     assert torch.equal(generated(first, prompt(0)), expected)
 
 
+QUICK = {"CXX": str(Path(__file__).parent / "quick-c++")}
 SCRIPT = """
 import torch, popc
 from tests.test_faults import MODEL, decoded
@@ -215,15 +216,14 @@ def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
 
 def test_builds_at_once_and_a_build_that_was_damaged(tmp_path: Path) -> None:
     """Two processes wait for one another; what is not as it was built is built anew."""
-    quick = {"CXX": str(Path(__file__).parent / "quick-c++")}
-    both = [started(tmp_path, quick) for _ in range(2)]
+    both = [started(tmp_path, QUICK) for _ in range(2)]
     for process in both:
         got, warned = finished(process)
         assert got == pytest.approx(expected(), rel=1e-5) and "built" not in warned
     (built,) = [p for p in tmp_path.rglob("*.so") if b"score_histogram" in p.read_bytes()]
     whole = built.read_bytes()
     built.write_bytes(whole[: len(whole) // 2])
-    got, warned = finished(started(tmp_path, quick))
+    got, warned = finished(started(tmp_path, QUICK))
     assert got == pytest.approx(expected(), rel=1e-5)
     assert "built anew" in warned and built.stat().st_size == len(whole)
 
@@ -234,5 +234,5 @@ def test_no_two_configs_share_a_cached_graph(tmp_path: Path) -> None:
     assert expected(0.3) != pytest.approx(expected(0.6), rel=1e-4)
     for sparsity, before in ((0.3, ""), (0.6, ""), (0.6, other)):
         options = {"sparsity": sparsity, "codegen": "inductor"}
-        got, _ = finished(started(tmp_path, before=before, **options))
+        got, _ = finished(started(tmp_path, QUICK, before, **options))
         assert got == pytest.approx(expected(sparsity), rel=1e-5)

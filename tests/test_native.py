@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +196,7 @@ def test_a_build_that_fails_is_a_warning_and_the_reference_serves(monkeypatch) -
         assert not native.load.__wrapped__()
 
 
+QUICK = Path(__file__).parent / "quick-c++"
 PORTABLE = """
 import pytest, sys
 sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "tests/test_native.py", "-k",
@@ -205,7 +207,7 @@ sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "tests/test_native.
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="this is the run within")
 def test_the_portable_path() -> None:
     """The same source without vector instructions."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "CXX": str(QUICK)}
     ran = subprocess.run(
         [sys.executable, "-c", PORTABLE], env=environment, capture_output=True, text=True
     )
