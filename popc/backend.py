@@ -93,7 +93,18 @@ def popc_backend(
     plan.inputs = [g for g in plan.inputs if _contracts(g, config)]
     _leave(plan, lambda region: _refused(region, config), "policy")
     _leave(plan, lambda region: _costs_more(region, config), "costs more")
-    regions, inputs = _laid_out(captured, plan, config)
+    rewritten = _laid_out(captured, plan, config)
+    if rewritten is None:  # what was captured is out of date: weights lie otherwise now
+        return popc_backend(
+            gm,
+            example_inputs,
+            mode=mode,
+            config=given,
+            on_plan=on_plan,
+            measure_only=measure_only,
+            has_calibration=has_calibration,
+        )
+    regions, inputs = rewritten
     if on_plan is not None:
         on_plan(plan)
     work = _work(regions, inputs, config, measure_only)
@@ -170,15 +181,18 @@ def _costs_more(region: Region, config: Config) -> str | None:
     return saves(region, config)
 
 
-def _laid_out(captured: Captured, plan: Plan, config: Config) -> tuple[list[Region], list[Inputs]]:
-    """What to rewrite, its weights laid out by channel; Dynamo traces again if need be."""
+def _laid_out(
+    captured: Captured, plan: Plan, config: Config
+) -> tuple[list[Region], list[Inputs]] | None:
+    """What to rewrite, its weights laid out by channel; None if that moved some."""
     regions = [r for r in plan.regions if prunable(r, config)]
     device = Work(measured=regions, measured_inputs=plan.inputs).device
     if device is None or not has_kernel(device):
         return regions, list(plan.inputs)
     changed, refused = lay_out(captured, [*regions, *plan.inputs])
     if changed:
-        compat.restart_tracing()
+        compat.take_new_strides(changed)
+        return None
     for owner, reason in refused.items():
         plan.skipped.append(Skipped(owner.name, reason, "", owner.source, "layout"))
     plan.regions = [region for region in plan.regions if region not in refused]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import fx
@@ -149,10 +149,27 @@ def storage_users(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
-def restart_tracing() -> NoReturn:
-    """Have Dynamo trace the frame again, from within a backend.
+def take_new_strides(parameters: Sequence[torch.Tensor]) -> None:
+    """Let the trace under way hold ``parameters`` as they lie now, from within a backend.
 
-    For a backend that changed a parameter's strides: the trace and its guards hold the old ones.
-    This is the one exception that Dynamo lets through from a backend for that purpose.
+    For a backend that changed strides. Two places hold the old ones: the fake mode's memo, and what
+    Dynamo's guards are made of. Where those are not as they are known here, Dynamo traces the frame
+    again, by the one exception that it lets through from a backend for that purpose.
     """
-    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="popc laid weights out")
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    context = TracingContext.get()
+    try:
+        known = dynamo_fake_mode().fake_tensor_converter.meta_converter.describer.lookup_tensor
+        strides = InstructionTranslator.current_tx().output.input_source_to_sizes_strides
+        sources = [context.tensor_to_context[p].tensor_source for p in parameters]
+        held = [strides[source] for source in sources]
+        if not all(parameter in known for parameter in parameters):
+            raise KeyError("the memo")
+    except (AttributeError, KeyError) as error:
+        raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(
+            restart_reason="popc laid weights out"
+        ) from error
+    for parameter, recorded in zip(parameters, held, strict=True):
+        del known[parameter]
+        recorded["stride"] = parameter.stride()

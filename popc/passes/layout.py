@@ -30,11 +30,11 @@ aten = torch.ops.aten
 Owner = Region | Inputs
 
 
-def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Owner, str]]:
+def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[list[Tensor], dict[Owner, str]]:
     """Lay the weights of regions and of inputs out by channel, in place.
 
     Returns:
-        Whether a parameter changed, so that a graph traced before is out of date; and the owners
+        The parameters that changed, as graphs traced before are out of date then; and the owners
         that can't be read by channel, with the reason.
     """
     linears = {linear.node for owner in owners for linear, _ in _uses(owner)}
@@ -42,7 +42,7 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Own
     for owner in owners:
         for linear, dim in _uses(owner):
             roles.setdefault(linear.weight.parameter, []).append((linear.weight, dim))
-    turned = 0
+    turned: list[Tensor] = []
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         held = captured.parameters[parameter]
@@ -61,11 +61,11 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Own
             page_out(before)
             del before
             _claimed[held] = True
-            turned += 1
+            turned.append(held)
         else:
             refused[parameter] = reason
     if turned:
-        logger.info("%d weights now lie by channel", turned)
+        logger.info("%d weights now lie by channel", len(turned))
     else:
         _collapse(captured.parameters[parameter] for parameter in roles)
     without = {
@@ -74,7 +74,7 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[bool, dict[Own
         for linear, _ in _uses(owner)
         if linear.weight.parameter in refused
     }
-    return bool(turned), without
+    return turned, without
 
 
 _claimed = WeakTensorKeyDictionary()  # weights that lie as a compiled graph wants them
