@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from popc import compat
+from popc import compat, version
 from popc.analysis.capture import Captured, capture_dynamo
 from popc.analysis.cost import saves
 from popc.analysis.inputs import Inputs, find_inputs
@@ -66,7 +66,7 @@ def popc_backend(
     def generate(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         if given.codegen == "eager":
             return Interpreted(graph)
-        return compat.inductor(graph, inputs, inductor)
+        return compat.inductor(graph, inputs, inductor, f"popc {version.__version__} {given}")
 
     if _needs_grad(example_inputs):
         warnings.warn(

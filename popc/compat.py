@@ -45,15 +45,20 @@ def fakify(mode: FakeTensorMode, value: Any) -> Any:
 
 
 def inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], tag: str = ""
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx``, the entry that ``torch.compile`` itself calls.
 
     ``torch._inductor.compile`` is documented, but takes no fake inputs with symbolic shapes.
+
+    Args:
+        tag: what generated code is kept for; under another tag it is not found again.
     """
-    return compile_fx(  # type: ignore[return-value]
-        gm, list(inputs), config_patches=dict(options) or None
-    )
+    tag = torch.compiler.config.cache_key_tag + tag
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        return compile_fx(  # type: ignore[return-value]
+            gm, list(inputs), config_patches=dict(options) or None
+        )
 
 
 def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
