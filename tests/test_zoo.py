@@ -75,10 +75,10 @@ def first_call_compiled(entry: Entry, model: nn.Module) -> tuple[Tensor, Tensor]
 
 
 def unlike() -> list[Entry]:
-    """The first of those with the same regions, refusals and kind; all with POPC_THOROUGH=1."""
+    """The first of each kind in which the same is found, and refused; all with POPC_THOROUGH=1."""
     first: dict[tuple[object, ...], Entry] = {}
     for entry in ZOO:
-        first.setdefault((entry.kind, entry.found, entry.refused), entry)
+        first.setdefault((entry.kind, *map(bool, entry.found), bool(entry.refused)), entry)
     return list(ZOO) if THOROUGH else list(first.values())
 
 
