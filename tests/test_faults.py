@@ -242,6 +242,7 @@ def test_no_two_configs_share_a_cached_graph(tmp_path: Path, monkeypatch) -> Non
     ):
         monkeypatch.setattr("popc.version.__version__", version)
         torch.compiler.reset()
+        counters.clear()
         twin = twin_of(MODEL.make(), "pop", sparsity=sparsity, codegen="inductor")
         assert decoded(twin) == pytest.approx(right[sparsity], rel=1e-5)
         assert bool(counters["inductor"]["fxgraph_cache_hit"]) == again, (sparsity, version)
