@@ -111,6 +111,19 @@ def test_static_cache_is_the_oracle() -> None:
     assert relative(run(popc.compile(model, config), ids, 10, cache=cache), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_prompt_as_long_as_a_head_is_wide_is_the_oracle(static: bool) -> None:
+    """Which size of the cache grows cannot be told from such a prompt, or is told wrongly."""
+    torch._dynamo.reset()
+    model, ids = tiny_llama(), tokens(2, 20)
+    prompt = model.config.head_dim
+    config = popc.Config(policy="pop", sparsity=0.4, codegen="eager")
+    expected = oracle_run(model, config, ids, prompt)
+    cache = StaticCache(config=model.config, max_cache_len=24) if static else None
+    got = run(popc.compile(model, config), ids, prompt, cache=cache)
+    assert relative(got, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_sparsity_zero_is_dense(codegen: str) -> None:
     torch._dynamo.reset()
