@@ -19,7 +19,15 @@ import popc
 from popc import state
 from popc.budget import LEAST, Budget, Demand, allocate
 from popc.models import cache_keyword
-from popc.ops import centers, moments, native, score_histogram, sum_squares, threshold_linear
+from popc.ops import (
+    centers,
+    moments,
+    native,
+    score_histogram,
+    sum_squares,
+    threshold_linear,
+    threshold_linears,
+)
 from popc.ops.measure import BINS, _moments, _score_histogram, _sum_squares
 from popc.ops.threshold import _threshold_linear
 from tests.models import tiny_llama
@@ -298,6 +306,22 @@ def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:
     }
     with pytest.raises((ValueError, TypeError)):
         threshold_linear(**{**given, **bad})
+    given = {**given, **bad}
+    many = [[given.pop(name)] for name in ("weight", "bias", "out_dim")]
+    lists = dict(zip(("weights", "biases", "out_dims"), many, strict=True))
+    with pytest.raises((ValueError, TypeError)):
+        threshold_linears(**given, **lists)
+
+
+def test_lists_that_do_not_go_together_are_refused() -> None:
+    x, weight, norm = torch.ones(1, 72), torch.ones(40, 72), torch.ones(72)
+    for weights, biases, dims in (
+        ([weight], [], [0]),
+        ([], [], []),
+        ([weight] * 2, [None] * 2, [0]),
+    ):
+        with pytest.raises(ValueError, match="do not go together"):
+            threshold_linears(x, weights, biases, norm, torch.ones(1), dims)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -130,6 +130,34 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))
+@examples(80, 2000)
+def test_threshold_linears(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Each as it would be alone."""
+    inputs, batch = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 9), "batch")
+    out_dims = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=4), "out_dims")
+    outputs = [data.draw(st.integers(1, 70)) for _ in out_dims]
+    weights, biases = [], []
+    for n, out_dim in zip(outputs, out_dims, strict=True):
+        sizes = (n, inputs) if out_dim == 0 else (inputs, n)
+        weights.append(data.draw(tensors(*sizes, dtype=dtype)))
+        biases.append(data.draw(st.none() | tensors(n, dtype=dtype)))
+    x = data.draw(tensors(batch, 1, inputs, dtype=dtype), "x")
+    norm = data.draw(tensors(inputs, dtype=torch.float32)).abs()
+    limit = data.draw(tensors(data.draw(st.sampled_from([1, batch])), dtype=torch.float32)).abs()
+    center = base = None
+    parts: list[Tensor | None] = [None] * len(outputs)
+    if data.draw(st.booleans(), "centered"):
+        rows = data.draw(st.sampled_from([1, batch]))
+        center = data.draw(tensors(rows, inputs, dtype=torch.float32))
+        base = data.draw(tensors(rows, sum(outputs), dtype=torch.float32))
+        parts = list(base.split(outputs, -1))
+    got = ops.threshold_linears(x, weights, biases, norm, limit, out_dims, center, base)
+    for y, weight, bias, out_dim, part in zip(got, weights, biases, out_dims, parts, strict=True):
+        alone = ops.threshold_linear(x, weight, bias, norm, limit, out_dim, center, part)
+        close(y, alone.double(), dtype)
+
+
+@given(st.data(), st.sampled_from(list(DTYPES)))
 @examples(100, 2000)
 def test_select_units(data: st.DataObject, dtype: torch.dtype) -> None:
     units, each = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 3))

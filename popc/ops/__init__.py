@@ -15,7 +15,7 @@ from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.measure import centers, moments, score_histogram, sum_squares
 from popc.ops.select import select_units
-from popc.ops.threshold import count_read, threshold_linear
+from popc.ops.threshold import count_read, threshold_linear, threshold_linears
 
 __all__ = [
     "centers",
@@ -28,6 +28,7 @@ __all__ = [
     "served",
     "sum_squares",
     "threshold_linear",
+    "threshold_linears",
 ]
 
 

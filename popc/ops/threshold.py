@@ -12,6 +12,10 @@ it is in. It is TEAL's magnitude pruning (arXiv 2408.14690, section 4) with Wand
 2306.11695, equation 1). Center and base are arguments, not ops around it, as they are parts of long
 tensors: Inductor would make a kernel for each offset, layer by layer.
 
+``popc::threshold_linears(x, weights, biases, norm, threshold, out_dims, center, base)``: the same
+for linears that share x and what counts of it; ``base`` holds one linear's after the other's, ``[S,
+ΣN]``. A kernel chooses the channels once, and reads their lines of all the weights together.
+
 ``popc::count_read(x, norm, threshold, center) -> int64 []``: how many channels count for at least
 one token.
 
@@ -19,6 +23,8 @@ The implementations here are plain ATen and serve every device; they are the ref
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +37,17 @@ _SCHEMA = (
 torch.library.define("popc::threshold_linear", _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 torch.library.define("popc::threshold_linear_reference", _SCHEMA)
 torch.library.define(
+    "popc::threshold_linears",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor norm, Tensor threshold, int[] out_dims, "
+    "Tensor? center=None, Tensor? base=None) -> Tensor[]",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+torch.library.define(
     "popc::count_read", "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None) -> Tensor"
 )
 
 threshold_linear = torch.ops.popc.threshold_linear.default
+threshold_linears = torch.ops.popc.threshold_linears.default
 count_read = torch.ops.popc.count_read.default
 
 
@@ -69,6 +82,24 @@ def _threshold_linear(
     return y if base is None else (y + _to_rows(base, y)).to(y.dtype)
 
 
+def _threshold_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor,
+    threshold: Tensor,
+    out_dims: Sequence[int],
+    center: Tensor | None = None,
+    base: Tensor | None = None,
+) -> list[Tensor]:
+    outputs = [weight.shape[dim] for weight, dim in zip(weights, out_dims, strict=True)]
+    bases = [None] * len(outputs) if base is None else base.split(outputs, -1)
+    return [
+        _threshold_linear(x, weight, bias, norm, threshold, out_dim, center, part)
+        for weight, bias, out_dim, part in zip(weights, biases, out_dims, bases, strict=True)
+    ]
+
+
 def _count_read(x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | None = None) -> Tensor:
     counted = _counts(_moved(x, center), norm, threshold)
     return counted.flatten(0, -2).any(0).sum()
@@ -76,6 +107,7 @@ def _count_read(x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | Non
 
 for _name in ("popc::threshold_linear", "popc::threshold_linear_reference"):
     torch.library.impl(_name, "CompositeExplicitAutograd", _threshold_linear)
+torch.library.impl("popc::threshold_linears", "CompositeExplicitAutograd", _threshold_linears)
 torch.library.impl("popc::count_read", "CompositeExplicitAutograd", _count_read)
 
 
@@ -91,6 +123,21 @@ def _threshold_linear_fake(
     base: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[out_dim]))
+
+
+@torch.library.register_fake("popc::threshold_linears")
+def _threshold_linears_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor,
+    threshold: Tensor,
+    out_dims: Sequence[int],
+    center: Tensor | None = None,
+    base: Tensor | None = None,
+) -> list[Tensor]:
+    pairs = zip(weights, out_dims, strict=True)
+    return [x.new_empty((*x.shape[:-1], weight.shape[dim])) for weight, dim in pairs]
 
 
 @torch.library.register_fake("popc::count_read")

@@ -3,11 +3,12 @@
 Dense:  ``y = x Wᵀ``.
 Pruned: ``y = threshold_linear(x, W, norm, threshold, center, base)``, ``base = center Wᵀ``.
 A channel that is not read is taken to be its center: see :mod:`popc.ops.measure`. The choice is
-made within the op, where x is at hand.
+made within the op, where x is at hand; C++ kernels make it once for all linears that read x.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,9 +18,19 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.inputs import Inputs
+from popc.analysis.linears import Linear
 from popc.analysis.tokens import Mask, rows_of
 from popc.analysis.walk import shape
-from popc.ops import centers, count_read, moments, score_histogram, served, threshold_linear
+from popc.analysis.writes import writes_first
+from popc.ops import (
+    centers,
+    count_read,
+    moments,
+    score_histogram,
+    served,
+    threshold_linear,
+    threshold_linears,
+)
 from popc.passes.emit import Emitter, add_input, append_output, finish
 from popc.passes.validity import emit_valid_rows
 
@@ -59,18 +70,61 @@ def contract_inputs(
             center = emit.call(aten.slice.Tensor, center_in, 1, start, stop)
             if counting:
                 read.append(emit.call(count_read, group.x, norm, limit, center))
-        for linear in group.linears:
-            weight = linear.weight
-            op = served(threshold_linear, group.x.meta["val"], weight.node.meta["val"])
-            with graph.inserting_before(linear.node):
-                emit = Emitter(captured, linear.node)
-                base = emit.call(aten.slice.Tensor, base_in, 1, done, done + linear.outputs)
-            given = (group.x, weight.node, linear.bias, norm, limit, weight.out_dim, center, base)
-            emit.change(linear.node, op, *given)
-            done += linear.outputs
+        for linears in _together(captured, group):
+            stop = done + sum(linear.outputs for linear in linears)
+            with graph.inserting_before(linears[0].node):
+                emit = Emitter(captured, linears[0].node)
+                base = emit.call(aten.slice.Tensor, base_in, 1, done, stop)
+                _contract(emit, group.x, linears, norm, limit, center, base)
+            done = stop
     if counting:
         append_output(captured, aten.stack.default, read)
     finish(captured)
+
+
+def _contract(emit: Emitter, x: fx.Node, linears: Sequence[Linear], *limits: fx.Node) -> None:
+    """``linears`` become one op, which stands where the first of them is."""
+    norm, limit, center, base = limits
+    if len(linears) == 1:
+        (linear,) = linears
+        weight = linear.weight
+        op = served(threshold_linear, x.meta["val"], weight.node.meta["val"])
+        given = (x, weight.node, linear.bias, norm, limit, weight.out_dim, center, base)
+        emit.change(linear.node, op, *given)
+        return
+    weights = [linear.weight.node for linear in linears]
+    biases = [linear.bias for linear in linears]
+    out_dims = [linear.weight.out_dim for linear in linears]
+    results = emit.call(threshold_linears, x, weights, biases, norm, limit, out_dims, center, base)
+    for i, linear in enumerate(linears):
+        emit.change(linear.node, operator.getitem, results, i)
+
+
+def _together(captured: Captured, group: Inputs) -> list[list[Linear]]:
+    """The group's linears, those together that one op can take: where the first of them stands.
+
+    For that nothing may be written in between, and what they read must be there already, or be
+    no more than a view of a parameter, which is then brought there. Triton has an op for each.
+    """
+    x = group.x.meta["val"]
+    if served(threshold_linear, x, group.linears[0].weight.node.meta["val"]) != threshold_linear:
+        return [[linear] for linear in group.linears]
+    nodes = list(captured.gm.graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
+    found = [[group.linears[0]]]
+    for linear in group.linears[1:]:
+        first = found[-1][0].node
+        read = [*linear.weight.path, *([] if linear.bias is None else [linear.bias])]
+        late = [node for node in read if place[node] > place[first]]
+        written = any(map(writes_first, nodes[place[first] : place[linear.node]]))
+        if written or any(node not in linear.weight.path for node in late):
+            found.append([linear])
+            continue
+        for node in late:
+            first.prepend(node)
+            place[node] = place[first]
+        found[-1].append(linear)
+    return found
 
 
 def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> None:

@@ -145,17 +145,49 @@ void add_lines(
   }
 }
 
-struct NoBase {
-  const float* operator()(int64_t) const { return nullptr; }
+void add(const float* __restrict from, int64_t n, float* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+// y = total + bias + base, where total is in the order of load_pair.
+template <typename T>
+void write(
+    const float* __restrict total, int64_t width, const T* __restrict bias,
+    const float* __restrict base, T* __restrict y) {
+  const auto put = [&](int64_t k, float value) {
+    if (bias) value += static_cast<float>(bias[k]);
+    if (base) value += base[k];
+    y[k] = static_cast<T>(value);
+  };
+  int64_t i = 0;
+  if constexpr (dealt<T>) {
+    for (; i + step <= width; i += step) {
+      for (int64_t j = 0; j < lanes; ++j) {
+        put(i + 2 * j, total[i + j]);
+        put(i + 2 * j + 1, total[i + lanes + j]);
+      }
+    }
+  }
+  for (; i < width; ++i) put(i, total[i]);
+}
+
+// What a sum over one weight needs, and where it goes: y[n] = Σ_c x[n, c] · Wᵀ[c] + bias + base(n).
+template <typename T, typename F>
+struct Sum {
+  Lines<T> weight;
+  const T* bias;
+  F base;
+  T* y;
 };
 
-// y[n] = Σ_c x[n, c] · Wᵀ[c] + bias + base(n) over the listed columns c; each thread sums its own.
-template <typename T, typename F = NoBase>
+// All of `wanted` over the listed columns c, in one go; each thread sums its own columns.
+template <typename T, typename F>
 void sums(
-    const T* x, int64_t inputs, int64_t tokens, const Lines<T>& weight, const List& columns,
-    const T* bias, T* y, F&& base = {}) {
-  const int64_t threads = threads_for(columns.count, weight.width * sizeof(T));
-  const int64_t width = weight.width, size = tokens * width;
+    const T* x, int64_t inputs, int64_t tokens, const List& columns,
+    const std::vector<Sum<T, F>>& wanted) {
+  int64_t size = 0;
+  for (const auto& sum : wanted) size += tokens * sum.weight.width;
+  const int64_t threads = threads_for(columns.count, size / tokens * sizeof(T));
   std::vector<float> acc(threads * size, 0.0f);
   by_tokens(tokens, [&](auto count) {
     constexpr int N = decltype(count)::value;
@@ -163,19 +195,31 @@ void sums(
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = columns.count * t / threads;
         const int64_t last = columns.count * (t + 1) / threads;
-        add_lines<T, N>(x, inputs, weight, columns, first, last, acc.data() + t * size);
+        float* to = acc.data() + t * size;
+        for (const auto& sum : wanted) {
+          add_lines<T, N>(x, inputs, sum.weight, columns, first, last, to);
+          to += N * sum.weight.width;
+        }
       }
     });
   });
-  for (int64_t n = 0; n < tokens; ++n) {
-    const float* plus = base(n);
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t k = value_at<T>(i, width);
-      float total = (bias ? static_cast<float>(bias[k]) : 0.0f) + (plus ? plus[k] : 0.0f);
-      for (int64_t t = 0; t < threads; ++t) total += acc[t * size + n * width + i];
-      y[n * width + k] = static_cast<T>(total);
+  float* from = acc.data();
+  for (const auto& sum : wanted) {
+    const int64_t width = sum.weight.width;
+    for (int64_t n = 0; n < tokens; ++n, from += width) {
+      for (int64_t t = 1; t < threads; ++t) add(from + t * size, width, from);
+      write(from, width, sum.bias, sum.base(n), sum.y + n * width);
     }
   }
+}
+
+// y[n] = Σ_c x[n, c] · Wᵀ[c] + bias over the listed columns c.
+template <typename T>
+void sums(
+    const T* x, int64_t inputs, int64_t tokens, const Lines<T>& weight, const List& columns,
+    const T* bias, T* y) {
+  const auto none = [](int64_t) -> const float* { return nullptr; };
+  sums(x, inputs, tokens, columns, std::vector<Sum<T, decltype(none)>>{{weight, bias, none, y}});
 }
 
 // Up to most_tokens tokens that share one weight and one pair of lists.
@@ -309,6 +353,7 @@ Tensor packed_product(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& rows,
     const MaybeTensor& columns) {
   const bool by_output = weight.stride(1) == 1;
+  if (by_output && !rows && !columns) return at::linear(x, weight, bias);
   Tensor part = weight, given = x;
   MaybeTensor plus = bias;
   const auto pick = [&](int64_t dim, const Tensor& list) {

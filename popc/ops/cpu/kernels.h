@@ -81,14 +81,6 @@ inline void widen(const T* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
 }
 
-// Which of n values stands at place i of what load_pair has ordered.
-template <typename T>
-inline int64_t value_at(int64_t i, int64_t n) {
-  const int64_t within = i % step;
-  if (!dealt<T> || i - within + step > n) return i;
-  return i - within + (within < lanes ? 2 * within : 2 * (within - lanes) + 1);
-}
-
 // f(0), ..., f(N - 1), unrolled: sums that a loop indexes would live in memory.
 template <int N, typename F>
 inline void each(const F& f) {
@@ -100,11 +92,13 @@ inline float sum(const Lanes& values) {
       [](Lanes a, Lanes b) { return a + b; }, values);
 }
 
-// A row's successor in the list is anywhere in memory: asked for while this row is read.
+// A row's successor in the list is anywhere in memory: `step` values of it are asked for while as
+// many of this row are read.
 template <typename T>
 inline void prefetch(const T* next, int64_t at) {
 #if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(next + at);
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < step; i += line) __builtin_prefetch(next + at + i);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// popc::threshold_linear on CPUs. See popc/ops/threshold.py for what it means.
+// popc::threshold_linear and popc::threshold_linears on CPUs. See popc/ops/threshold.py for what it means.
 
 #include <cmath>
 
@@ -25,94 +25,203 @@ struct Rows {
   }
 };
 
-// x - center without the channels that do not count; returns those that count for any token.
+// One token's x - center without the channels that do not count; `any` gains those that do.
+template <typename T, bool centered>
+void keep_row(
+    const T* __restrict x, const float* __restrict center, const float* __restrict norm,
+    float limit, int64_t inputs, T* __restrict kept, int32_t* __restrict any) {
+  for (int64_t c = 0; c < inputs; ++c) {
+    float value = static_cast<float>(x[c]);
+    if constexpr (centered) value -= center[c];
+    const bool counts = !(std::fabs(value) * norm[c] <= limit);  // a NaN counts
+    kept[c] = static_cast<T>(counts ? value : 0.0f);
+    any[c] |= counts;
+  }
+}
+
+// The same for all tokens; returns the channels that count for any of them.
 template <typename T>
 std::vector<int64_t> keep(
     const T* x, int64_t tokens, int64_t inputs, const float* norm, const Tensor& threshold,
     const Rows& centers, int64_t each, T* kept) {
-  std::vector<char> any(inputs, 0);
+  std::vector<int32_t> any(inputs, 0);
   const float* limits = threshold.const_data_ptr<float>();
   for (int64_t n = 0; n < tokens; ++n) {
     const float limit = limits[threshold.numel() > 1 ? n / each : 0];
     const float* center = centers.of(n / each);
-    for (int64_t c = 0; c < inputs; ++c) {
-      const float value = static_cast<float>(x[n * inputs + c]) - (center ? center[c] : 0.0f);
-      const bool counts = !(std::fabs(value) * norm[c] <= limit);
-      kept[n * inputs + c] = counts ? static_cast<T>(value) : T(0);
-      any[c] |= counts;
-    }
+    const auto row = center ? keep_row<T, true> : keep_row<T, false>;
+    row(x + n * inputs, center, norm, limit, inputs, kept + n * inputs, any.data());
   }
-  std::vector<int64_t> columns;
-  columns.reserve(inputs);
-  for (int64_t c = 0; c < inputs; ++c) {
-    if (any[c]) columns.push_back(c);
+  std::vector<int64_t> columns(inputs);
+  int64_t count = 0;
+  for (int64_t c = 0; c < inputs; ++c) {  // no branch: none could be foretold
+    columns[count] = c;
+    count += any[c];
   }
+  columns.resize(count);
   return columns;
+}
+
+// What linears of one input have in common.
+struct Given {
+  const Tensor& x;
+  const Tensor& norm;
+  const Tensor& threshold;
+  const MaybeTensor& center;
+  const MaybeTensor& base;  // of one linear after the other
+
+  int64_t inputs() const { return x.size(-1); }
+  int64_t tokens() const { return x.numel() / inputs(); }
+  int64_t sequences() const { return x.dim() > 1 ? x.size(0) : 1; }
+};
+
+struct Product {
+  Tensor weight;
+  MaybeTensor bias;
+  int64_t out_dim;
+
+  int64_t outputs() const { return weight.size(out_dim); }
+};
+
+void check(const Given& given, const std::vector<Product>& products) {
+  const Tensor& x = given.x;
+  TORCH_CHECK_TYPE(
+      given.norm.scalar_type() == at::kFloat && given.threshold.scalar_type() == at::kFloat,
+      "popc::threshold_linear: norm and threshold must be float32");
+  for (const Product& product : products) {
+    TORCH_CHECK_VALUE(
+        product.weight.dim() == 2 && x.dim() >= 1 && (product.out_dim == 0 || product.out_dim == 1),
+        "popc::threshold_linear takes x [..., K] and weights of two dims, not ", x.sizes(), " and ",
+        product.weight.sizes());
+    const int64_t inputs = product.weight.size(1 - product.out_dim);
+    TORCH_CHECK_VALUE(
+        x.size(-1) == inputs && given.norm.numel() == inputs, "popc::threshold_linear: x has ",
+        x.size(-1), " channels, norm ", given.norm.numel(), ", the weight ", inputs);
+    TORCH_CHECK_VALUE(
+        !product.bias || (product.bias->scalar_type() == x.scalar_type() &&
+                          product.bias->numel() == product.outputs()),
+        "popc::threshold_linear: the bias does not fit the weight");
+  }
+  TORCH_CHECK_VALUE(
+      given.threshold.numel() == 1 || (x.dim() > 1 && given.threshold.numel() == x.size(0)),
+      "popc::threshold_linear: ", given.threshold.numel(), " thresholds do not fit x ", x.sizes());
+}
+
+Tensor empty_output(const Given& given, int64_t outputs) {
+  auto sizes = given.x.sizes().vec();
+  sizes.back() = outputs;
+  return at::empty(sizes, given.x.options());
+}
+
+// One after the other by the reference, for types and layouts that no kernel is made for.
+std::vector<Tensor> by_reference(const Given& given, const std::vector<Product>& products) {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("popc::threshold_linear_reference", "")
+          .typed<Tensor(
+              const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
+              int64_t, const MaybeTensor&, const MaybeTensor&)>();
+  std::vector<Tensor> found;
+  int64_t at = 0;
+  for (const Product& product : products) {
+    MaybeTensor base;
+    if (given.base) base = given.base->narrow(-1, at, product.outputs());
+    at += product.outputs();
+    found.push_back(op.call(
+        given.x, product.weight, product.bias, given.norm, given.threshold, product.out_dim,
+        given.center, base));
+  }
+  return found;
+}
+
+// What counts is chosen once; its lines of all the weights are then read together.
+std::vector<Tensor> run(const Given& given, const std::vector<Product>& products) {
+  check(given, products);
+  int64_t outputs = 0;
+  bool served = given.x.numel() > 0;
+  for (const Product& product : products) {
+    outputs += product.outputs();
+    served = served && product.weight.numel() > 0 && is_served(given.x, product.weight);
+  }
+  const int64_t inputs = given.inputs(), sequences = given.sequences();
+  const Rows centers(given.center, inputs, sequences, "center");
+  const Rows bases(given.base, outputs, sequences, "base");
+  if (!served) return by_reference(given, products);
+  const Tensor x = given.x.contiguous(), norms = given.norm.contiguous();
+  const Tensor limits = given.threshold.contiguous();
+  const int64_t tokens = given.tokens(), each = tokens / sequences;
+  Tensor kept = at::empty(x.sizes(), x.options());
+  std::vector<Tensor> found, biases;
+  bool done = false;
+  by_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto columns = keep<T>(
+        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>(), limits, centers, each,
+        kept.data_ptr<T>());
+    const auto base_at = [&](int64_t at) {
+      return [&bases, each, at](int64_t n) {
+        const float* base = bases.of(n / each);
+        return base ? base + at : nullptr;
+      };
+    };
+    std::vector<Sum<T, decltype(base_at(0))>> wanted;
+    int64_t at = 0;
+    for (const Product& product : products) {
+      const Lines<T> lines = lines_of<T>(product.weight, product.out_dim);
+      if (lines.by_output || tokens > most_tokens) return;
+      if (product.bias) biases.push_back(product.bias->contiguous());
+      found.push_back(empty_output(given, product.outputs()));
+      wanted.push_back(
+          {lines, product.bias ? biases.back().const_data_ptr<T>() : nullptr, base_at(at),
+           found.back().data_ptr<T>()});
+      at += product.outputs();
+    }
+    const List chosen(columns.data(), columns.size(), inputs, "columns");
+    sums(kept.const_data_ptr<T>(), inputs, tokens, chosen, wanted);
+    done = true;
+  });
+  if (done) return found;
+  // More tokens than share a reading, or a weight that lies the other way: nothing left to save.
+  found.clear();
+  int64_t at = 0;
+  for (const Product& product : products) {
+    found.push_back(gather_linear(
+        kept, product.weight, product.bias, std::nullopt, std::nullopt, product.out_dim));
+    if (given.base) {
+      const Tensor base = given.base->narrow(1, at, product.outputs());
+      found.back().view({base.size(0), -1, product.outputs()}).add_(base.unsqueeze(1));
+    }
+    at += product.outputs();
+  }
+  return found;
 }
 
 Tensor threshold_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& norm,
     const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base) {
+  return run({x, norm, threshold, center, base}, {{weight, bias, out_dim}}).front();
+}
+
+std::vector<Tensor> threshold_linears(
+    const Tensor& x, at::TensorList weights, const c10::List<MaybeTensor>& biases,
+    const Tensor& norm, const Tensor& threshold, at::IntArrayRef out_dims,
+    const MaybeTensor& center, const MaybeTensor& base) {
   TORCH_CHECK_VALUE(
-      weight.dim() == 2 && x.dim() >= 1 && (out_dim == 0 || out_dim == 1),
-      "popc::threshold_linear takes x [..., K] and a weight of two dims, not ", x.sizes(), " and ",
-      weight.sizes());
-  const int64_t inputs = weight.size(1 - out_dim), outputs = weight.size(out_dim);
-  TORCH_CHECK_TYPE(
-      norm.scalar_type() == at::kFloat && threshold.scalar_type() == at::kFloat,
-      "popc::threshold_linear: norm and threshold must be float32");
-  TORCH_CHECK_VALUE(
-      x.size(-1) == inputs && norm.numel() == inputs, "popc::threshold_linear: x has ", x.size(-1),
-      " channels, norm ", norm.numel(), ", the weight ", inputs);
-  TORCH_CHECK_VALUE(
-      threshold.numel() == 1 || (x.dim() > 1 && threshold.numel() == x.size(0)),
-      "popc::threshold_linear: ", threshold.numel(), " thresholds do not fit x ", x.sizes());
-  TORCH_CHECK_VALUE(
-      !bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == outputs),
-      "popc::threshold_linear: the bias does not fit the weight");
-  const int64_t sequences = x.dim() > 1 ? x.size(0) : 1;
-  const Rows centers(center, inputs, sequences, "center"), bases(base, outputs, sequences, "base");
-  if (!is_served(x, weight) || x.numel() == 0 || weight.numel() == 0) {
-    static auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("popc::threshold_linear_reference", "")
-            .typed<Tensor(
-                const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-                int64_t, const MaybeTensor&, const MaybeTensor&)>();
-    return op.call(x, weight, bias, norm, threshold, out_dim, center, base);
+      !weights.empty() && weights.size() == biases.size() && weights.size() == out_dims.size(),
+      "popc::threshold_linears: ", weights.size(), " weights, ", biases.size(), " biases and ",
+      out_dims.size(), " out_dims do not go together");
+  std::vector<Product> products;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    products.push_back({weights[i], biases.get(i), out_dims[i]});
   }
-  const Tensor given = x.contiguous(), norms = norm.contiguous(), limits = threshold.contiguous();
-  const int64_t tokens = x.numel() / inputs;
-  const int64_t each = tokens / sequences;
-  Tensor kept = at::empty(x.sizes(), x.options());
-  auto sizes = x.sizes().vec();
-  sizes.back() = outputs;
-  Tensor y = at::empty(sizes, x.options());
-  bool done = false;
-  by_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const auto columns = keep<T>(
-        given.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>(), limits, centers,
-        each, kept.data_ptr<T>());
-    const Lines<T> lines = lines_of<T>(weight, out_dim);
-    if (lines.by_output || tokens > most_tokens) return;
-    const Tensor plus = bias ? bias->contiguous() : Tensor();
-    const List chosen(columns.data(), columns.size(), inputs, "columns");
-    sums(
-        kept.const_data_ptr<T>(), inputs, tokens, lines, chosen,
-        bias ? plus.const_data_ptr<T>() : nullptr, y.data_ptr<T>(),
-        [&](int64_t n) { return bases.of(n / each); });
-    done = true;
-  });
-  if (done) return y;
-  // More tokens than share a reading, or a weight that lies the other way: nothing left to save.
-  y = gather_linear(kept, weight, bias, std::nullopt, std::nullopt, out_dim);
-  if (base) y.view({base->size(0), -1, outputs}).add_(base->unsqueeze(1));
-  return y;
+  return run({x, norm, threshold, center, base}, products);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(popc, CPU, m) { m.impl("threshold_linear", threshold_linear); }
+TORCH_LIBRARY_IMPL(popc, CPU, m) {
+  m.impl("threshold_linear", threshold_linear);
+  m.impl("threshold_linears", threshold_linears);
+}
 
 }  // namespace popc
