@@ -26,9 +26,10 @@ from popc.config import Config
 from popc.errors import ConfigError, GraphError
 from popc.log import log_graph, logger
 from popc.passes.experts import can_flatten
-from popc.passes.layout import lay_out, read_as_stored
+from popc.passes.layout import lay_out
 from popc.passes.pack import has_kernel
 from popc.passes.packing import slot_of
+from popc.passes.stream import stream_linears
 from popc.resolve import resolve
 from popc.runtime import Compiled, CompiledGraph, Work
 from popc.watch import Interpreted
@@ -117,7 +118,7 @@ def popc_backend(
         len(plan.skipped),
     )
     if work.device is None:
-        if captured.runnable and read_as_stored(captured):
+        if captured.runnable and stream_linears(captured, decodes=False):
             return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
     measuring = functools.partial(

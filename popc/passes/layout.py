@@ -18,12 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from popc import compat
 from popc.analysis.capture import Captured
 from popc.analysis.inputs import Inputs
-from popc.analysis.linears import Linear, Weight, as_linear, is_view_of_weight
+from popc.analysis.linears import Linear, Weight, is_view_of_weight
 from popc.analysis.plan import Region
 from popc.log import logger
-from popc.ops import gather_linear
 from popc.ops.pages import collapse, page_out
-from popc.passes.emit import Emitter, finish
 
 aten = torch.ops.aten
 
@@ -46,7 +44,7 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[list[Tensor], 
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         held = captured.parameters[parameter]
-        lies = any(_lies_by(weight.node.meta["val"], dim) for weight, dim in uses)
+        lies = any(lies_by(weight.node.meta["val"], dim) for weight, dim in uses)
         if lies or not any(_turning_helps(weight, dim, held) for weight, dim in uses):
             # Where it lies for one of its lists, what another gained that one would lose.
             _claimed[held] = True
@@ -94,41 +92,9 @@ def _collapse(weights: Iterable[Tensor]) -> None:
             collapse(weight)
 
 
-def read_as_stored(captured: Captured) -> bool:
-    """Let plain linears whose weight lies by input channel run through popc's kernel on CPUs.
-
-    ATen's products of 16-bit floats with such a weight are slow on CPUs without instructions for
-    them (20 times slower and more were seen). Returns whether the graph changed.
-    """
-    changed = False
-    graph = captured.gm.graph
-    for node in list(graph.nodes):
-        linear = as_linear(node, captured) if node.op == "call_function" else None
-        if linear is None or linear.experts is not None or linear.y_dim != len(_shape(node)) - 1:
-            continue
-        value: Tensor = linear.weight.node.meta["val"]
-        if value.device.type != "cpu" or value.element_size() != 2:
-            continue
-        if _lies_by(value, linear.weight.out_dim) or not _lies_by(value, linear.weight.in_dim):
-            continue
-        with graph.inserting_before(node):
-            args = (linear.x, linear.weight.node, linear.bias, None, None, linear.weight.out_dim)
-            y = Emitter(captured, node).call(gather_linear, *args)
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
-        changed = True
-    if changed:
-        finish(captured)
-    return changed
-
-
 def turn(value: Tensor) -> Tensor:
     """``value``, its last two dims the other way round in memory."""
     return value.mT.contiguous().mT
-
-
-def _shape(node: fx.Node) -> Sequence[int]:
-    return node.meta["val"].shape
 
 
 def _uses(owner: Owner) -> list[tuple[Linear, int]]:
@@ -139,7 +105,7 @@ def _uses(owner: Owner) -> list[tuple[Linear, int]]:
     return made + [(linear, linear.weight.in_dim) for linear in owner.consumers]
 
 
-def _lies_by(value: Tensor, dim: int) -> bool:
+def lies_by(value: Tensor, dim: int) -> bool:
     """Whether the values of one index of ``dim`` (one of the last two) are neighbours."""
     other = 2 * value.dim() - 3 - dim
     return value.stride(other) == 1 or value.shape[other] == 1
@@ -151,10 +117,10 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _turning_helps(weight: Weight, dim: int, held: Tensor) -> bool:
-    if _lies_by(weight.node.meta["val"], dim) or held.dim() < 2:
+    if lies_by(weight.node.meta["val"], dim) or held.dim() < 2:
         return False
     turned = weight.replayed(turn(torch.empty_like(held, device="meta")))
-    return _lies_by(turned, dim)
+    return lies_by(turned, dim)
 
 
 def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> str | None:
