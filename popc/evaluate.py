@@ -77,13 +77,16 @@ def evaluate(
         for key, steps in session.reads.items() if session is not None else ():
             reads.setdefault(key, []).extend(steps)
         progress()
+    read = None
+    if plan is not None:
+        read = plan.read_share(compiled.popc_config, reads, pruned=compiled.popc_plan)
     continuation = windows.shape[1] - prompt
     tokens = windows.shape[0] * continuation
     return Quality(
         math.exp(loss / tokens),
         math.exp(dense_loss / tokens),
         same / tokens,
-        None if plan is None else plan.read_share(compiled.popc_config, reads),
+        read,
         windows.shape[0],
         prompt,
         continuation,

@@ -151,11 +151,15 @@ def test_without_a_gate_it_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down(torch.relu(self.up(x)))
 
-    twin = popc.compile(Plain().eval(), policy="staged", sparsity=0.5, codegen="eager")
+    model, x = Plain().eval(), torch.randn(1, 4, 16)
+    twin = popc.compile(model, policy="staged", sparsity=0.5, codegen="eager")
     with torch.no_grad(), pytest.warns(UserWarning, match="nothing to prune"):
-        twin(torch.randn(1, 4, 16))
+        twin(x)
     (refused,) = {skip.reason for skip in twin.popc_plan.skipped if skip.kind == "policy"}
     assert refused == "staged: its channels are no product of a gate's and another linear's"
+    plan = popc.analyze(model, (x,))
+    assert plan.read_share(twin.popc_config) < 1  # who only looks at the model can't know
+    assert plan.read_share(twin.popc_config, pruned=twin.popc_plan) == 1
 
 
 def test_the_factor_with_the_activation_is_the_gate() -> None:

@@ -9,7 +9,7 @@ import popc
 from popc import text
 from popc.models import load_model
 from tests.oracle import relative
-from tests.profiles import few
+from tests.profiles import THOROUGH, few
 from tests.test_oracle import oracle_run, run
 
 
@@ -35,6 +35,9 @@ def test_is_the_oracle_on_real_text(smollm2, candidate: float) -> None:
     """In float64, so that rounding does not decide between near-equal scores of 46,080 channels."""
     _, tokenizer = smollm2
     model, _ = load_model(dtype=torch.float64)
+    if not THOROUGH:
+        del model.model.layers[10:]
+        model.config.num_hidden_layers = 10
     ids = text.windows(tokenizer, 1, 80)
     config = popc.Config(policy="pop", sparsity=0.4, candidate=candidate, codegen="eager")
     torch._dynamo.reset()

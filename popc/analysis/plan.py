@@ -203,7 +203,12 @@ class Plan:
                 read += (1 - config.sparsity) * group.weight_bytes
         return read / dense if dense else 1.0
 
-    def read_share(self, config: Config, reads: Mapping[Any, Sequence[int]] | None = None) -> float:
+    def read_share(
+        self,
+        config: Config,
+        reads: Mapping[Any, Sequence[int]] | None = None,
+        pruned: Plan | None = None,
+    ) -> float:
         """The share of the weight bytes of all linears but the last that a decode step reads.
 
         For plans of :func:`popc.analyze`, which hold all linears.
@@ -211,25 +216,28 @@ class Plan:
         Args:
             reads: what was counted, as sessions hold it under ``Config(count=True)``: the channels
                 that groups of ``inputs`` read, step by step. Without it, what thresholds are for.
+            pruned: the plan of a twin that has run, without what it found it must leave dense.
         """
+        within = pruned or self
+        regions = {region.key for region in within.regions if region.by_units(config)}
+        contracted = {
+            group.key for group in within.inputs if config.policy_of(group.kind) == "contraction"
+        }
         dense = read = 0.0
         for region in self.regions:
-            by_units = region.by_units(config)
-            if region.experts or region.one_pass:
-                dense += region.weight_bytes  # which are in none of the inputs
-            if by_units:
-                read += region.decode_bytes(config)
-                read -= 0 if region.experts or region.one_pass else region.weight_bytes
-            elif region.experts or region.one_pass:
-                read += region.weight_bytes
+            alone = region.experts or region.one_pass  # its linears are in none of the inputs
+            whole = region.weight_bytes
+            dense += whole if alone else 0
+            read += whole if alone else 0
+            if region.key in regions:
+                read += region.decode_bytes(config) - whole
         for group in self.inputs:
             if group.kind == "head":
                 continue
             share = 1.0
-            if config.policy_of(group.kind) == "contraction":
+            if group.key in contracted:
                 steps = (reads or {}).get(group.key)
-                share = 1 - config.sparsity
-                share = sum(steps) / len(steps) / group.width if steps else share
+                share = sum(steps) / len(steps) / group.width if steps else 1 - config.sparsity
             dense += group.weight_bytes
             read += share * group.weight_bytes
         return read / dense if dense else 1.0
