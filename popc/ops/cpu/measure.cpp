@@ -1,6 +1,7 @@
 // popc::sum_squares, moments, centers and score_histogram on CPUs. See popc/ops/measure.py for what
 // they mean.
 
+#include <array>
 #include <cstring>
 #include <limits>
 
@@ -10,6 +11,7 @@ namespace {
 constexpr int shift = 21;
 constexpr int64_t bins = 1 << 10;
 constexpr double steady = 0.1;
+constexpr int64_t apart = 4;  // tables of a histogram
 
 void check_measured(const Tensor& x, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(
@@ -30,11 +32,12 @@ int64_t parts_for(int64_t values) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), values >> 14));
 }
 
-// add(to, value, channel) for each channel of each valid token of x [B, T, K]; `to` is the
-// sequence's row of `out`, or the only one. By channels, so that no thread adds into another's: the order of a sum is
-// always the same.
+// add(to, channel, Σ x, Σ x²) for each channel, over some valid tokens of x [B, T, K] at a time; `to`
+// is the sequence's row of `out`, or the only one. By channels, so that no thread adds into
+// another's: the order of a sum is always the same.
 template <typename F>
 void over_tokens(const Tensor& x, const MaybeTensor& valid, const Tensor& out, F&& add) {
+  constexpr int some = 8;  // tokens that are added up before they are added to memory
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   const int64_t rows = out.size(0), columns = out.size(1);
   const Tensor given = x.contiguous(), marks = valid ? valid->contiguous() : Tensor();
@@ -43,16 +46,33 @@ void over_tokens(const Tensor& x, const MaybeTensor& valid, const Tensor& out, F
   by_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* values = given.const_data_ptr<T>();
-    in_parts(width, parts_for(given.numel()), [&](int64_t first, int64_t last, int64_t) {
-      for (int64_t b = 0; b < batch; ++b) {
-        double* to = sums + (rows > 1 ? b * columns : 0);
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (counts && !counts[b * tokens + t]) continue;
-          const T* from = values + (b * tokens + t) * width;
-          for (int64_t i = first; i < last; ++i) add(to, static_cast<float>(from[i]), i);
-        }
+    std::vector<const T*> from;
+    const auto add_all = [&](auto many, int64_t t, int64_t first, int64_t last, double* to) {
+      for (int64_t i = first; i < last; ++i) {
+        double sum = 0.0, squares = 0.0;
+        each<decltype(many)::value>([&](auto n) {
+          const double value = static_cast<float>(from[t + n][i]);
+          sum += value;
+          squares += value * value;
+        });
+        add(to, i, sum, squares);
       }
-    });
+    };
+    for (int64_t b = 0; b < batch; ++b) {
+      from.clear();
+      for (int64_t t = b * tokens; t < (b + 1) * tokens; ++t) {
+        if (!counts || counts[t]) from.push_back(values + t * width);
+      }
+      const int64_t found = from.size();
+      double* to = sums + (rows > 1 ? b * columns : 0);
+      in_parts(width, parts_for(tokens * width), [&](int64_t first, int64_t last, int64_t) {
+        int64_t t = 0;
+        for (; t + some <= found; t += some) {
+          add_all(std::integral_constant<int, some>(), t, first, last, to);
+        }
+        for (; t < found; ++t) add_all(std::integral_constant<int, 1>(), t, first, last, to);
+      });
+    }
   });
 }
 
@@ -65,7 +85,8 @@ Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
     return squares.sum(1);
   }
   Tensor out = at::zeros({h.size(0), h.size(2)}, h.options().dtype(at::kDouble));
-  over_tokens(h, valid, out, [](double* to, double value, int64_t i) { to[i] += value * value; });
+  over_tokens(
+      h, valid, out, [](double* to, int64_t i, double, double squares) { to[i] += squares; });
   return out;
 }
 
@@ -81,9 +102,9 @@ Tensor moments(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& kno
                      : at::zeros({x.size(0), columns}, x.options().dtype(at::kDouble));
   over_tokens(
       is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid, out,
-      [width](double* to, double value, int64_t i) {
-        to[i] += value;
-        to[width + i] += value * value;
+      [width](double* to, int64_t i, double sum, double squares) {
+        to[i] += sum;
+        to[width + i] += squares;
       });
   Tensor count = out.select(1, 2 * width);
   if (!valid) {
@@ -115,6 +136,15 @@ Tensor centers(const Tensor& moments) {
   return out;
 }
 
+float sum_of(const float* values, int64_t n) {
+  Lanes found(0.0f);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) found = found + Lanes::loadu(values + i);
+  float total = sum(found);
+  for (; i < n; ++i) total += values[i];
+  return total;
+}
+
 Tensor score_histogram(
     const Tensor& x, const Tensor& norm, const Tensor& center, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(x.dim() == 3, "popc::score_histogram takes x [B, T, K], not ", x.sizes());
@@ -143,8 +173,8 @@ Tensor score_histogram(
       std::fill(found.begin(), found.end(), 0);
       const float* middle = means.const_data_ptr<float>() + (means.size(0) > 1 ? b * width : 0);
       in_parts(tokens, parts, [&](int64_t first, int64_t last, int64_t p) {
-        // Neighbours often share a bin: two tables, so that one addition need not wait for another.
-        std::vector<int32_t> even(bins), odd(bins);
+        // Neighbours often share a bin: tables apart, so that one addition need not wait for another.
+        std::vector<std::array<int32_t, bins + 16>> tables(apart);  // not a page apart
         std::vector<float> scores(width);
         for (int64_t t = first; t < last; ++t) {
           logs[t] = 0.0;
@@ -154,17 +184,23 @@ Tensor score_histogram(
             const float value = (static_cast<float>(from[c]) - middle[c]) * scale[c];
             scores[c] = value * value;
           }
-          float total = 0.0f;
-          for (int64_t c = 0; c < width; ++c) {
+          const auto note = [&](int64_t c, int64_t table) {
             uint32_t bits;
             std::memcpy(&bits, &scores[c], sizeof bits);
-            ++(c & 1 ? odd : even)[bits >> shift & (bins - 1)];
-            total += scores[c];
+            ++tables[table][bits >> shift & (bins - 1)];
+          };
+          int64_t c = 0;
+          for (; c + apart <= width; c += apart) {
+            for (int64_t i = 0; i < apart; ++i) note(c + i, i);
           }
+          for (; c < width; ++c) note(c, 0);
+          const float total = sum_of(scores.data(), width);
           const double ln = std::log(std::max(total, std::numeric_limits<float>::min()));
           logs[t] = std::isfinite(ln) ? ln : 0.0;
         }
-        for (int64_t i = 0; i < bins; ++i) found[p * bins + i] = int64_t(even[i]) + odd[i];
+        for (const auto& table : tables) {
+          for (int64_t i = 0; i < bins; ++i) found[p * bins + i] += table[i];
+        }
       });
       double* to = out.data_ptr<double>() + (means.size(0) > 1 ? b * (bins + 1) : 0);
       for (int64_t p = 0; p < parts; ++p) {
