@@ -274,6 +274,20 @@ def test_kernel_is_the_reference(dtype: torch.dtype, turned: bool, batch: int) -
     assert threshold_linear(x, weight, bias, norm, torch.tensor([6.0]), 0)[0].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 5, 8])
+def test_wide_linears_of_one_input_are_read_together(dtype, batch: int) -> None:
+    make = torch.Generator().manual_seed(batch)
+    x, norm = torch.randn(batch, 1, 37, generator=make).to(dtype), torch.ones(37)
+    weights = [torch.randn(37, n, generator=make).to(dtype).t() for n in (7001, 799)]
+    base, limit = torch.randn(1, 7800, generator=make), torch.tensor([0.5])
+    found = threshold_linears(x, weights, [None, None], norm, limit, [0, 0], None, base)
+    kept = x.float().where(x.abs() > 0.5, 0.0)
+    for y, weight, part in zip(found, weights, base.split([7001, 799], 1), strict=True):
+        expected = kept @ weight.float().t() + part
+        assert relative(y, expected) < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
 def test_a_line_that_is_not_read_counts_for_nothing() -> None:
     weight = torch.randn(72, 40).t()
     weight[:, 3] = float("nan")
