@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from popc.files import write_whole
 from popc.log import logger
 
 FOLDER = Path(__file__).parent / "cpu"
-_INCLUDE = '#include "kernels.h"\n'
+_OWN = re.compile(r'#include "\w+\.h"\n')
 
 
 def source() -> str:
     """All of it as one translation unit."""
-    names = ("kernels.h", "gather.cpp", "threshold.cpp", "select.cpp", "measure.cpp")
+    names = ("kernels.h", "lines.h", "gather.cpp", "threshold.cpp", "select.cpp", "measure.cpp")
     parts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
-    return "\n".join(parts).replace(_INCLUDE, "")
+    return _OWN.sub("", "\n".join(parts))
 
 
 @functools.cache

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "lines.h"
+
 namespace popc {
 namespace {
 

@@ -1,6 +1,9 @@
-// popc::threshold_linear and popc::threshold_linears on CPUs. See popc/ops/threshold.py for what it means.
+// popc::threshold_linear and popc::threshold_linears on CPUs. See popc/ops/threshold.py for what
+// they mean.
 
 #include <cmath>
+
+#include "lines.h"
 
 namespace popc {
 namespace {
