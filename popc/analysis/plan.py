@@ -225,12 +225,11 @@ class Plan:
         }
         dense = read = 0.0
         for region in self.regions:
-            alone = region.experts or region.one_pass  # its linears are in none of the inputs
-            whole = region.weight_bytes
-            dense += whole if alone else 0
-            read += whole if alone else 0
+            if region.experts or region.one_pass:  # whose linears are in none of the inputs
+                dense += region.weight_bytes
+                read += region.weight_bytes
             if region.key in regions:
-                read += region.decode_bytes(config) - whole
+                read += region.decode_bytes(config) - region.weight_bytes
         for group in self.inputs:
             if group.kind == "head":
                 continue

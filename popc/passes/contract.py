@@ -60,6 +60,8 @@ def contract_inputs(
     limits_in = add_input(captured, "popc_threshold", limits)
     center_in = add_input(captured, "popc_center", middles)
     base_in = add_input(captured, "popc_base", bases)
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    writes = [i for node, i in place.items() if writes_first(node)]
     done = 0
     read: list[fx.Node] = []
     for i, (group, (start, stop)) in enumerate(zip(groups, stretches(groups), strict=True)):
@@ -70,7 +72,7 @@ def contract_inputs(
             center = emit.call(aten.slice.Tensor, center_in, 1, start, stop)
             if counting:
                 read.append(emit.call(count_read, group.x, norm, limit, center))
-        for linears in _together(captured, group):
+        for linears in _together(group, place, writes):
             stop = done + sum(linear.outputs for linear in linears)
             with graph.inserting_before(linears[0].node):
                 emit = Emitter(captured, linears[0].node)
@@ -100,23 +102,27 @@ def _contract(emit: Emitter, x: fx.Node, linears: Sequence[Linear], *limits: fx.
         emit.change(linear.node, operator.getitem, results, i)
 
 
-def _together(captured: Captured, group: Inputs) -> list[list[Linear]]:
+def _together(
+    group: Inputs, place: dict[fx.Node, int], writes: Sequence[int]
+) -> list[list[Linear]]:
     """The group's linears, those together that one op can take: where the first of them stands.
 
     For that nothing may be written in between, and what they read must be there already, or be
     no more than a view of a parameter, which is then brought there. Triton has an op for each.
+
+    Args:
+        place: of each node in the graph; kept true for those that are brought elsewhere.
+        writes: the places at which something is written.
     """
     x = group.x.meta["val"]
     if served(threshold_linear, x, group.linears[0].weight.node.meta["val"]) != threshold_linear:
         return [[linear] for linear in group.linears]
-    nodes = list(captured.gm.graph.nodes)
-    place = {node: i for i, node in enumerate(nodes)}
     found = [[group.linears[0]]]
     for linear in group.linears[1:]:
         first = found[-1][0].node
         read = [*linear.weight.path, *([] if linear.bias is None else [linear.bias])]
         late = [node for node in read if place[node] > place[first]]
-        written = any(map(writes_first, nodes[place[first] : place[linear.node]]))
+        written = any(place[first] <= at < place[linear.node] for at in writes)
         if written or any(node not in linear.weight.path for node in late):
             found.append([linear])
             continue

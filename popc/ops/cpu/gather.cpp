@@ -70,9 +70,7 @@ Tensor product_in_float(const Tensor& x, const Tensor& weight, const MaybeTensor
     y.addmm_(flat.narrow(1, c, n), weight.narrow(1, c, n).to(at::kFloat).t());
   }
   if (bias) y.add_(*bias);
-  auto sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  return y.to(x.scalar_type()).view(sizes);
+  return y.to(x.scalar_type()).view(output_sizes(x, weight.size(0)));
 }
 
 // Many tokens with shared lists: what is listed is copied once, then it is a product as any other.
@@ -97,9 +95,7 @@ Tensor packed_product(
   const Tensor y = is_native(x.scalar_type()) ? at::linear(given, part, plus)
                                               : product_in_float(given, part, plus);
   if (!rows) return y;
-  auto sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  return at::zeros(sizes, x.options()).index_copy_(-1, *rows, y);
+  return at::zeros(output_sizes(x, weight.size(0)), x.options()).index_copy_(-1, *rows, y);
 }
 
 Tensor gather_linear(
@@ -147,9 +143,7 @@ Tensor gather_linear(
     return at::stack(parts);
   }
   const Tensor given = x.contiguous();
-  auto sizes = x.sizes().vec();
-  sizes.back() = outputs;
-  Tensor y = at::empty(sizes, x.options());
+  Tensor y = at::empty(output_sizes(x, outputs), x.options());
   const Tensor held_bias = bias ? bias->contiguous() : Tensor();
   by_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -256,6 +256,13 @@ void block(
   }
 }
 
+// The sizes of x with `outputs` in the last place.
+std::vector<int64_t> output_sizes(const Tensor& x, int64_t outputs) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  return sizes;
+}
+
 template <typename T>
 Lines<T> lines_of(const Tensor& weight, int64_t out_dim) {
   const int64_t in_dim = 1 - out_dim;

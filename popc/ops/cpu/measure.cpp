@@ -175,7 +175,7 @@ Tensor score_histogram(
       std::fill(found.begin(), found.end(), 0);
       const float* middle = means.const_data_ptr<float>() + (means.size(0) > 1 ? b * width : 0);
       in_parts(tokens, parts, [&](int64_t first, int64_t last, int64_t p) {
-        // Neighbours often share a bin: tables apart, so that one addition need not wait for another.
+        // Neighbours often share a bin: several tables, so that no addition waits for another.
         std::vector<std::array<int32_t, bins + 16>> tables(apart);  // not a page apart
         std::vector<float> scores(width);
         for (int64_t t = first; t < last; ++t) {

@@ -82,8 +82,12 @@ struct Product {
   Tensor weight;
   MaybeTensor bias;
   int64_t out_dim;
+  int64_t at = 0;  // where its part of the base begins: run() says
 
   int64_t outputs() const { return weight.size(out_dim); }
+  MaybeTensor part_of(const MaybeTensor& base) const {
+    return base ? MaybeTensor(base->narrow(-1, at, outputs())) : std::nullopt;
+  }
 };
 
 void check(const Given& given, const std::vector<Product>& products) {
@@ -110,12 +114,6 @@ void check(const Given& given, const std::vector<Product>& products) {
       "popc::threshold_linear: ", given.threshold.numel(), " thresholds do not fit x ", x.sizes());
 }
 
-Tensor empty_output(const Given& given, int64_t outputs) {
-  auto sizes = given.x.sizes().vec();
-  sizes.back() = outputs;
-  return at::empty(sizes, given.x.options());
-}
-
 // One after the other by the reference, for types and layouts that no kernel is made for.
 std::vector<Tensor> by_reference(const Given& given, const std::vector<Product>& products) {
   static auto op =
@@ -125,24 +123,21 @@ std::vector<Tensor> by_reference(const Given& given, const std::vector<Product>&
               const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
               int64_t, const MaybeTensor&, const MaybeTensor&)>();
   std::vector<Tensor> found;
-  int64_t at = 0;
   for (const Product& product : products) {
-    MaybeTensor base;
-    if (given.base) base = given.base->narrow(-1, at, product.outputs());
-    at += product.outputs();
     found.push_back(op.call(
         given.x, product.weight, product.bias, given.norm, given.threshold, product.out_dim,
-        given.center, base));
+        given.center, product.part_of(given.base)));
   }
   return found;
 }
 
 // What counts is chosen once; its lines of all the weights are then read together.
-std::vector<Tensor> run(const Given& given, const std::vector<Product>& products) {
+std::vector<Tensor> run(const Given& given, std::vector<Product> products) {
   check(given, products);
   int64_t outputs = 0;
   bool served = given.x.numel() > 0;
-  for (const Product& product : products) {
+  for (Product& product : products) {
+    product.at = outputs;
     outputs += product.outputs();
     served = served && product.weight.numel() > 0 && is_served(given.x, product.weight);
   }
@@ -168,16 +163,14 @@ std::vector<Tensor> run(const Given& given, const std::vector<Product>& products
       };
     };
     std::vector<Sum<T, decltype(base_at(0))>> wanted;
-    int64_t at = 0;
     for (const Product& product : products) {
       const Lines<T> lines = lines_of<T>(product.weight, product.out_dim);
       if (lines.by_output || tokens > most_tokens) return;
       if (product.bias) biases.push_back(product.bias->contiguous());
-      found.push_back(empty_output(given, product.outputs()));
+      found.push_back(at::empty(output_sizes(x, product.outputs()), x.options()));
       wanted.push_back(
-          {lines, product.bias ? biases.back().const_data_ptr<T>() : nullptr, base_at(at),
-           found.back().data_ptr<T>()});
-      at += product.outputs();
+          {lines, product.bias ? biases.back().const_data_ptr<T>() : nullptr,
+           base_at(product.at), found.back().data_ptr<T>()});
     }
     const List chosen(columns.data(), columns.size(), inputs, "columns");
     sums(kept.const_data_ptr<T>(), inputs, tokens, chosen, wanted);
@@ -186,15 +179,12 @@ std::vector<Tensor> run(const Given& given, const std::vector<Product>& products
   if (done) return found;
   // More tokens than share a reading, or a weight that lies the other way: nothing left to save.
   found.clear();
-  int64_t at = 0;
   for (const Product& product : products) {
     found.push_back(gather_linear(
         kept, product.weight, product.bias, std::nullopt, std::nullopt, product.out_dim));
-    if (given.base) {
-      const Tensor base = given.base->narrow(1, at, product.outputs());
-      found.back().view({base.size(0), -1, product.outputs()}).add_(base.unsqueeze(1));
+    if (const MaybeTensor base = product.part_of(given.base)) {
+      found.back().view({base->size(0), -1, product.outputs()}).add_(base->unsqueeze(1));
     }
-    at += product.outputs();
   }
   return found;
 }
