@@ -78,7 +78,7 @@ def unlike() -> list[Entry]:
     """The first of each kind in which the same is found, and refused; all with POPC_THOROUGH=1."""
     first: dict[tuple[object, ...], Entry] = {}
     for entry in ZOO:
-        first.setdefault((entry.kind, *map(bool, entry.found), bool(entry.refused)), entry)
+        first.setdefault((entry.kind, *map(bool, entry.found), any(entry.refused)), entry)
     return list(ZOO) if THOROUGH else list(first.values())
 
 
