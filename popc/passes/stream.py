@@ -23,7 +23,8 @@ def stream_linears(captured: Captured, decodes: bool) -> bool:
     """Let plain linears on CPUs run through popc's kernel, those that gain by it.
 
     Args:
-        decodes: whether the graph is one of decode steps: in no other are few rows streamed.
+        decodes: whether the graph is one of decode steps: where tokens and batch can't be told
+            apart, rows are then taken to be of one token each.
 
     Returns:
         Whether the graph changed.
@@ -61,18 +62,17 @@ def _lies_across(linear: Linear) -> bool:
 
 
 def _has_few_rows(linear: Linear, decodes: bool) -> bool:
-    """Whether a decode step's tokens share one reading of the weight.
+    """Whether x is of one token for each sequence, and all share one reading of the weight.
 
     On two cores with AVX-512, ATen's products with one row took 1.3 to 2.3 times as long as the
     kernel, with 4 or 8 rows 1.05 to 4 times. A batch size that is a symbol is taken for a small
     one; the kernel leaves more rows to ATen.
     """
-    if not decodes:
+    one = is_one_token(linear.x)
+    if not (decodes if one is None else one):
         return False
     types = {n.meta["val"].dtype for n in (linear.x, linear.weight.node, linear.node)}
     if len(types) > 1 or not types <= _SERVED or not native.load():
-        return False
-    if is_one_token(linear.x) is False:
         return False
     sizes = [size for size in shape(linear.x)[:-1] if isinstance(size, int)]
     return all(size <= _FEW for size in sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -40,8 +42,10 @@ def streamed(module: nn.Module, x: Tensor, decodes: bool = True) -> int:
     ("shape", "decodes", "expected"),
     [
         ((3, 1, 16), True, 2),
-        ((1, 16), True, 2),  # which axis is which does not show: the graph's kind decides
-        ((3, 1, 16), False, 0),
+        ((3, 1, 16), False, 2),
+        ((1, 16), False, 2),
+        ((3, 16), True, 2),  # which axis is which does not show: the graph's kind decides
+        ((3, 16), False, 0),
         ((1, 5, 16), True, 0),
         ((40, 1, 16), True, 0),
     ],
@@ -67,7 +71,11 @@ def test_without_kernels_none_are(monkeypatch) -> None:
     assert streamed(Two().eval(), torch.randn(1, 1, 16)) == 0
 
 
-def test_a_decode_step_reads_the_last_linear_so(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("sparsity", "last"),
+    [(0.4, 1), (0.0, 15)],  # what is not contracted: the head, or all of two layers too
+)
+def test_a_decode_step_reads_what_stays_dense_so(monkeypatch, sparsity: float, last: int) -> None:
     torch.compiler.reset()
     graphs: list[fx.Graph] = []
 
@@ -75,13 +83,20 @@ def test_a_decode_step_reads_the_last_linear_so(monkeypatch) -> None:
         graphs.append(gm.graph)
         return Interpreted(gm)
 
+    def count(graph: fx.Graph, op: object) -> int:
+        return len(graph.find_nodes(op="call_function", target=op))
+
     monkeypatch.setattr("popc.backend.Interpreted", noting)
-    twin = popc.compile(tiny_llama(), sparsity=0.4, codegen="eager")
+    model = tiny_llama()
+    twin = popc.compile(model, sparsity=sparsity, codegen="eager")
     ids = torch.arange(1, 12)[None]
     with torch.no_grad():
         cache = twin(ids, use_cache=True).past_key_values
-        twin(ids[:, :1], past_key_values=cache)
+        expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        got = twin(ids[:, :1], past_key_values=cache).logits
     prefill, decode = graphs
-    assert not prefill.find_nodes(op="call_function", target=gather_linear)
-    assert len(decode.find_nodes(op="call_function", target=gather_linear)) == 1
-    assert not decode.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert not count(prefill, gather_linear)
+    assert count(decode, gather_linear) == last
+    assert not count(decode, torch.ops.aten.linear.default)
+    if not sparsity:
+        assert relative(got, expected) < 1e-5
