@@ -22,7 +22,7 @@ from popc.config import Config
 from popc.log import log_graph, logger
 from popc.ops import served, threshold_linear
 from popc.partition import InputsState, Limits, RegionState
-from popc.passes.contract import add_histograms, contract_inputs, stretches
+from popc.passes.contract import add_measures, contract_inputs, stretches
 from popc.passes.decode import prune_regions
 from popc.passes.pack import has_kernel, pack_weights
 from popc.passes.packing import Slot
@@ -138,7 +138,7 @@ class CompiledGraph:
         if work.contracted:
             contract_inputs(captured, work.contracted, config.scope, config.count)
         if work.measured_inputs:
-            add_histograms(captured, work.measured_inputs, config.scope)
+            add_measures(captured, work.measured_inputs, config.scope)
         if work.measured:
             policies = [config.unit_policy(region.kind) for region in work.measured]
             add_statistics(captured, work.measured, policies, config.scope)
@@ -207,9 +207,10 @@ class CompiledGraph:
             if measures:
                 session.add(instance.prefill, self.scope, sums)
         if self.measured_inputs:
-            *outputs, counted, seen = outputs
+            count = 2 * len(self.measured_inputs)
+            outputs, measured = outputs[:-count], outputs[-count:]
             if measures:
-                session.add_histograms(instance.measured_inputs, self.scope, counted, seen)
+                session.add_measures(instance.measured_inputs, self.scope, measured)
         if self.contracted and self.counting:
             *outputs, read = outputs
             session.count(instance.contracted, read)

@@ -118,7 +118,7 @@ class Session:
     def moments(
         self, groups: Sequence[InputsState], scope: str, sequences: int, like: Tensor
     ) -> Tensor:
-        """``popc_moments`` of :func:`popc.passes.contract.add_histograms`: 0 before a prefill."""
+        """``popc_moments`` of :func:`popc.passes.contract.add_measures`: 0 before a prefill."""
         parts = []
         for group in groups:
             held = self._moments.get((group.key, scope))
@@ -128,22 +128,22 @@ class Session:
             parts.append(held)
         return torch.cat(parts, 1)
 
-    def add_histograms(
-        self, groups: Sequence[InputsState], scope: str, counted: Tensor, seen: Tensor
+    def add_measures(
+        self, groups: Sequence[InputsState], scope: str, measured: Sequence[Tensor]
     ) -> None:
-        """Add a prefill's histograms ``[S, G, BINS + 1]`` and let thresholds be renewed.
+        """Add a prefill's histograms and let thresholds be renewed.
 
         Args:
-            seen: the moments ``[S, Σ(2K + 1)]`` of all prefills, this one too.
+            measured: for each group the moments ``[S, 2K + 1]`` of all prefills, this one too, and
+                the histogram ``[S, BINS + 1]`` of this one.
         """
-        widths = [2 * group.demand.width + 1 for group in groups]
-        for group, piece in zip(groups, seen.detach().split(widths, 1), strict=True):
-            self._moments[group.key, scope] = piece.clone()
-        for group, piece in zip(groups, counted.detach().unbind(1), strict=True):
+        for group, seen, counted in zip(groups, measured[::2], measured[1::2], strict=True):
+            # Copies: the compiled graph may reuse the memory of its outputs.
+            self._moments[group.key, scope] = seen.detach().clone()
             before = self._histograms.get((group.key, scope))
-            if before is not None and before.shape == piece.shape:
-                piece = before + piece
-            self._histograms[group.key, scope] = piece.clone()
+            if before is None or before.shape != counted.shape:
+                before = torch.zeros_like(counted)
+            self._histograms[group.key, scope] = before + counted
             self._seen.update(group.weights)
         self._limits.clear()
 

@@ -21,14 +21,13 @@ from popc.budget import LEAST, Budget, Demand, allocate
 from popc.models import cache_keyword
 from popc.ops import (
     centers,
-    moments,
+    measure_inputs,
     native,
-    score_histogram,
     sum_squares,
     threshold_linear,
     threshold_linears,
 )
-from popc.ops.measure import BINS, _moments, _score_histogram, _sum_squares
+from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares
 from popc.ops.threshold import _threshold_linear
 from tests.models import tiny_llama
 from tests.oracle import relative
@@ -338,54 +337,66 @@ def test_lists_that_do_not_go_together_are_refused() -> None:
             threshold_linears(x, weights, biases, norm, torch.ones(1), dims)
 
 
+def measured(x: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Moments and histogram of all tokens of x ``[S, T, K]``."""
+    known = torch.zeros(len(x), 2 * x.shape[-1] + 1, dtype=torch.float64)
+    return measure_inputs(x, torch.ones(x.shape[-1]) if norm is None else norm, None, known)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_measuring_is_the_reference(dtype: torch.dtype) -> None:
-    x, norm = torch.randn(2, 37, 50).to(dtype), torch.rand(50)
+@pytest.mark.parametrize("tokens", [37, 3 * SAMPLE + 5])
+def test_measuring_is_the_reference(dtype: torch.dtype, tokens: int) -> None:
+    x, norm = torch.randn(2, tokens, 50).to(dtype), torch.rand(50)
     x[0, 3], x[1, 4, 7] = 0.0, float("inf")
-    valid = torch.rand(2, 37) > 0.3
+    valid = torch.rand(2, tokens) > 0.3
     valid[1, 4] = True
     x[0, 5], valid[0, 5] = float("nan"), False
-    center = torch.randn(2, 50) / 4
+    known = torch.zeros(2, 101, dtype=torch.float64)
+    known[1] = measured(torch.randn(1, 9, 50) + 1)[0]
     for mask in (None, valid):
-        expected = _score_histogram(x, norm, center, mask)
-        got = score_histogram(x, norm, center, mask)
-        assert torch.equal(got[:, :BINS], expected[:, :BINS])
-        torch.testing.assert_close(got[:, BINS], expected[:, BINS], rtol=1e-5, atol=1e-4)
+        moments, got = measure_inputs(x, norm, mask, known)
+        expected, counted = _measure_inputs(x, norm, mask, known)
+        torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(centers(moments), _centers(moments), equal_nan=True)
+        assert got[:, :BINS].sum(1).equal(counted[:, :BINS].sum(1))
+        moved = (got[:, :BINS].cumsum(1) - counted[:, :BINS].cumsum(1)).abs().max()
+        assert moved <= 3 * (tokens // SAMPLE or 1)  # roundings put a few into the next bin
+        torch.testing.assert_close(got[:, BINS], counted[:, BINS], rtol=1e-4, atol=1e-3)
         sums = sum_squares(x, mask)
         torch.testing.assert_close(sums, _sum_squares(x, mask), equal_nan=True)
-        torch.testing.assert_close(moments(x, mask), _moments(x, mask), equal_nan=True)
-        apart = score_histogram(x, norm, center[:1].expand(2, -1), mask)
-        together = score_histogram(x, norm, center[:1], mask)
-        torch.testing.assert_close(together, apart.sum(0, True), rtol=1e-12, atol=0)
-        both = moments(x, mask, torch.zeros(1, 101, dtype=torch.float64))
-        torch.testing.assert_close(both, _moments(x, mask).sum(0, True), equal_nan=True)
     assert sum_squares(x, valid)[0].isfinite().all()
-    counted = score_histogram(x, norm, center, valid)[:, :BINS].sum(1)
-    assert counted.tolist() == (valid.sum(1) * 50).tolist()
+    found = valid.sum(1)
+    every = (found // SAMPLE).clamp(min=1)
+    assert got[:, :BINS].sum(1).tolist() == (found // every * every * 50).tolist()
+
+
+def test_of_a_long_prompt_each_nth_token_is_counted() -> None:
+    x = torch.randn(1, 4 * SAMPLE + 2, 8)
+    x[:, 3::4] = 0.0
+    moments, histogram = measured(x)
+    assert histogram[0, 0] == 4 * SAMPLE * 8  # all that is counted is 0
+    assert moments[0, -1] == len(x[0])
+    torch.testing.assert_close(moments[0, :8], x[0].double().sum(0), rtol=1e-5, atol=1e-4)
+    assert measured(x[:, : 2 * SAMPLE - 1])[1][0, 1:BINS].sum() > 0  # of fewer, each
 
 
 def test_centers_are_means_of_what_is_steady() -> None:
     x = torch.randn(1, 400, 3)
     x[..., 1] += 2.0
     x[:, 7, 2] = 1e3  # one outsized token lifts a mean to 2.5
-    found = centers(moments(x, None))
+    found = centers(measured(x)[0])
     assert found[0, [0, 2]].tolist() == [0.0, 0.0]
     assert float(found[0, 1]) == pytest.approx(float(x[..., 1].mean()), rel=1e-5)
-    assert centers(moments(x[:, :1], None)).tolist() == [[0.0] * 3]  # one token has no variance
+    assert centers(measured(x[:, :1])[0]).tolist() == [[0.0] * 3]  # one token has no variance
     x[0, 0, 1] = float("nan")
-    assert centers(moments(x, None))[0, 1] == 0.0
+    assert centers(measured(x)[0])[0, 1] == 0.0
 
 
 def test_thresholds_are_quantiles() -> None:
     make = torch.Generator().manual_seed(0)
     x = [torch.randn(1, 300, 64, generator=make), torch.randn(1, 300, 128, generator=make) ** 3]
     norms = [torch.rand(value.shape[-1], generator=make) for value in x]
-    histograms = torch.cat(
-        [
-            score_histogram(value, norm, torch.zeros(1, len(norm)), None)
-            for value, norm in zip(x, norms, strict=True)
-        ]
-    )
+    histograms = torch.cat([measured(value, norm)[1] for value, norm in zip(x, norms, strict=True)])
     demands = [Demand(64, 1000, "a"), Demand(128, 3000, "b")]
     for share in (0.2, 0.5, 0.8):
         found = allocate(histograms, demands, Budget(share))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
-from popc.ops.measure import centers, moments, score_histogram, sum_squares
+from popc.ops.measure import centers, measure_inputs, sum_squares
 from popc.ops.select import select_units
 from popc.ops.threshold import count_read, threshold_linear, threshold_linears
 
@@ -22,8 +22,7 @@ __all__ = [
     "count_read",
     "gather_experts",
     "gather_linear",
-    "moments",
-    "score_histogram",
+    "measure_inputs",
     "select_units",
     "served",
     "sum_squares",

@@ -92,6 +92,10 @@ def _threshold_linears(
     center: Tensor | None = None,
     base: Tensor | None = None,
 ) -> list[Tensor]:
+    given = len(weights), len(biases), len(out_dims)
+    if not all(given) or len(set(given)) > 1:
+        counts = "{} weights, {} biases and {} out_dims".format(*given)
+        raise ValueError(f"popc::threshold_linears: {counts} do not go together")
     outputs = [weight.shape[dim] for weight, dim in zip(weights, out_dims, strict=True)]
     bases = [None] * len(outputs) if base is None else base.split(outputs, -1)
     return [

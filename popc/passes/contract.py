@@ -23,10 +23,8 @@ from popc.analysis.tokens import Mask, rows_of
 from popc.analysis.walk import shape
 from popc.analysis.writes import writes_first
 from popc.ops import (
-    centers,
     count_read,
-    moments,
-    score_histogram,
+    measure_inputs,
     served,
     threshold_linear,
     threshold_linears,
@@ -133,15 +131,12 @@ def _together(
     return found
 
 
-def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> None:
-    """Append two outputs: what was measured of each group.
+def add_measures(captured: Captured, groups: Sequence[Inputs], scope: str) -> None:
+    """Append two outputs for each group: moments and a histogram, by ``popc::measure_inputs``.
 
-    - float64 ``[S, G, BINS + 1]``, its :func:`popc.ops.score_histogram`; S is 1 for
-      ``scope="batch"`` and the batch size for ``"sequence"``.
-    - float64 ``[S, Σ(2K + 1)]``, its :func:`popc.ops.moments`, of this call and all before.
-
-    The graph gains the inputs ``popc_scale``, as :func:`contract_inputs` has it, and
-    ``popc_moments``, those of the calls before.
+    Its S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. The graph gains the
+    inputs ``popc_scale``, as :func:`contract_inputs` has it, and ``popc_moments``, those of the
+    calls before, float64 ``[S, Σ(2K + 1)]``, group by group.
     """
     graph = captured.gm.graph
     output = graph.output_node()
@@ -153,25 +148,21 @@ def add_histograms(captured: Captured, groups: Sequence[Inputs], scope: str) -> 
         before = torch.empty((lead, size), dtype=torch.float64, device=device)
     before_in = add_input(captured, "popc_moments", before)
     memo: dict[Mask, fx.Node] = {}
-    found: list[fx.Node] = []
-    seen: list[fx.Node] = []
     done = 0
     for group, (start, stop) in zip(groups, stretches(groups), strict=True):
         valid = emit_valid_rows(captured, group.x, output, memo)
         with graph.inserting_before(output):
             emit = Emitter(captured, group.x)
             norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
-            sizes = _by_sequence(emit, group.x)
+            sizes = [1, -1] if scope == "batch" else _by_sequence(emit, group.x)
             rows = emit.call(aten.reshape.default, group.x, [*sizes, group.width])
             if valid is not None:
                 valid = emit.call(aten.reshape.default, valid, sizes)
             known = emit.call(aten.slice.Tensor, before_in, 1, done, done + 2 * group.width + 1)
             done += 2 * group.width + 1
-            seen.append(emit.call(moments, rows, valid, known))
-            middle = emit.call(centers, seen[-1])
-            found.append(emit.call(score_histogram, rows, norm, middle, valid))
-    append_output(captured, aten.stack.default, found, 1)
-    append_output(captured, aten.cat.default, seen, 1)
+            measured = emit.call(measure_inputs, rows, norm, valid, known)
+        for i in range(2):
+            append_output(captured, operator.getitem, measured, i)
     finish(captured)
 
 

@@ -1,7 +1,7 @@
-// popc::sum_squares, moments, centers and score_histogram on CPUs. See popc/ops/measure.py for what
-// they mean.
+// popc::sum_squares, centers and measure_inputs on CPUs. See popc/ops/measure.py for what they mean.
 
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -13,7 +13,11 @@ namespace {
 constexpr int shift = 21;
 constexpr int64_t bins = 1 << 10;
 constexpr double steady = 0.1;
-constexpr int64_t apart = 4;  // tables of a histogram
+constexpr int64_t sample = 256;  // tokens whose scores are counted, or nearly twice as many
+constexpr int64_t apart = 4;     // tables of a histogram
+constexpr int at_once = 8;       // tokens that are added up before they are added to memory
+
+using Counts = std::array<int32_t, bins + 16>;  // tables are not a page apart
 
 void check_measured(const Tensor& x, const MaybeTensor& valid) {
   TORCH_CHECK_VALUE(
@@ -21,11 +25,15 @@ void check_measured(const Tensor& x, const MaybeTensor& valid) {
       "popc: valid must be bool [B, T] for ", x.sizes());
 }
 
-// run(first, last, part) for `parts` shares of `size`, in parallel.
+// run(first, last, part) for `parts` shares of the channels, in parallel: no thread adds into
+// another's, and the order of a sum over tokens is always the same.
 template <typename F>
-void in_parts(int64_t size, int64_t parts, F&& run) {
+void in_parts(int64_t width, int64_t parts, F&& run) {
+  const auto edge = [&](int64_t p) {
+    return p == parts ? width : width / lanes * p / parts * lanes;
+  };
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) run(size * p / parts, size * (p + 1) / parts, p);
+    for (int64_t p = begin; p < end; ++p) run(edge(p), edge(p + 1), p);
   });
 }
 
@@ -34,46 +42,28 @@ int64_t parts_for(int64_t values) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), values >> 14));
 }
 
-// add(to, channel, Σ x, Σ x²) for each channel, over some valid tokens of x [B, T, K] at a time; `to`
-// is the sequence's row of `out`, or the only one. By channels, so that no thread adds into
-// another's: the order of a sum is always the same.
+// The tokens of x [T, K] that count: all, or those marked.
+template <typename T>
+std::vector<const T*> valid_rows(const T* x, int64_t tokens, int64_t width, const bool* marks) {
+  std::vector<const T*> rows;
+  rows.reserve(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!marks || marks[t]) rows.push_back(x + t * width);
+  }
+  return rows;
+}
+
+// run(s, rows) for each sequence of x [S, T, K].
 template <typename F>
-void over_tokens(const Tensor& x, const MaybeTensor& valid, const Tensor& out, F&& add) {
-  constexpr int some = 8;  // tokens that are added up before they are added to memory
-  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
-  const int64_t rows = out.size(0), columns = out.size(1);
+void by_sequence(const Tensor& x, const MaybeTensor& valid, F&& run) {
+  const int64_t tokens = x.size(1), width = x.size(2);
   const Tensor given = x.contiguous(), marks = valid ? valid->contiguous() : Tensor();
-  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
-  double* sums = out.data_ptr<double>();
   by_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* values = given.const_data_ptr<T>();
-    std::vector<const T*> from;
-    const auto add_all = [&](auto many, int64_t t, int64_t first, int64_t last, double* to) {
-      for (int64_t i = first; i < last; ++i) {
-        double sum = 0.0, squares = 0.0;
-        each<decltype(many)::value>([&](auto n) {
-          const double value = static_cast<float>(from[t + n][i]);
-          sum += value;
-          squares += value * value;
-        });
-        add(to, i, sum, squares);
-      }
-    };
-    for (int64_t b = 0; b < batch; ++b) {
-      from.clear();
-      for (int64_t t = b * tokens; t < (b + 1) * tokens; ++t) {
-        if (!counts || counts[t]) from.push_back(values + t * width);
-      }
-      const int64_t found = from.size();
-      double* to = sums + (rows > 1 ? b * columns : 0);
-      in_parts(width, parts_for(tokens * width), [&](int64_t first, int64_t last, int64_t) {
-        int64_t t = 0;
-        for (; t + some <= found; t += some) {
-          add_all(std::integral_constant<int, some>(), t, first, last, to);
-        }
-        for (; t < found; ++t) add_all(std::integral_constant<int, 1>(), t, first, last, to);
-      });
+    for (int64_t s = 0; s < x.size(0); ++s) {
+      const bool* of = valid ? marks.const_data_ptr<bool>() + s * tokens : nullptr;
+      const T* from = given.const_data_ptr<T>() + s * tokens * width;
+      run(s, valid_rows(from, tokens, width, of));
     }
   });
 }
@@ -86,35 +76,39 @@ Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
     if (valid) squares.masked_fill_(valid->unsqueeze(-1).logical_not(), 0.0);
     return squares.sum(1);
   }
-  Tensor out = at::zeros({h.size(0), h.size(2)}, h.options().dtype(at::kDouble));
-  over_tokens(
-      h, valid, out, [](double* to, int64_t i, double, double squares) { to[i] += squares; });
+  const int64_t width = h.size(2);
+  Tensor out = at::zeros({h.size(0), width}, h.options().dtype(at::kDouble));
+  by_sequence(h, valid, [&](int64_t b, const auto& rows) {
+    double* to = out.data_ptr<double>() + b * width;
+    const int64_t found = rows.size();
+    const auto add = [&](auto many, int64_t t, int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        double squares = 0.0;
+        each<decltype(many)::value>([&](auto n) {
+          const double value = static_cast<float>(rows[t + n][i]);
+          squares += value * value;
+        });
+        to[i] += squares;
+      }
+    };
+    in_parts(width, parts_for(found * width), [&](int64_t first, int64_t last, int64_t) {
+      int64_t t = 0;
+      for (; t + at_once <= found; t += at_once) {
+        add(std::integral_constant<int, at_once>(), t, first, last);
+      }
+      for (; t < found; ++t) add(std::integral_constant<int, 1>(), t, first, last);
+    });
+  });
   return out;
 }
 
-Tensor moments(const Tensor& x, const MaybeTensor& valid, const MaybeTensor& known) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "popc::moments takes x [B, T, K], not ", x.sizes());
-  check_measured(x, valid);
-  const int64_t width = x.size(2), columns = 2 * width + 1;
-  TORCH_CHECK_VALUE(
-      !known || (known->scalar_type() == at::kDouble && known->dim() == 2 &&
-                 known->size(1) == columns && (known->size(0) == 1 || known->size(0) == x.size(0))),
-      "popc::moments: known must be float64 [1 or B, 2K + 1]");
-  Tensor out = known ? known->clone(at::MemoryFormat::Contiguous)
-                     : at::zeros({x.size(0), columns}, x.options().dtype(at::kDouble));
-  over_tokens(
-      is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid, out,
-      [width](double* to, int64_t i, double sum, double squares) {
-        to[i] += sum;
-        to[width + i] += squares;
-      });
-  Tensor count = out.select(1, 2 * width);
-  if (!valid) {
-    count.add_(out.size(0) == x.size(0) ? x.size(1) : x.size(0) * x.size(1));
-  } else {
-    count.add_(out.size(0) == x.size(0) ? valid->sum(1) : valid->sum());
+void compute_centers(
+    const double* sums, const double* squares, double count, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double mean = sums[i] / count;
+    const double variance = (squares[i] - sums[i] * mean) / (count - 1.0);
+    to[i] = mean * mean > steady * variance ? static_cast<float>(mean) : 0.0f;
   }
-  return out;
 }
 
 Tensor centers(const Tensor& moments) {
@@ -126,101 +120,191 @@ Tensor centers(const Tensor& moments) {
   Tensor out = at::empty({moments.size(0), width}, moments.options().dtype(at::kFloat));
   for (int64_t s = 0; s < moments.size(0); ++s) {
     const double* sums = given.const_data_ptr<double>() + s * moments.size(1);
-    const double* squares = sums + width;
-    const double count = squares[width];
-    float* to = out.data_ptr<float>() + s * width;
-    for (int64_t i = 0; i < width; ++i) {
-      const double mean = sums[i] / count;
-      const double variance = (squares[i] - sums[i] * mean) / (count - 1.0);
-      to[i] = mean * mean > steady * variance ? static_cast<float>(mean) : 0.0f;
-    }
+    compute_centers(sums, sums + width, sums[2 * width], width, out.data_ptr<float>() + s * width);
   }
   return out;
 }
 
-float sum_of(const float* values, int64_t n) {
-  Lanes found(0.0f);
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) found = found + Lanes::loadu(values + i);
-  float total = sum(found);
-  for (; i < n; ++i) total += values[i];
-  return total;
+// Where value i of what load_pair made of a row stands in the row, of `size` values.
+template <typename T>
+int64_t place_of(int64_t i, int64_t size) {
+  if (!dealt<T> || i >= size / step * step) return i;
+  const int64_t j = i % step;
+  return i - j + (j < lanes ? 2 * j : 2 * (j - lanes) + 1);
 }
 
-Tensor score_histogram(
-    const Tensor& x, const Tensor& norm, const Tensor& center, const MaybeTensor& valid) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "popc::score_histogram takes x [B, T, K], not ", x.sizes());
-  check_measured(x, valid);
-  TORCH_CHECK_VALUE(
-      norm.scalar_type() == at::kFloat && norm.numel() == x.size(2),
-      "popc::score_histogram: norm must be float32 [K]");
-  TORCH_CHECK_VALUE(
-      center.scalar_type() == at::kFloat && center.dim() == 2 && center.size(1) == x.size(2) &&
-          (center.size(0) == 1 || center.size(0) == x.size(0)),
-      "popc::score_histogram: center must be float32 [B, K] or [1, K]");
-  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
-  const Tensor given = (is_served_type(x.scalar_type()) ? x : x.to(at::kFloat)).contiguous();
-  const Tensor norms = norm.contiguous(), marks = valid ? valid->contiguous() : Tensor();
-  const Tensor means = center.contiguous();
-  const bool* counts = valid ? marks.const_data_ptr<bool>() : nullptr;
-  const float* scale = norms.const_data_ptr<float>();
-  Tensor out = at::zeros({center.size(0), bins + 1}, x.options().dtype(at::kDouble));
-  by_type(given.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* values = given.const_data_ptr<T>();
-    const int64_t parts = parts_for(given.numel());
-    std::vector<int64_t> found(parts * bins);
-    std::vector<double> logs(tokens);
-    for (int64_t b = 0; b < batch; ++b) {
-      std::fill(found.begin(), found.end(), 0);
-      const float* middle = means.const_data_ptr<float>() + (means.size(0) > 1 ? b * width : 0);
-      in_parts(tokens, parts, [&](int64_t first, int64_t last, int64_t p) {
-        // Neighbours often share a bin: several tables, so that no addition waits for another.
-        std::vector<std::array<int32_t, bins + 16>> tables(apart);  // not a page apart
-        std::vector<float> scores(width);
-        for (int64_t t = first; t < last; ++t) {
-          logs[t] = 0.0;
-          if (counts && !counts[b * tokens + t]) continue;
-          const T* from = values + (b * tokens + t) * width;
-          for (int64_t c = 0; c < width; ++c) {
-            const float value = (static_cast<float>(from[c]) - middle[c]) * scale[c];
-            scores[c] = value * value;
-          }
-          const auto note = [&](int64_t c, int64_t table) {
-            uint32_t bits;
-            std::memcpy(&bits, &scores[c], sizeof bits);
-            ++tables[table][bits >> shift & (bins - 1)];
-          };
-          int64_t c = 0;
-          for (; c + apart <= width; c += apart) {
-            for (int64_t i = 0; i < apart; ++i) note(c + i, i);
-          }
-          for (; c < width; ++c) note(c, 0);
-          const float total = sum_of(scores.data(), width);
-          const double ln = std::log(std::max(total, std::numeric_limits<float>::min()));
-          logs[t] = std::isfinite(ln) ? ln : 0.0;
-        }
-        for (const auto& table : tables) {
-          for (int64_t i = 0; i < bins; ++i) found[p * bins + i] += table[i];
-        }
+// The channels `first` to `first + size`, as one thread measures them: all in the order of load_pair.
+template <typename T>
+class Measured {
+ public:
+  Measured(const double* moments, const float* norm, int64_t width, int64_t first, int64_t size)
+      : first_(first), size_(size), norm_(size), center_(size), scratch_(2 * size), sums_(size),
+        squares_(size) {
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t c = first + place_of<T>(i, size);
+      norm_[i] = norm[c];
+      sums_[i] = moments[c];
+      squares_[i] = moments[width + c];
+    }
+  }
+
+  void add(const std::vector<const T*>& rows) {
+    constexpr int most = 16;
+    const int64_t found = rows.size();
+    int64_t t = 0;
+    for (; t + most <= found; t += most) add<most>(rows.data() + t);
+    for (; t < found; ++t) add<1>(rows.data() + t);
+  }
+
+  void find_centers(double count, double* moments, int64_t width) {
+    compute_centers(sums_.data(), squares_.data(), count, size_, center_.data());
+    for (int64_t i = 0; i < size_; ++i) {
+      const int64_t c = first_ + place_of<T>(i, size_);
+      moments[c] = sums_[i];
+      moments[width + c] = squares_[i];
+    }
+  }
+
+  // Counts the scores of one token in `tables`; their sum.
+  float count(const T* row, Counts* tables) {
+    const T* from = row + first_;
+    float* const scores = scratch_.data();
+    Lanes total(0.0f);
+    int64_t i = 0;
+    const auto score = [&](const Lanes& value) {
+      const Lanes moved = (value - Lanes::loadu(&center_[i])) * Lanes::loadu(&norm_[i]);
+      const Lanes squared = moved * moved;
+      squared.store(scores + i);
+      total = total + squared;
+      i += lanes;
+    };
+    while (i + step <= size_) {
+      const auto [low, high] = load_pair(from + i);
+      score(low);
+      score(high);
+    }
+    float rest = 0.0f;
+    for (; i < size_; ++i) {
+      const float moved = (static_cast<float>(from[i]) - center_[i]) * norm_[i];
+      rest += scores[i] = moved * moved;
+    }
+    // Neighbours often share a bin: several tables, so that no addition waits for another.
+    const auto note = [&](int64_t at, Counts& table) {
+      uint32_t bits;
+      std::memcpy(&bits, scores + at, sizeof bits);
+      ++table[bits >> shift & (bins - 1)];
+    };
+    for (i = 0; i + apart <= size_; i += apart) {
+      each<apart>([&](auto n) { note(i + n, tables[n]); });
+    }
+    for (; i < size_; ++i) note(i, tables[0]);
+    return sum(total) + rest;
+  }
+
+ private:
+  // N tokens are added up in float32 before they are added to what is kept.
+  template <int N>
+  void add(const T* const* rows) {
+    const T* from[N];
+    each<N>([&](auto n) { from[n] = rows[n] + first_; });
+    float* const sum = scratch_.data();
+    float* const square = sum + size_;
+    int64_t i = 0;
+    for (; i + step <= size_; i += step) {
+      Lanes low(0.0f), high(0.0f), low2(0.0f), high2(0.0f);
+      each<N>([&](auto n) {
+        const auto [a, b] = load_pair(from[n] + i);
+        low = low + a;
+        high = high + b;
+        low2 = at::vec::fmadd(a, a, low2);
+        high2 = at::vec::fmadd(b, b, high2);
       });
-      double* to = out.data_ptr<double>() + (means.size(0) > 1 ? b * (bins + 1) : 0);
-      for (int64_t p = 0; p < parts; ++p) {
-        for (int64_t i = 0; i < bins; ++i) to[i] += found[p * bins + i];
+      low.store(sum + i);
+      high.store(sum + i + lanes);
+      low2.store(square + i);
+      high2.store(square + i + lanes);
+    }
+    for (; i < size_; ++i) {
+      sum[i] = square[i] = 0.0f;
+      for (int n = 0; n < N; ++n) {
+        const float value = static_cast<float>(from[n][i]);
+        sum[i] += value;
+        square[i] += value * value;
       }
-      for (int64_t t = 0; t < tokens; ++t) to[bins] += logs[t];
+    }
+    double* __restrict sums = sums_.data();
+    double* __restrict squares = squares_.data();
+    for (i = 0; i < size_; ++i) sums[i] += sum[i];
+    for (i = 0; i < size_; ++i) squares[i] += square[i];
+  }
+
+  int64_t first_, size_;
+  std::vector<float> norm_, center_, scratch_;
+  std::vector<double> sums_, squares_;
+};
+
+// One sequence: adds to its moments [2K + 1], and counts its scores into [bins + 1].
+template <typename T>
+void measure(
+    const std::vector<const T*>& rows, int64_t width, const float* norm, double* moments,
+    double* histogram) {
+  const int64_t found = rows.size(), every = std::max<int64_t>(1, found / sample);
+  const int64_t counted = found / every, parts = parts_for(found * width);
+  std::vector<Counts> tables(parts * apart, Counts{});
+  std::vector<float> totals(parts * counted);
+  const double count = moments[2 * width] += found;
+  in_parts(width, parts, [&](int64_t first, int64_t last, int64_t p) {
+    Measured<T> part(moments, norm, width, first, last - first);
+    part.add(rows);
+    part.find_centers(count, moments, width);
+    for (int64_t j = 0; j < counted; ++j) {
+      totals[p * counted + j] = part.count(rows[(j + 1) * every - 1], &tables[p * apart]);
     }
   });
-  return out;
+  std::fill_n(histogram, bins + 1, 0.0);
+  for (const Counts& table : tables) {
+    for (int64_t i = 0; i < bins; ++i) histogram[i] += static_cast<double>(table[i] * every);
+  }
+  for (int64_t j = 0; j < counted; ++j) {
+    float total = 0.0f;
+    for (int64_t p = 0; p < parts; ++p) total += totals[p * counted + j];
+    const double ln = std::log(std::max(total, std::numeric_limits<float>::min()));
+    if (std::isfinite(ln)) histogram[bins] += ln * static_cast<double>(every);
+  }
+}
+
+std::tuple<Tensor, Tensor> measure_inputs(
+    const Tensor& x, const Tensor& norm, const MaybeTensor& valid, const Tensor& known) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "popc::measure_inputs takes x [S, T, K], not ", x.sizes());
+  check_measured(x, valid);
+  const int64_t sequences = x.size(0), width = x.size(2);
+  TORCH_CHECK_VALUE(
+      norm.scalar_type() == at::kFloat && norm.numel() == width,
+      "popc::measure_inputs: norm must be float32 [K]");
+  TORCH_CHECK_VALUE(
+      known.scalar_type() == at::kDouble && known.dim() == 2 && known.size(0) == sequences &&
+          known.size(1) == 2 * width + 1,
+      "popc::measure_inputs: known must be float64 [S, 2K + 1]");
+  const Tensor scale = norm.contiguous();
+  Tensor moments = known.clone(at::MemoryFormat::Contiguous);
+  Tensor histogram = at::empty({sequences, bins + 1}, known.options());
+  by_sequence(
+      is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid,
+      [&](int64_t s, const auto& rows) {
+        measure(
+            rows, width, scale.const_data_ptr<float>(),
+            moments.data_ptr<double>() + s * (2 * width + 1),
+            histogram.data_ptr<double>() + s * (bins + 1));
+      });
+  return {moments, histogram};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(popc, CPU, m) {
   m.impl("sum_squares", sum_squares);
-  m.impl("moments", moments);
   m.impl("centers", centers);
-  m.impl("score_histogram", score_histogram);
+  m.impl("measure_inputs", measure_inputs);
 }
 
 }  // namespace popc
