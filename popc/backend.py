@@ -29,7 +29,7 @@ from popc.passes.experts import can_flatten
 from popc.passes.layout import lay_out
 from popc.passes.pack import has_kernel
 from popc.passes.packing import slot_of
-from popc.passes.stream import stream_linears
+from popc.passes.quicken import quicken
 from popc.resolve import resolve
 from popc.runtime import Compiled, CompiledGraph, Work
 from popc.watch import Interpreted
@@ -118,7 +118,7 @@ def popc_backend(
         len(plan.skipped),
     )
     if work.device is None:
-        if captured.runnable and stream_linears(captured, decodes=False):
+        if captured.runnable and quicken(captured, decodes=False):
             return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
     measuring = functools.partial(

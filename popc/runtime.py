@@ -27,7 +27,7 @@ from popc.passes.decode import prune_regions
 from popc.passes.pack import has_kernel, pack_weights
 from popc.passes.packing import Slot
 from popc.passes.prefill import add_statistics
-from popc.passes.stream import stream_linears
+from popc.passes.quicken import quicken
 from popc.policies import Counts
 from popc.state import Session
 from popc.templates import InputsTemplate, Template, held
@@ -146,7 +146,7 @@ class CompiledGraph:
             self.packing = prune_regions(captured, work.pruned, config.scope)
         assert work.device is not None
         self.packer = None if has_kernel(work.device) else pack_weights(captured)
-        stream_linears(captured, decodes=work.prunes and not self.begins)
+        quicken(captured, decodes=work.prunes and not self.begins)
         added = [n for n in captured.gm.graph.nodes if n.op == "placeholder"][count:]
         log_graph("rewritten", captured.gm)
         self.run = generate(captured.gm, [*example_inputs, *(n.meta["val"] for n in added)])

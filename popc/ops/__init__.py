@@ -13,11 +13,13 @@ from torch import Tensor
 
 from popc.ops import triton_gather
 from popc.ops.gather import gather_experts, gather_linear
+from popc.ops.mask import additive_mask
 from popc.ops.measure import centers, measure_inputs, sum_squares
 from popc.ops.select import select_units
 from popc.ops.threshold import count_read, threshold_linear, threshold_linears
 
 __all__ = [
+    "additive_mask",
     "centers",
     "count_read",
     "gather_experts",

@@ -1,0 +1,76 @@
+"""Mask pass: what attentions of many layers add to their scores for one mask is made once.
+
+Inductor makes these ``T · S`` numbers for each layer anew, and where it fuses that with a sum over
+the mask, as a prefill's statistics need it, holds those of all layers at the same time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from popc.analysis.capture import Captured
+from popc.analysis.labels import same_size
+from popc.analysis.walk import argument, shape
+from popc.analysis.writes import writes_first
+from popc.ops import additive_mask
+from popc.passes.emit import Emitter, finish
+
+aten = torch.ops.aten
+
+
+def share_masks(captured: Captured) -> bool:
+    """Give attentions of many tokens that share a mask of bools, on CPUs, one mask of numbers.
+
+    Returns:
+        Whether the graph changed.
+    """
+    graph = captured.gm.graph
+    attention = aten.scaled_dot_product_attention.default
+    readers: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=attention):
+        mask, value = argument(node, "attn_mask"), node.meta["val"]
+        if not isinstance(mask, fx.Node) or value.device.type != "cpu":
+            continue
+        if mask.meta["val"].dtype is torch.bool and not same_size(shape(node)[-2], 1):
+            readers[_unexpanded(mask), value.dtype].append(node)
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    writes = [place[node] for node in graph.nodes if writes_first(node) and _may_be_mask(node)]
+    shared = {
+        key: nodes
+        for key, nodes in readers.items()
+        if len(nodes) > 1 and not any(place[nodes[0]] < at < place[nodes[-1]] for at in writes)
+    }
+    for (mask, dtype), nodes in shared.items():
+        with graph.inserting_before(nodes[0]):
+            added = Emitter(captured, mask).call(additive_mask, mask, dtype)
+        for node in nodes:
+            _set_mask(node, added)
+    if shared:
+        finish(captured)
+    return bool(shared)
+
+
+def _may_be_mask(node: fx.Node) -> bool:
+    """Whether what ``node`` writes to may be bools, under whatever type it sees them."""
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.element_size() == 1
+
+
+def _unexpanded(mask: fx.Node) -> fx.Node:
+    """What it is an expansion of: an attention expands its mask itself."""
+    while mask.target is aten.expand.default:
+        source = mask.all_input_nodes[0]
+        if len(shape(source)) < 2:
+            break
+        mask = source
+    return mask
+
+
+def _set_mask(node: fx.Node, mask: fx.Node) -> None:
+    if "attn_mask" in node.kwargs:
+        node.kwargs = {**node.kwargs, "attn_mask": mask}
+    else:
+        node.args = (*node.args[:3], mask, *node.args[4:])
