@@ -96,6 +96,7 @@ def popc_backend(
     _leave(plan, lambda region: _costs_more(region, config), "costs more")
     rewritten = _laid_out(captured, plan, config)
     if rewritten is None:  # what was captured is out of date: weights lie otherwise now
+        del captured, plan  # compilation is when memory peaks
         return popc_backend(
             gm,
             example_inputs,

@@ -101,7 +101,8 @@ class CompiledGraph:
         measuring: Callable[..., Compiled] | None,
         on_plan: Callable[[Plan], None] | None,
     ) -> None:
-        self.gm, self.measuring = gm, measuring
+        self.gm = gm if work.prunes else None  # for a dense twin
+        self.measuring = measuring
         self.on_plan = on_plan
         self.scope, self.counting = config.scope, config.count
         self.budget = config.contraction_budget
@@ -323,7 +324,7 @@ class CompiledGraph:
         It measures as a prefill does: the first token of an empty cache is all the prompt there is.
         """
         if self._dense is None:
-            assert self.measuring is not None  # a graph that measures prunes nothing
+            assert self.gm is not None and self.measuring is not None  # what measures only is dense
             self._dense = torch.compile(self.gm, backend=self.measuring)
         return self._dense
 

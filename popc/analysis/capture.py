@@ -7,6 +7,7 @@ every parameter is a graph input, and ``node.meta["val"]`` holds a fake tensor.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Captured:
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Re-trace a Dynamo graph; call it inside a Dynamo backend, where its fake mode is known."""
+    _intern_traces(gm.graph)
     mode = compat.dynamo_fake_mode()
     fakes = [compat.fakify(mode, value) for value in example_inputs]
     return _trace(gm, fakes, example_inputs, mode)
@@ -111,8 +113,24 @@ def _trace(
     # What nothing reads must not count against a channel: attention weights averaged in vain, say.
     gm.graph.eliminate_dead_code()
     _drop_inplace(gm)
+    _slim(gm.graph)
     held = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
     return Captured(gm, parameters, mode, not any(map(compat.is_trace_only, held)))
+
+
+def _slim(graph: fx.Graph) -> None:
+    """Hold less of what only a compiler asks for: plans keep their graphs."""
+    _intern_traces(graph)
+    for node in graph.nodes:
+        for key in ("from_node", "tensor_meta", "source_fn_stack", "original_aten", "seq_nr"):
+            node.meta.pop(key, None)
+
+
+def _intern_traces(graph: fx.Graph) -> None:
+    """Stack traces are texts of kilobytes, the same in all layers."""
+    for node in graph.nodes:
+        if "stack_trace" in node.meta:
+            node.meta["stack_trace"] = sys.intern(node.meta["stack_trace"])
 
 
 def _drop_inplace(gm: fx.GraphModule) -> None:
