@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -69,12 +68,17 @@ def compile(
     by_sequence = config.scope == "sequence"
     warned = False
 
+    def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        before = compat.graph_breaks()
+        out = compat.call_compiled(in_session, compiled, args, kwargs, base, by_sequence)
+        _note_breaks(plan, before)
+        return out
+
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
-        grad = torch.is_grad_enabled() and _wants_grad(twin, args, kwargs)
-        with torch.set_grad_enabled(grad), _noting_breaks(plan):
-            out = compat.call_compiled(in_session, compiled, args, kwargs, base, by_sequence)
+        frees = torch.is_grad_enabled() and not _wants_grad(twin, args, kwargs)
+        out = (torch.no_grad()(call) if frees else call)(args, kwargs)
         if not warned and not plan.regions and not plan.inputs and plan.skipped:
             warned = True
             warnings.warn(
@@ -170,11 +174,8 @@ def _backend(config: Config, plan: Plan) -> Callable[..., Any]:
     return backend
 
 
-@contextlib.contextmanager
-def _noting_breaks(plan: Plan) -> Iterator[None]:
-    """Add the graph breaks that Dynamo meets meanwhile to ``plan``."""
-    before = compat.graph_breaks()
-    yield
+def _note_breaks(plan: Plan, before: Mapping[str, int]) -> None:
+    """Add the graph breaks that Dynamo met since it had counted ``before`` to ``plan``."""
     after = compat.graph_breaks()
     if after != before:
         new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
@@ -246,9 +247,10 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
 
         return run
 
-    with _noting_breaks(plan):
-        try:
-            compat.compile_alone(model.forward, backend)(*args, **kwargs)
-        except Exception as error:
-            raise ModelError(f"the model fails on these inputs: {error}") from error
+    before = compat.graph_breaks()
+    try:
+        compat.compile_alone(model.forward, backend)(*args, **kwargs)
+    except Exception as error:
+        raise ModelError(f"the model fails on these inputs: {error}") from error
+    _note_breaks(plan, before)
     return plan

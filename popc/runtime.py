@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -121,6 +122,8 @@ class CompiledGraph:
             slot.region.one_pass for slot in work.pruned
         )
         self.weights = sorted({i for template in templates for i in template.weights})
+        # One more, as of a single place this would give no tuple; and at each token a loop is slow.
+        self._weights_of = itemgetter(*self.weights, self.weights[0])
         self._instances: dict[tuple[int, ...], _Instance] = {}
         self._last: tuple[tuple[int, ...], _Instance] | None = None
         self._alive: list[weakref.ref[Any]] = []
@@ -157,8 +160,8 @@ class CompiledGraph:
         by_tensors = session is None
         if session is None:
             session = self._session_of(args)
-        with torch.no_grad():
-            outputs = self._run(args, session)
+        run = torch.no_grad()(self._run) if torch.is_grad_enabled() else self._run
+        outputs = run(args, session)
         if by_tensors:
             self._touch(session, args, outputs)
         return outputs
@@ -273,7 +276,7 @@ class CompiledGraph:
         if self._changes != weights.changes():
             self._changes, self._last = weights.changes(), None
             self._instances.clear()
-        ids = tuple([id(args[i]) for i in self.weights])
+        ids = tuple(map(id, self._weights_of(args)))
         if self._last is not None and self._last[0] == ids:
             return self._last[1]
         key = tuple(identity(args[i]) for i in self.weights)
