@@ -62,7 +62,8 @@ def _centers(moments: Tensor) -> Tensor:
     sums, squares = moments[:, :-1].chunk(2, -1)
     mean = sums / count
     variance = (squares - sums * mean) / (count - 1)
-    return torch.where(mean.square() > STEADY * variance, mean, 0.0).float()  # NaN is not steady
+    steady = (mean.square() > STEADY * variance) & (count > 1)  # NaN is not
+    return torch.where(steady, mean, 0.0).float()
 
 
 def _measure_inputs(

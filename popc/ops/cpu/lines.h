@@ -116,12 +116,12 @@ void dots(
   });
 }
 
-// Sums of scaled lines `columns[first:last]` into acc [tokens, width].
-template <typename T, int N>
-void add_lines(
+// Sums of scaled lines `columns[first:last]` into acc [tokens, width], R of them side by side; the
+// first not done.
+template <typename T, int N, int R>
+int64_t add_lines(
     const T* x, int64_t inputs, const Lines<T>& weight, const List& columns, int64_t first,
     int64_t last, float* acc) {
-  constexpr int R = 4;
   float scale[R][most_tokens];
   const T* rows[R];
   const T* next[R];
@@ -135,13 +135,7 @@ void add_lines(
     }
     add_scaled<T, N, R>(rows, next, scale, weight.width, acc);
   }
-  for (; i < last; ++i) {
-    rows[0] = next[0] = weight.line(columns[i]);
-    for (int n = 0; n < N; ++n) {
-      scale[0][n] = static_cast<float>(x[n * inputs + columns[i]]);
-    }
-    add_scaled<T, N, 1>(rows, next, scale, weight.width, acc);
-  }
+  return i;
 }
 
 void add(const float* __restrict from, int64_t n, float* __restrict to) {
@@ -196,7 +190,9 @@ void sums(
         const int64_t last = columns.count * (t + 1) / threads;
         float* to = acc.data() + t * size;
         for (const auto& sum : wanted) {
-          add_lines<T, N>(x, inputs, sum.weight, columns, first, last, to);
+          int64_t i = first;
+          i = add_lines<T, N, rows_added<N>>(x, inputs, sum.weight, columns, i, last, to);
+          add_lines<T, N, 1>(x, inputs, sum.weight, columns, i, last, to);
           to += N * sum.weight.width;
         }
       }

@@ -107,7 +107,8 @@ void compute_centers(
   for (int64_t i = 0; i < n; ++i) {
     const double mean = sums[i] / count;
     const double variance = (squares[i] - sums[i] * mean) / (count - 1.0);
-    to[i] = mean * mean > steady * variance ? static_cast<float>(mean) : 0.0f;
+    const bool keeps = count > 1.0 && mean * mean > steady * variance;
+    to[i] = keeps ? static_cast<float>(mean) : 0.0f;
   }
 }
 
