@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,17 +69,14 @@ def compile(
     by_sequence = config.scope == "sequence"
     warned = False
 
-    def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        before = compat.graph_breaks()
-        out = compat.call_compiled(in_session, compiled, args, kwargs, base, by_sequence)
-        _note_breaks(plan, before)
-        return out
-
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
+        before = compat.graph_breaks()
         frees = torch.is_grad_enabled() and not _wants_grad(twin, args, kwargs)
-        out = (torch.no_grad()(call) if frees else call)(args, kwargs)
+        with torch.no_grad() if frees else nullcontext():
+            out = compat.call_compiled(in_session, compiled, args, kwargs, base, by_sequence)
+        _note_breaks(plan, before)
         if not warned and not plan.regions and not plan.inputs and plan.skipped:
             warned = True
             warnings.warn(

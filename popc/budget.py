@@ -60,7 +60,7 @@ class Budget:
 def allocate(histograms: Tensor, demands: Sequence[Demand], budget: Budget) -> Allocation:
     """Thresholds for G groups, whose scores were counted, float64 ``[G, BINS + 1]``.
 
-    See :func:`popc.ops.measure`.
+    See :mod:`popc.ops.measure`.
     """
     curves = _Curves(histograms, demands)
     share = budget.share

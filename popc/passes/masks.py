@@ -29,28 +29,28 @@ def share_masks(captured: Captured) -> bool:
     """
     graph = captured.gm.graph
     attention = aten.scaled_dot_product_attention.default
-    readers: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = defaultdict(list)
+    readers: dict[tuple[fx.Node, torch.dtype], dict[fx.Node, fx.Node]] = defaultdict(dict)
     for node in graph.find_nodes(op="call_function", target=attention):
         mask, value = argument(node, "attn_mask"), node.meta["val"]
         if not isinstance(mask, fx.Node) or value.device.type != "cpu":
             continue
         if mask.meta["val"].dtype is torch.bool and not same_size(shape(node)[-2], 1):
-            readers[_unexpanded(mask), value.dtype].append(node)
+            readers[_unexpanded(mask), value.dtype][node] = mask
     place = {node: i for i, node in enumerate(graph.nodes)}
     writes = [place[node] for node in graph.nodes if writes_first(node) and _may_be_mask(node)]
-    shared = {
-        key: nodes
-        for key, nodes in readers.items()
-        if len(nodes) > 1 and not any(place[nodes[0]] < at < place[nodes[-1]] for at in writes)
-    }
-    for (mask, dtype), nodes in shared.items():
+    changed = False
+    for (mask, dtype), masks in readers.items():
+        nodes = list(masks)
+        if len(nodes) < 2 or any(place[nodes[0]] < at < place[nodes[-1]] for at in writes):
+            continue
         with graph.inserting_before(nodes[0]):
             added = Emitter(captured, mask).call(additive_mask, mask, dtype)
-        for node in nodes:
-            _set_mask(node, added)
-    if shared:
+        for node, given in masks.items():
+            node.replace_input_with(given, added)
+        changed = True
+    if changed:
         finish(captured)
-    return bool(shared)
+    return changed
 
 
 def _may_be_mask(node: fx.Node) -> bool:
@@ -67,10 +67,3 @@ def _unexpanded(mask: fx.Node) -> fx.Node:
             break
         mask = source
     return mask
-
-
-def _set_mask(node: fx.Node, mask: fx.Node) -> None:
-    if "attn_mask" in node.kwargs:
-        node.kwargs = {**node.kwargs, "attn_mask": mask}
-    else:
-        node.args = (*node.args[:3], mask, *node.args[4:])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from popc.analysis.capture import capture_module
 from popc.analysis.inputs import find_inputs
 from popc.ops import threshold_linear, threshold_linears
-from popc.passes.contract import contract_inputs, stretches
+from popc.ops.measure import BINS
+from popc.passes.contract import add_measures, contract_inputs, stretches
 from tests.passes.checks import assert_meta_is_true
 
 
@@ -79,3 +80,31 @@ def test_is_the_module_with_masked_inputs(module: type[Three], together: list[in
     expected = model(kept).detach()
     expected[..., 13:] += base[0, 13:]
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_is_measured_as_one_sequence() -> None:
+    torch.manual_seed(0)
+    model, x = Three().eval(), torch.randn(3, 7, 16)
+
+    def measured(scope: str) -> list[Tensor]:
+        captured = capture_module(model, (x,))
+        groups = find_inputs(captured, [])
+        add_measures(captured, groups, scope)
+        width, lead = stretches(groups)[-1][1], 1 if scope == "batch" else 3
+        # Where so much is known, no mean is steady: all centers are 0.
+        known = torch.zeros(lead, 2 * width + 1, dtype=torch.float64)
+        known[:, width:] = 1e9
+        y, moments, histogram = assert_meta_is_true(
+            captured.gm,
+            model,
+            x,
+            torch.rand(width, generator=torch.Generator().manual_seed(1)),
+            known,
+        )
+        torch.testing.assert_close(y, model(x).detach())
+        return [moments - known, histogram]
+
+    for together, apart in zip(measured("batch"), measured("sequence"), strict=True):
+        assert (len(together), len(apart)) == (1, 3)
+        torch.testing.assert_close(together, apart.sum(0, True), rtol=1e-9, atol=1e-5)
+    assert together[:, :BINS].sum() == x.numel()

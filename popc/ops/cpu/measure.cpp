@@ -15,7 +15,6 @@ constexpr int64_t bins = 1 << 10;
 constexpr double steady = 0.1;
 constexpr int64_t sample = 256;  // tokens whose scores are counted, or nearly twice as many
 constexpr int64_t apart = 4;     // tables of a histogram
-constexpr int at_once = 8;       // tokens that are added up before they are added to memory
 
 using Counts = std::array<int32_t, bins + 16>;  // tables are not a page apart
 
@@ -53,6 +52,14 @@ std::vector<const T*> valid_rows(const T* x, int64_t tokens, int64_t width, cons
   return rows;
 }
 
+// run(N, t) for each N tokens from t on, then run(1, t) for each of the rest.
+template <int N, typename F>
+void in_blocks(int64_t tokens, F&& run) {
+  int64_t t = 0;
+  for (; t + N <= tokens; t += N) run(std::integral_constant<int, N>(), t);
+  for (; t < tokens; ++t) run(std::integral_constant<int, 1>(), t);
+}
+
 // run(s, rows) for each sequence of x [S, T, K].
 template <typename F>
 void by_sequence(const Tensor& x, const MaybeTensor& valid, F&& run) {
@@ -81,22 +88,17 @@ Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
   by_sequence(h, valid, [&](int64_t b, const auto& rows) {
     double* to = out.data_ptr<double>() + b * width;
     const int64_t found = rows.size();
-    const auto add = [&](auto many, int64_t t, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        double squares = 0.0;
-        each<decltype(many)::value>([&](auto n) {
-          const double value = static_cast<float>(rows[t + n][i]);
-          squares += value * value;
-        });
-        to[i] += squares;
-      }
-    };
     in_parts(width, parts_for(found * width), [&](int64_t first, int64_t last, int64_t) {
-      int64_t t = 0;
-      for (; t + at_once <= found; t += at_once) {
-        add(std::integral_constant<int, at_once>(), t, first, last);
-      }
-      for (; t < found; ++t) add(std::integral_constant<int, 1>(), t, first, last);
+      in_blocks<8>(found, [&](auto many, int64_t t) {
+        for (int64_t i = first; i < last; ++i) {
+          double squares = 0.0;
+          each<decltype(many)::value>([&](auto n) {
+            const double value = static_cast<float>(rows[t + n][i]);
+            squares += value * value;
+          });
+          to[i] += squares;
+        }
+      });
     });
   });
   return out;
@@ -150,11 +152,9 @@ class Measured {
   }
 
   void add(const std::vector<const T*>& rows) {
-    constexpr int most = 16;
-    const int64_t found = rows.size();
-    int64_t t = 0;
-    for (; t + most <= found; t += most) add<most>(rows.data() + t);
-    for (; t < found; ++t) add<1>(rows.data() + t);
+    in_blocks<16>(rows.size(), [&](auto many, int64_t t) {
+      add<decltype(many)::value>(rows.data() + t);
+    });
   }
 
   void find_centers(double count, double* moments, int64_t width) {
