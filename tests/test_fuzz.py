@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -203,6 +204,36 @@ def test_measures(data: st.DataObject, dtype: torch.dtype) -> None:
     moved = (got[:, :BINS].cumsum(1) - counted[:, :BINS].cumsum(1)).abs().max() if batch else 0
     assert moved <= max(1, length // SAMPLE)
     torch.testing.assert_close(got[:, BINS], counted[:, BINS], rtol=1e-4, atol=1e-3)
+
+
+@st.composite
+def masks(draw: st.DrawFn, *shape: int, dtype: torch.dtype) -> Tensor | None:
+    """Of bools or of numbers, some of them -inf; of full size, or the same along some dims."""
+    if draw(st.booleans()):
+        return None
+    sizes = [1 if draw(st.booleans()) else size for size in shape]
+    made = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    seen = torch.rand(sizes, generator=made) < draw(st.sampled_from([0.0, 0.1, 0.9, 1.0]))
+    if draw(st.booleans()):
+        return seen
+    return torch.randn(sizes, generator=made).to(dtype).masked_fill(~seen, -torch.inf)
+
+
+@given(st.data(), st.sampled_from(list(DTYPES)))
+@examples(120, 3000)
+def test_attend(data: st.DataObject, dtype: torch.dtype) -> None:
+    batch, groups = data.draw(st.integers(1, 3), "batch"), data.draw(st.integers(1, 3), "groups")
+    heads = groups * data.draw(st.integers(1, 11), "queries")
+    keys = data.draw(st.integers(1, 140), "keys")
+    inner, outer = (data.draw(st.integers(1, 70), name) for name in ("inner", "outer"))
+    q = data.draw(tensors(batch, heads, 1, inner, dtype=dtype), "q")
+    k = data.draw(tensors(batch, groups, keys, inner, dtype=dtype), "k")
+    v = data.draw(tensors(batch, groups, keys, outer, dtype=dtype), "v")
+    mask = data.draw(masks(batch, heads, 1, keys, dtype=dtype), "mask")
+    seen = mask if mask is None or mask.dtype is torch.bool else mask.double()
+    k64, v64 = (t.double().repeat_interleave(heads // groups, 1) for t in (k, v))
+    expected = F.scaled_dot_product_attention(q.double(), k64, v64, seen)
+    close(ops.attend(q, k, v, mask), expected, dtype)
 
 
 @given(st.data())

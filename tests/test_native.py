@@ -199,8 +199,9 @@ def test_a_build_that_fails_is_a_warning_and_the_reference_serves(monkeypatch) -
 QUICK = Path(__file__).parent / "quick-c++"
 PORTABLE = """
 import pytest, sys
-sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "tests/test_native.py", "-k",
-                      "gather_experts or answer or sums or empty"]))
+sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "tests/test_native.py",
+                      "tests/test_attend.py", "-k",
+                      "gather_experts or answer or sums or empty or attention"]))
 """
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from operator import getitem
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -14,6 +15,20 @@ def writes_first(node: fx.Node) -> bool:
     """Whether ``node`` writes to its first argument."""
     alias = _first_alias(node)
     return alias is not None and alias.is_write
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` may write to some argument; what tells nothing of that, as another graph,
+    may."""
+    if node.op != "call_function" or node.target is getitem:
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema.is_mutable) if schema is not None else not _is_symbolic(node)
+
+
+def _is_symbolic(node: fx.Node) -> bool:
+    """Whether it computes a size, by a function of Python's."""
+    return not isinstance(node.meta.get("val"), torch.Tensor | tuple | list | None)
 
 
 def views_first(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from popc.ops import triton_gather
+from popc.ops.attend import attend
 from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.mask import additive_mask
 from popc.ops.measure import centers, measure_inputs, sum_squares
@@ -20,6 +21,7 @@ from popc.ops.threshold import count_read, threshold_linear, threshold_linears
 
 __all__ = [
     "additive_mask",
+    "attend",
     "centers",
     "count_read",
     "gather_experts",

@@ -25,7 +25,8 @@ _OWN = re.compile(r'#include "\w+\.h"\n')
 
 def source() -> str:
     """All of it as one translation unit."""
-    names = ("kernels.h", "lines.h", "gather.cpp", "threshold.cpp", "select.cpp", "measure.cpp")
+    kernels = ("gather", "threshold", "select", "measure", "attend")
+    names = ("kernels.h", "lines.h", *(f"{kernel}.cpp" for kernel in kernels))
     parts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
     return _OWN.sub("", "\n".join(parts))
 

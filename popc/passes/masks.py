@@ -21,11 +21,11 @@ from popc.passes.emit import Emitter, finish
 aten = torch.ops.aten
 
 
-def share_masks(captured: Captured) -> bool:
+def share_masks(captured: Captured) -> int:
     """Give attentions of many tokens that share a mask of bools, on CPUs, one mask of numbers.
 
     Returns:
-        Whether the graph changed.
+        How many masks of numbers there are now.
     """
     graph = captured.gm.graph
     attention = aten.scaled_dot_product_attention.default
@@ -38,7 +38,7 @@ def share_masks(captured: Captured) -> bool:
             readers[_unexpanded(mask), value.dtype][node] = mask
     place = {node: i for i, node in enumerate(graph.nodes)}
     writes = [place[node] for node in graph.nodes if writes_first(node) and _may_be_mask(node)]
-    changed = False
+    count = 0
     for (mask, dtype), masks in readers.items():
         nodes = list(masks)
         if len(nodes) < 2 or any(place[nodes[0]] < at < place[nodes[-1]] for at in writes):
@@ -47,10 +47,10 @@ def share_masks(captured: Captured) -> bool:
             added = Emitter(captured, mask).call(additive_mask, mask, dtype)
         for node, given in masks.items():
             node.replace_input_with(given, added)
-        changed = True
-    if changed:
+        count += 1
+    if count:
         finish(captured)
-    return changed
+    return count
 
 
 def _may_be_mask(node: fx.Node) -> bool:

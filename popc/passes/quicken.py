@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from popc.analysis.capture import Captured
+from popc.log import logger
+from popc.passes.heads import share_heads
 from popc.passes.masks import share_masks
 from popc.passes.stream import stream_linears
 
@@ -13,5 +15,6 @@ def quicken(captured: Captured, decodes: bool) -> bool:
     Returns:
         Whether the graph changed.
     """
-    changed = [share_masks(captured), stream_linears(captured, decodes)]
-    return any(changed)
+    found = (share_heads(captured), share_masks(captured), stream_linears(captured, decodes))
+    logger.info("%d attentions by heads as held, %d masks made once, %d linears streamed", *found)
+    return any(found)

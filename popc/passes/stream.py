@@ -19,7 +19,7 @@ _FEW = 8  # rows of x that the kernel takes in one reading of the weight
 _SERVED = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def stream_linears(captured: Captured, decodes: bool) -> bool:
+def stream_linears(captured: Captured, decodes: bool) -> int:
     """Let plain linears on CPUs run through popc's kernel, those that gain by it.
 
     Args:
@@ -27,9 +27,9 @@ def stream_linears(captured: Captured, decodes: bool) -> bool:
             apart, rows are then taken to be of one token each.
 
     Returns:
-        Whether the graph changed.
+        How many do.
     """
-    changed = False
+    count = 0
     graph = captured.gm.graph
     for node in list(graph.nodes):
         linear = as_linear(node, captured) if node.op == "call_function" else None
@@ -44,10 +44,10 @@ def stream_linears(captured: Captured, decodes: bool) -> bool:
             y = Emitter(captured, node).call(gather_linear, *args)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
-        changed = True
-    if changed:
+        count += 1
+    if count:
         finish(captured)
-    return changed
+    return count
 
 
 def _lies_across(linear: Linear) -> bool:
