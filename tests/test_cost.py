@@ -14,6 +14,7 @@ import popc
 from popc.analysis import cost
 from popc.analysis.capture import capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
+from popc.passes.heads import share_heads
 from tests.forms import ATTENTIONS, D, Experts, heads, merged
 from tests.models import CACHE, Gated, Plain, tiny_llama
 
@@ -98,7 +99,8 @@ def test_a_cached_step_costs_what_is_counted() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_decode_graph_has_the_prefill_graphs_cost(dynamic: bool | None) -> None:
-    """Its keys are a cache's, with a length that is a symbol if the graph is dynamic."""
+    """Its keys are a cache's, with a length that is a symbol if the graph is dynamic; and a pass
+    that lets them be read as they lie changes nothing of it."""
     torch._dynamo.reset()
     model, ids = tiny_llama(), torch.randint(1, 90, (2, 9))
     expected = [cost.region_cost(r) for r in popc.analyze(model, (), {"input_ids": ids}).regions]
@@ -106,7 +108,11 @@ def test_a_decode_graph_has_the_prefill_graphs_cost(dynamic: bool | None) -> Non
     found: list[popc.Region] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
-        found.extend(find_regions(capture_dynamo(gm, inputs)).regions)
+        captured = capture_dynamo(gm, inputs)
+        found.extend(find_regions(captured).regions)
+        before = [cost.region_cost(region) for region in found]
+        assert share_heads(captured) == 2
+        assert before == expected
         return gm.forward
 
     with torch.no_grad():

@@ -27,6 +27,7 @@ from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import VIEWS, rows_of
 from popc.analysis.walk import shape
 from popc.config import Config
+from popc.ops import attend
 
 aten = torch.ops.aten
 
@@ -37,7 +38,11 @@ _NAMED = {"B": B, "T": T, "S": S, "r": r, "gamma": gamma}
 ZERO = sympy.S.Zero
 INDEX, NORM = 8, 4  # bytes of an int64 in a list, of a float32 norm
 
-_FUSED = (aten.scaled_dot_product_attention.default, torch.ops.higher_order.flex_attention)
+# The last is what a pass makes of the first: a plan is asked for its cost after that too.
+_FUSED = (
+    *(aten.scaled_dot_product_attention.default, torch.ops.higher_order.flex_attention),
+    attend,
+)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 # What lays a value out anew or repeats it: no more than its source is read from the cache.
 _LAYOUTS = (

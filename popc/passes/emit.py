@@ -36,14 +36,14 @@ class Emitter:
         node.meta["val"] = self._value(target, args, kwargs)
         return node
 
-    def change(self, node: fx.Node, target: Any, *args: Any) -> None:
-        """Make ``node`` compute ``target(*args)``: whoever holds the node still holds the value.
+    def change(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> None:
+        """Make ``node`` compute ``target(...)``: whoever holds the node still holds the value.
 
         Raises:
             GraphError: the op refuses these arguments.
         """
-        value = self._value(target, args, {})
-        node.target, node.args, node.kwargs = target, args, {}
+        value = self._value(target, args, kwargs)
+        node.target, node.args, node.kwargs = target, args, kwargs
         node.meta["val"] = value
 
     def _value(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -57,13 +57,12 @@ def share_heads(captured: Captured) -> int:
             emit = Emitter(captured, node)
             if repeats is not None:
                 k, v = (repeat.unrepeated(emit) for repeat in repeats)
-            if one:
-                y = emit.call(attend, q, k, v, mask, scale)
-            else:
-                args, options = (q, k, v, mask, dropout, causal), {"scale": scale}
-                y = emit.call(node.target, *args, **options, enable_gqa=True)
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
+        # In place: regions hold the node, and their cost is counted by it.
+        if one:
+            emit.change(node, attend, q, k, v, mask, scale)
+        else:
+            args, options = (q, k, v, mask, dropout, causal), {"scale": scale, "enable_gqa": True}
+            emit.change(node, node.target, *args, **options)
         count += 1
     if count:
         finish(captured)
