@@ -92,17 +92,15 @@ struct Mask {
   }
 };
 
-template <typename M>
-void look(const Tensor& whole, int64_t queries, Mask& mask) {
-  const int64_t groups = whole.size(1) / queries, keys = whole.size(3);
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (queries * keys));
-  at::parallel_for(0, whole.size(0) * groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const M* from = whole.const_data_ptr<M>() + i / groups * whole.stride(0) +
-          i % groups * queries * whole.stride(1);
-      mask.seen[i] = seen_of(MaskRows<M>{from, whole.stride(1), whole.stride(3)}, queries, keys);
-    }
-  });
+// How far apart the mask's values are along a dim, counted from the last; 0 where it has one for
+// all.
+int64_t stride_along(const Tensor& mask, int64_t from_last, int64_t size) {
+  const int64_t dim = mask.dim() - 1 - from_last;
+  if (dim < 0 || mask.size(dim) == 1) return 0;
+  TORCH_CHECK_VALUE(
+      mask.size(dim) == size, "popc::attend: a mask ", mask.sizes(), " does not fit ", size,
+      " in dim ", -1 - from_last);
+  return mask.stride(dim);
 }
 
 Mask mask_of(const MaybeTensor& given, const Sizes& sizes) {
@@ -113,20 +111,29 @@ Mask mask_of(const MaybeTensor& given, const Sizes& sizes) {
     std::iota(mask.seen[0].at.begin(), mask.seen[0].at.end(), 0);
     return mask;
   }
-  Tensor whole = given->expand({sizes.batch, sizes.heads, 1, sizes.keys});
-  const bool by_sequence = sizes.batch > 1 && whole.stride(0) != 0;
-  const bool by_head = sizes.heads > 1 && whole.stride(1) != 0;
-  if (!by_sequence) whole = whole.narrow(0, 0, 1);
-  if (!by_head) whole = whole.narrow(1, 0, 1);
-  const int64_t groups = by_head ? sizes.groups : 1;
-  mask.by_group = by_head;
+  const int64_t by_key = stride_along(*given, 0, sizes.keys);
+  const int64_t by_head = stride_along(*given, 2, sizes.heads);
+  const int64_t by_sequence = stride_along(*given, 3, sizes.batch);
+  stride_along(*given, 1, 1);  // one token
+  const int64_t groups = by_head ? sizes.groups : 1, queries = by_head ? sizes.queries() : 1;
+  mask.by_group = by_head ? 1 : 0;
   mask.by_sequence = by_sequence ? groups : 0;
-  mask.seen.resize(whole.size(0) * groups);
-  const int64_t queries = whole.size(1) / groups;
-  if (whole.scalar_type() == at::kBool) {
-    look<bool>(whole, queries, mask);
+  mask.seen.resize((by_sequence ? sizes.batch : 1) * groups);
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (queries * sizes.keys));
+  const auto look = [&](auto type) {
+    using M = decltype(type);
+    const M* data = given->const_data_ptr<M>();
+    at::parallel_for(0, mask.seen.size(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const M* from = data + i / groups * by_sequence + i % groups * queries * by_head;
+        mask.seen[i] = seen_of(MaskRows<M>{from, by_head, by_key}, queries, sizes.keys);
+      }
+    });
+  };
+  if (given->scalar_type() == at::kBool) {
+    look(false);
   } else {
-    by_type(whole.scalar_type(), [&](auto zero) { look<decltype(zero)>(whole, queries, mask); });
+    by_type(given->scalar_type(), look);
   }
   return mask;
 }
@@ -343,6 +350,7 @@ bool is_served_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
   };
   if (!fits(q) || !fits(k) || !fits(v) || q.size(2) != 1 || !is_served_type(type)) return false;
   if (mask && mask->scalar_type() != at::kBool && !is_served_type(mask->scalar_type())) return false;
+  if (mask && mask->dim() > 4) return false;
   const bool dense = (k.stride(3) == 1 || k.size(3) == 1) && (v.stride(3) == 1 || v.size(3) == 1);
   return dense && k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) &&
       q.size(1) % k.size(1) == 0 && k.size(2) == v.size(2) && k.size(3) == q.size(3);
