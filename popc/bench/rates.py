@@ -101,8 +101,7 @@ class Context:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values. A step reads all: what is not filled yet is masked, not left
-        out."""
+        """Bytes of keys and values, with room for tokens to come: a dense step reads that too."""
         held = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
         return sum(int(tensor.nbytes) for tensor in held)
 
