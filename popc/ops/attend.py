@@ -29,7 +29,7 @@ attend = torch.ops.popc.attend.default
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    if k.shape[-2] != v.shape[-2]:  # ATen reads past the end
+    if k.shape[-2] != v.shape[-2]:  # ATen does not ask
         sizes = f"{list(k.shape)} and values {list(v.shape)}"
         raise ValueError(f"popc::attend: keys {sizes} are not of as many tokens")
     y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)

@@ -360,7 +360,7 @@ Tensor attend(
     const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
     std::optional<double> scale) {
   TORCH_CHECK_VALUE(
-      k.dim() < 2 || v.dim() < 2 || k.size(-2) == v.size(-2),  // ATen reads past the end
+      k.dim() < 2 || v.dim() < 2 || k.size(-2) == v.size(-2),  // ATen does not ask
       "popc::attend: keys ", k.sizes(), " and values ", v.sizes(), " are not of as many tokens");
   if (!is_served_attention(q, k, v, mask)) {
     return at::scaled_dot_product_attention(q, k, v, mask, 0.0, false, scale, true).contiguous();
