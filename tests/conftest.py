@@ -4,7 +4,29 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tracing makes many small objects that live for long: a tenth of the time went to looking at them.
 gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    """The C++ kernels."""
+    from popc.ops import native
+
+    assert native.load(), "the kernels could not be built"
+
+
+@pytest.fixture(scope="module")
+def kernels_in_threads(kernels: None) -> Iterator[None]:
+    """The same, with three threads to share the work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 
-from popc.ops import attend, native
+from popc.ops import attend
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 # Query heads, heads of keys, keys, width of keys, width of values: of whole vectors, with a rest,
@@ -17,13 +17,7 @@ SIZES = [(9, 3, 130, 64, 64), (4, 4, 37, 40, 33), (22, 2, 65, 96, 8), (3, 1, 1, 
 MASKS = ["none", "filled", "padded", "heads", "numbers", "biases"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    assert native.load(), "the kernels could not be built"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernels_in_threads")
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from popc import ops
-from popc.ops import native
 from popc.ops.measure import BINS, SAMPLE, _centers, _histogram, _measure_inputs, _sum_squares
 from tests.profiles import examples
 
@@ -19,9 +18,7 @@ SIZES = st.integers(0, 40) | st.sampled_from([63, 64, 65, 257])
 reference = torch.ops.popc
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    assert native.load(), "the kernels could not be built"
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @st.composite

@@ -20,13 +20,7 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SIZES = [(257, 521), (64, 128), (5, 3), (1, 40), (40, 1)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    assert native.load(), "the kernels could not be built"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernels_in_threads")
 
 
 def reference(x, weight, bias, rows, columns, out_dim) -> Tensor:

@@ -16,6 +16,7 @@ from popc.analysis.walk import (
     argument,
     dims_of,
     only_input,
+    order_of,
     shape,
 )
 
@@ -27,21 +28,8 @@ def view(walk: Walk, node: fx.Node) -> Labels:
     return None if value is None else value.viewed(shape(node))
 
 
-def transpose(walk: Walk, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
-    order = list(range(len(value.dims)))
-    named = [argument(node, "dim0"), argument(node, "dim1")]
-    if None in named:
-        named = [argument(node, "axis0"), argument(node, "axis1")]
-    a, b = (-1, -2) if None in named else named
-    if len(order) > 1:
-        order[a], order[b] = order[b], order[a]
-    return value.permuted(order)
-
-
-def permute(walk: Walk, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
-    return value.permuted([d % len(value.dims) for d in argument(node, "dims")])
+def reorder(walk: Walk, node: fx.Node) -> Labels:
+    return only_input(walk, node).permuted(order_of(node))
 
 
 def reverse(walk: Walk, node: fx.Node) -> Labels:

@@ -100,5 +100,21 @@ def dims_of(node: fx.Node, rank: int, name: str = "dim") -> list[int]:
     return [d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])]
 
 
+def order_of(node: fx.Node) -> list[int]:
+    """Which dim of its input each dim of a transpose or permute is; the last two change places
+    where it names none."""
+    rank = len(shape(node))
+    if argument(node, "dims") is not None:
+        return [dim % rank for dim in argument(node, "dims")]
+    order = list(range(rank))
+    named = [argument(node, "dim0"), argument(node, "dim1")]
+    if None in named:
+        named = [argument(node, "axis0"), argument(node, "axis1")]
+    a, b = (-1, -2) if None in named else named
+    if rank > 1:
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
 def mixing(node: fx.Node) -> str:
     return f"{node.target} mixes channels"

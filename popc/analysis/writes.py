@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import getitem
 from typing import Any
 
@@ -29,6 +29,17 @@ def writes(node: fx.Node) -> bool:
 def _is_symbolic(node: fx.Node) -> bool:
     """Whether it computes a size, by a function of Python's."""
     return not isinstance(node.meta.get("val"), torch.Tensor | tuple | list | None)
+
+
+class Written:
+    """Where in a graph something is written, by the nodes that ``counts`` is true of."""
+
+    def __init__(self, graph: fx.Graph, counts: Callable[[fx.Node], bool]) -> None:
+        self._place = {node: i for i, node in enumerate(graph.nodes)}
+        self._at = [place for node, place in self._place.items() if counts(node)]
+
+    def between(self, first: fx.Node, last: fx.Node) -> bool:
+        return any(self._place[first] < at < self._place[last] for at in self._at)
 
 
 def views_first(node: fx.Node) -> bool:

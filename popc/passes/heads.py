@@ -16,8 +16,8 @@ from torch import fx
 from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
 from popc.analysis.tokens import VIEWS
-from popc.analysis.walk import argument, shape
-from popc.analysis.writes import writes
+from popc.analysis.walk import argument, order_of, shape
+from popc.analysis.writes import Written, writes
 from popc.ops import attend, native
 from popc.passes.emit import Emitter, finish
 
@@ -38,8 +38,7 @@ def share_heads(captured: Captured) -> int:
         How many do.
     """
     graph = captured.gm.graph
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    written = [i for node, i in place.items() if writes(node)]
+    written = Written(graph, writes)
     count = 0
     for node in graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
@@ -47,7 +46,7 @@ def share_heads(captured: Captured) -> int:
         if node.meta["val"].device.type != "cpu" or len(shape(node)) != 4:
             continue
         repeats = _repeats(node)
-        if repeats and any(place[r.copy] < at < place[node] for r in repeats for at in written):
+        if repeats and any(written.between(repeat.copy, node) for repeat in repeats):
             repeats = None  # the copies may hold what is overwritten by then
         one = _is_one_tokens(node) and native.load()
         if repeats is None and not (one and _gains(node)):
@@ -78,8 +77,8 @@ def _is_one_tokens(attention: fx.Node) -> bool:
 def _gains(attention: fx.Node) -> bool:
     """Whether one token's kernel gains where nothing is repeated for its sake.
 
-    On two cores with AVX-512, ATen's took 3 to 18 times as long in 16 bits; in float32 0.9 times
-    where each head has keys of its own and all are seen.
+    On two cores with AVX-512, ATen's took 5 to 19 times as long in 16 bits; in float32 0.85
+    times where each head has keys of its own and all are seen.
     """
     wide = attention.meta["val"].dtype is torch.float32
     shared = bool(argument(attention, "enable_gqa"))
@@ -123,7 +122,7 @@ def _repeats(attention: fx.Node) -> list[_Repeat] | None:
 def _heads(repeat: _Repeat) -> int:
     dim = _HEADS
     for move in reversed(repeat.moves):
-        dim = _order(move)[dim]
+        dim = order_of(move)[dim]
     return shape(repeat.source)[dim]
 
 
@@ -134,7 +133,7 @@ def _repeat(value: fx.Node, dim: int) -> _Repeat | None:
     while value.target in (*_COPIES, *_MOVES):
         if value.target in _MOVES:
             moves.insert(0, value)
-            dim = _order(value)[dim]
+            dim = order_of(value)[dim]
         value = _source(value)
     if value.target is aten.repeat_interleave.self_int:
         along = argument(value, "dim")
@@ -161,14 +160,3 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _same(a: Sequence[int], b: Sequence[int]) -> bool:
     return len(a) == len(b) and all(map(same_size, a, b))
-
-
-def _order(move: fx.Node) -> list[int]:
-    """Which dim of its input each dim of a transpose or permute is."""
-    rank = len(shape(move))
-    if move.target is aten.permute.default:
-        return [dim % rank for dim in argument(move, "dims")]
-    order = list(range(rank))
-    a, b = argument(move, "dim0"), argument(move, "dim1")
-    order[a], order[b] = order[b], order[a]
-    return order

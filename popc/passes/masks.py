@@ -14,7 +14,7 @@ from torch import fx
 from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
 from popc.analysis.walk import argument, shape
-from popc.analysis.writes import writes_first
+from popc.analysis.writes import Written, writes_first
 from popc.ops import additive_mask
 from popc.passes.emit import Emitter, finish
 
@@ -36,12 +36,11 @@ def share_masks(captured: Captured) -> int:
             continue
         if mask.meta["val"].dtype is torch.bool and not same_size(shape(node)[-2], 1):
             readers[_unexpanded(mask), value.dtype][node] = mask
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    writes = [place[node] for node in graph.nodes if writes_first(node) and _may_be_mask(node)]
+    written = Written(graph, lambda node: writes_first(node) and _may_be_mask(node))
     count = 0
     for (mask, dtype), masks in readers.items():
         nodes = list(masks)
-        if len(nodes) < 2 or any(place[nodes[0]] < at < place[nodes[-1]] for at in writes):
+        if len(nodes) < 2 or written.between(nodes[0], nodes[-1]):
             continue
         with graph.inserting_before(nodes[0]):
             added = Emitter(captured, mask).call(additive_mask, mask, dtype)
