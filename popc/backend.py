@@ -22,6 +22,7 @@ from popc.analysis.plan import Plan, Region, Skipped
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
 from popc.analysis.walk import shape
+from popc.analysis.writes import is_written
 from popc.config import Config
 from popc.errors import ConfigError, GraphError
 from popc.log import log_graph, logger
@@ -67,6 +68,8 @@ def popc_backend(
     def generate(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         if given.codegen == "eager":
             return Interpreted(graph)
+        if graph is not gm:
+            compat.keep_inputs(graph, gm, is_written)
         return compat.inductor(graph, inputs, inductor, f"popc {version.__version__} {given}")
 
     if _needs_grad(example_inputs):
@@ -122,6 +125,9 @@ def popc_backend(
         if captured.runnable and quicken(captured, decodes=False):
             return generate(captured.gm, example_inputs)
         return generate(gm, example_inputs)
+    if work.measured or work.measured_inputs:
+        # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
+        inductor["triton.cudagraphs"] = False
     measuring = functools.partial(
         popc_backend, config=config, mode=mode, measure_only=True, has_calibration=has_calibration
     )

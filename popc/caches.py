@@ -29,7 +29,8 @@ def in_session(
     """
     caches = list(_caches((*args, *kwargs.values())))
     session = next((s for s in map(state.of_cache, caches) if s is not None), None)
-    empty = all(_length(cache) == 0 for cache in caches)
+    lengths = [_length(cache) for cache in caches]
+    empty = all(_is_zero(length, session) for length in lengths)
     if session is None or empty:
         session = state.Session(empty, base)
     elif by_sequence and not _is_as_left(caches, session) and session.rows_differ():
@@ -41,6 +42,8 @@ def in_session(
     if not empty and not session.told:
         session.told = True
         _tell_what_grows(caches, [*args, *kwargs.values()])
+    held = [length for length in lengths if isinstance(length, Tensor)]
+    writes = [compat.writes_to(tensor) for tensor in held]
     with state.use(session):
         out = call(*args, **kwargs)
     returned = out.values() if isinstance(out, Mapping) else out
@@ -50,6 +53,11 @@ def in_session(
     for cache in caches:
         if state.of_cache(cache) is not session:
             state.bind(cache, session)
+    session.lengths = [
+        state.Left(weakref.ref(tensor), now)
+        for tensor, before in zip(held, writes, strict=True)
+        if (now := compat.writes_to(tensor)) != before
+    ]
     if by_sequence:
         left = _tensor_of(caches)
         session.left = None if left is None else weakref.ref(left)
@@ -63,12 +71,25 @@ def _caches(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _length(cache: Any) -> int | None:
-    """How many tokens it holds; None for one of states alone."""
+def _length(cache: Any) -> int | Tensor | None:
+    """How many tokens it holds; None for one of states alone.
+
+    A static cache has it in a tensor: to read that, Python waits for the device.
+    """
     try:
-        return int(cache.get_seq_length())
+        length = cache.get_seq_length()
     except ValueError:
         return None
+    return length if isinstance(length, Tensor) else int(length)
+
+
+def _is_zero(length: int | Tensor | None, session: state.Session | None) -> bool:
+    """Whether a cache is empty. A tensor is not read that the last call wrote to and nobody since:
+    it holds what that put in."""
+    if isinstance(length, Tensor) and session is not None:
+        if any(left.is_still(length) for left in session.lengths):
+            return False
+    return length is not None and int(length) == 0
 
 
 def _tell_what_grows(caches: Sequence[Any], given: Sequence[Any]) -> None:
@@ -80,6 +101,7 @@ def _tell_what_grows(caches: Sequence[Any], given: Sequence[Any]) -> None:
     for cache in caches:
         length = _length(cache)
         if length is not None:
+            length = int(length)
             for tensor in _tensors_of(cache):
                 if compat.mark_dynamic(tensor, (length,)) and not tensor.is_contiguous():
                     tensor.data = tensor.detach().contiguous()

@@ -6,6 +6,7 @@ Nothing else in popc imports a name that torch marks as private.
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,42 @@ def inductor(
         return compile_fx(  # type: ignore[return-value]
             gm, list(inputs), config_patches=dict(options) or None
         )
+
+
+def keep_inputs(
+    gm: fx.GraphModule, original: fx.GraphModule, written: Callable[[fx.Node], bool]
+) -> None:
+    """Let ``gm`` say of its inputs what Dynamo's ``original``, which it was made of, says of them.
+
+    That is where they come from, and which lie at fixed addresses, as parameters and static caches
+    do: CUDA graphs copy all others at each call, and are not used at all where one of those is
+    written to. AOTAutograd takes it from attributes that nothing public sets, so a graph that was
+    traced again has to be given them.
+
+    Args:
+        gm: its inputs are those of ``original``, in their order, then others.
+        written: whether an input is written to. Such a one is taken to lie at a fixed address: a
+            static cache that was allocated in a compiled prefill is not marked as one. At another
+            address, CUDA graphs are recorded anew.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    known = original.graph.find_nodes(op="placeholder")
+    if "dynamo_compile_id" not in original.meta or not all(map(_has_source, known)):
+        return
+    given = gm.graph.find_nodes(op="placeholder")
+    for node, like in itertools.zip_longest(given, known):
+        node._dynamo_source = getattr(like, "_dynamo_source", None)
+        said = {} if like is None else like.meta.get("tensor_dict", {})
+        fixed = {"_dynamo_static_input_type": "unguarded"} if written(node) else {}
+        node.meta["tensor_dict"] = {**said, **fixed}
+    held = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))
+    gm._param_name_to_source = {name: ConstantSource(name) for name in held}  # type: ignore[assignment]
+    gm.meta["dynamo_compile_id"] = original.meta["dynamo_compile_id"]
+
+
+def _has_source(node: fx.Node) -> bool:
+    return hasattr(node, "_dynamo_source")
 
 
 def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +182,12 @@ def inductor_cache() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return str(cache_dir())
+
+
+def writes_to(tensor: torch.Tensor) -> int | None:
+    """How often ``tensor`` was written to in place; None if that is not counted, as in inference
+    mode. PyTorch's notes on autograd tell of ``_version``, but nothing public gives it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def storage_users(tensor: torch.Tensor) -> int:

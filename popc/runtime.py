@@ -19,7 +19,7 @@ from popc.analysis.labels import same_size
 from popc.analysis.plan import Plan, Region
 from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
-from popc.analysis.writes import views_first, writes_first
+from popc.analysis.writes import is_written
 from popc.config import Config
 from popc.log import log_graph, logger
 from popc.ops import served, threshold_linear
@@ -135,7 +135,7 @@ class CompiledGraph:
             for i, node in enumerate(placeholders)
             if node not in captured.parameters and _is_cache_like(node.meta.get("val"))
         ]
-        self.written = [i for i in self.activations if _is_written(placeholders[i])]
+        self.written = [i for i in self.activations if is_written(placeholders[i])]
         self.cached = any(region.cached for region in work.measured)
         self._dense: Compiled | None = None
         self._told = False
@@ -356,16 +356,6 @@ class CompiledGraph:
 def _is_cache_like(value: Any) -> bool:
     """A floating tensor with batch, token and feature axes, as caches and hidden states are."""
     return isinstance(value, torch.Tensor) and value.dim() >= 3 and value.is_floating_point()
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether the graph writes to this input in place, as it does to a static cache."""
-    for user in node.users:
-        if user.args[:1] == (node,) and (
-            writes_first(user) or (views_first(user) and _is_written(user))
-        ):
-            return True
-    return False
 
 
 def _batch_of(

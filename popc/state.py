@@ -12,19 +12,33 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from popc import compat
 from popc.budget import Budget, allocate
 from popc.ops.measure import centers
 from popc.partition import InputsState, Limits, Partition, RegionState, lost_of, split, unseen
 from popc.passes.packing import Packing
+
+
+class Left(NamedTuple):
+    """A tensor as a call left it, after so many writes to it."""
+
+    tensor: weakref.ref[Tensor]
+    writes: int | None
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is that one, and nobody wrote to it since.
+
+        What goes through ``.data`` is not seen.
+        """
+        return self.tensor() is tensor and compat.writes_to(tensor) == self.writes
 
 
 class Session:
@@ -38,6 +52,7 @@ class Session:
         regions: those that were measured, by key.
         told: whether Dynamo was told which sizes grow with each token.
         left: a tensor of the cache, as the last call left it: see :mod:`popc.caches`.
+        lengths: those that caches hold in a tensor, likewise.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
 
@@ -52,6 +67,7 @@ class Session:
         self._seen: set[Hashable] = set()
         self.told = False
         self.left: weakref.ref[Tensor] | None = None
+        self.lengths: Sequence[Left] = ()
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
 
@@ -281,14 +297,22 @@ _ATTRIBUTE = "_popc_session"
 _lock = threading.Lock()
 
 
-@contextmanager
-def use(session: Session) -> Iterator[None]:
-    """Run compiled graphs under ``session``."""
-    token = _named.set(session)
-    try:
-        yield
-    finally:
-        _named.reset(token)
+class use:
+    """Run compiled graphs under ``session``.
+
+    A class, as at each token a generator is slow.
+    """
+
+    __slots__ = ("_session", "_token")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        self._token = _named.set(self._session)
+
+    def __exit__(self, *_: object) -> None:
+        _named.reset(self._token)
 
 
 def named() -> Session | None:

@@ -26,6 +26,16 @@ def writes(node: fx.Node) -> bool:
     return bool(schema.is_mutable) if schema is not None else not _is_symbolic(node)
 
 
+def is_written(node: fx.Node) -> bool:
+    """Whether the graph writes to what ``node`` gives, be it through a view of it."""
+    for user in node.users:
+        if user.args[:1] == (node,) and (
+            writes_first(user) or (views_first(user) and is_written(user))
+        ):
+            return True
+    return False
+
+
 def _is_symbolic(node: fx.Node) -> bool:
     """Whether it computes a size, by a function of Python's."""
     return not isinstance(node.meta.get("val"), torch.Tensor | tuple | list | None)

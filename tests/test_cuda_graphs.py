@@ -1,0 +1,146 @@
+"""What CUDA graphs ask of a compiled graph, seen without a GPU.
+
+They take inputs at fixed addresses as they are and copy the others; they are not used at all where
+one of the others is written to. And a step must not wait for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from transformers import StaticCache
+
+import popc
+from popc import compat, state
+from tests.models import CACHE, tiny_llama
+
+OPTIONS = {"sparsity": 0.4, "inductor": {"triton.cudagraphs": True}}
+POLICIES = ["contraction", "pop"]
+
+
+@dataclass
+class Seen:
+    """What Inductor was told of each graph: inputs that are not fixed, and whether to record."""
+
+    loose: list[list[Any]] = field(default_factory=list)
+    recorded: list[bool] = field(default_factory=list)
+
+    def inner(self, gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        fixed = options["static_input_idxs"]
+        self.loose.append([value for i, value in enumerate(inputs) if i not in fixed])
+        self.recorded.append(bool(options["cudagraphs"]))
+        return make_boxed_func(gm)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    torch.compiler.reset()
+    found = Seen()
+    monkeypatch.setattr(
+        compat, "compile_fx", functools.partial(compile_fx, inner_compile=found.inner)
+    )
+    yield found
+    torch.compiler.reset()
+
+
+def prompt(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(96, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def is_cache_like(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("allocated", [True, False])
+@torch.no_grad()
+def test_weights_and_static_caches_are_fixed(seen: Seen, policy: str, allocated: bool) -> None:
+    model = tiny_llama()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    called = {CACHE: cache, "use_cache": True}
+    if allocated:
+        model(prompt(2), **called)
+        cache.reset()
+    twin = popc.compile(model, policy=policy, **OPTIONS)
+    twin(prompt(8), **called)
+    twin(prompt(1), **called)
+    prefill, decode = seen.loose
+    assert seen.recorded == [False, True]
+    # Tokens, and popc's own: norms, and what was measured; all are small.
+    given = [value for value in decode if isinstance(value, Tensor)]
+    assert given[0].shape == (1, 1)
+    assert not any(is_cache_like(value) for value in (*prefill, *decode))
+    assert len(given) == {"contraction": 5, "pop": 3}[policy]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(value.numel() for value in given) < weights / 10
+
+
+@torch.no_grad()
+def test_a_step_does_not_read_the_caches_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    twin = popc.compile(model, sparsity=0.4, codegen="eager")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    called = {CACHE: cache, "use_cache": True}
+    twin(prompt(8), **called)
+    twin(prompt(1), **called)
+    twin(prompt(1), **called)
+    first = state.of_cache(cache)
+    reads: list[Tensor] = []
+
+    def read(tensor: Tensor) -> int:
+        reads.append(tensor)
+        return int(tensor.item())
+
+    monkeypatch.setattr(Tensor, "__int__", read)
+    for _ in range(3):
+        twin(prompt(1), **called)
+    assert not reads
+    assert state.of_cache(cache) is first
+    # Whoever empties it writes to its length; a prompt of one token then has a session of its own.
+    cache.reset()
+    twin(prompt(1), **called)
+    assert len(reads) == 1
+    second = state.of_cache(cache)
+    assert second is not first
+    cache.reset()
+    twin(prompt(8, seed=1), **called)
+    assert state.of_cache(cache) not in (first, second)
+
+
+@torch.no_grad()
+def test_a_call_that_leaves_the_cache_empty_tells_nothing() -> None:
+    """Its length is then read again, and the next prompt begins anew."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
+
+        def forward(self, x: Tensor, cache: Cache, writes: bool) -> Tensor:
+            if writes:
+                cache.length.add_(x.shape[1])
+            return self.down(torch.relu(self.up(x)))
+
+    class Cache:
+        def __init__(self) -> None:
+            self.length = torch.zeros((), dtype=torch.int64)
+
+        def get_seq_length(self) -> Tensor:
+            return self.length
+
+    twin, cache = popc.compile(Model().eval(), sparsity=0.4, codegen="eager"), Cache()
+    x = torch.randn(1, 5, 8)
+    sessions = []
+    for writes in (False, False, True, True, False, True):
+        twin(x, cache, writes)
+        sessions.append(state.of_cache(cache))
+    assert len({id(session) for session in sessions[:3]}) == 3
+    assert all(session is sessions[2] for session in sessions[3:])
