@@ -102,10 +102,10 @@ inline void prefetch(const T* next, int64_t at) {
 #endif
 }
 
-// How many rows to read side by side for N tokens: as many sums as the registers hold, and several
-// streams of memory at once.
+// How many rows to read side by side for N tokens: as many sums as the registers hold, for several
+// streams of memory at once, and as each load of x then serves them all.
 template <int N>
-constexpr int rows_at_once = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+constexpr int rows_at_once = lanes == 16 ? (N <= 4 ? 4 : 3) : N <= 2 ? 4 : N <= 4 ? 2 : 1;
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 // Both operands as they are stored: 32 products an instruction.
