@@ -182,7 +182,13 @@ inline void dot(
 template <int N>
 constexpr int rows_added = N >= 4 && lanes == 16 ? 8 : 4;
 
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+// Whether to multiply bfloat16 by pairs of rows. Cores that have AMX multiply float32 as fast, and
+// pairs must be interleaved first.
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && !defined(__AMX_TILE__)
+#define POPC_ADDS_PAIRS
+#endif
+
+#ifdef POPC_ADDS_PAIRS
 // Rows two by two, and their scales as bfloat16, which they are: 32 products an instruction.
 template <int N, int R>
 inline int64_t add_scaled_bf16(
@@ -233,7 +239,7 @@ inline void add_scaled(
     const T* const* rows, const T* const* next, const float (*scale)[most_tokens], int64_t width,
     float* acc) {
   int64_t k = 0;
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#ifdef POPC_ADDS_PAIRS
   if constexpr (std::is_same_v<T, at::BFloat16> && R % 2 == 0) {
     k = add_scaled_bf16<N, R>(rows, next, scale, width, acc);
   }
