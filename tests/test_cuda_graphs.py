@@ -7,8 +7,13 @@ one of the others is written to. And a step must not wait for the device.
 from __future__ import annotations
 
 import functools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import pytest
@@ -24,6 +29,7 @@ from tests.models import CACHE, tiny_llama
 
 OPTIONS = {"sparsity": 0.4, "inductor": {"triton.cudagraphs": True}}
 POLICIES = ["contraction", "pop"]
+HIDDEN = 256  # of tests.pretend_gpu
 
 
 @dataclass
@@ -144,3 +150,26 @@ def test_a_call_that_leaves_the_cache_empty_tells_nothing() -> None:
         sessions.append(state.of_cache(cache))
     assert len({id(session) for session in sessions[:3]}) == 3
     assert all(session is sessions[2] for session in sessions[3:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try it on")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_inductor_writes_a_step_for_cuda_that_copies_no_weight(policy: str) -> None:
+    pytest.importorskip("triton")
+    env = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    command = [sys.executable, "-m", "tests.pretend_gpu", policy]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr
+    code = ran.stdout
+    # All of it in one CUDA graph.
+    assert "no CUDA graphs" not in code
+    assert "partitions=[partition_0,]" in code
+    # Of two layers, and the last linear; what is no kernel of Inductor's is called by name.
+    gathers = len(re.findall(r"gather_kernel_\d+\.run\(", code))
+    products = code.count("extern_kernels.mm(")
+    others = set(re.findall(r"torch\.ops\.popc\.(\w+)\.default\(", code))
+    found = gathers, products, others
+    assert found == {"contraction": (14, 1, set()), "pop": (6, 9, {"select_units"})}[policy]
+    sizes = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\)", code)
+    largest = max(prod(map(int, re.findall(r"\d+", size))) for size in sizes)
+    assert largest < 128 * HIDDEN, "as large as the smallest weight"
