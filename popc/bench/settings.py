@@ -84,7 +84,7 @@ class Settings:
     def configs(self) -> Iterator[Config]:
         """popc's options: every policy at every sparsity.
 
-        On CUDA its graphs are recorded and replayed, as those of ``mode="reduce-overhead"``.
+        On CUDA its decode steps are recorded and replayed, as by ``mode="reduce-overhead"``.
         """
         recorded = torch._inductor.list_mode_options("reduce-overhead") if self.cuda else {}
         for policy in self.policies:
