@@ -1,6 +1,6 @@
 #!/bin/sh
-# Whether popc is right on a CUDA device, then the figures on it, into benchmarks/results. Run from the
-# project's folder; PYTHON and POPC name others than those of .venv.
+# Whether popc is right on a CUDA device, then the figures on it, into benchmarks/results. Run from
+# the project's folder; PYTHON and POPC name others than those of .venv.
 # Two instances of a model are held, one for dense runs: of the MoE shape (61 GB) as many layers as
 # fit twice. `LAYERS=12 benchmarks/cuda.sh` for less than 80 GB.
 # More options go to every benchmark. The least that shows something:
@@ -9,7 +9,7 @@ set -eu
 popc="${POPC:-.venv/bin/popc}"
 results=benchmarks/results
 
-"${PYTHON:-.venv/bin/python}" benchmarks/cuda_check.py
+"${PYTHON:-.venv/bin/python}" -m tests.cuda_check
 
 "$popc" bench --ffn --device cuda --hidden 4096 --channels 14336 --tokens 200 --rounds 15 \
     --out $results/ffn-cuda.json --plot $results/ffn-cuda.png "$@"

@@ -20,15 +20,15 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 from triton.backends.compiler import GPUTarget
 
 from popc import backend, compat
 from popc.config import Config
-from tests.models import CACHE
+from tests.models import CACHE, tiny_llama
 
 GPU = "cuda:0"
-HIDDEN, CHANNELS, LAYERS, ROOM = 256, 512, 2, 64
+HIDDEN, CHANNELS, ROOM = 256, 512, 64
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
@@ -131,15 +131,7 @@ def one_mode_for_all() -> None:
 
 def model_on_gpu(policy: str) -> tuple[nn.Module, StaticCache]:
     """To be called under a fake mode."""
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=CHANNELS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1000,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(hidden_size=HIDDEN, intermediate_size=CHANNELS, vocab_size=1000)
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             turned = value.dim() == 2 and (policy == "contraction" or value.shape[1] == CHANNELS)
@@ -149,7 +141,7 @@ def model_on_gpu(policy: str) -> tuple[nn.Module, StaticCache]:
             module._parameters[name] = held
         for name, value in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=GPU)
-    cache = StaticCache(config=config, max_cache_len=ROOM)
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
     for layer in cache.layers:
         layer.keys, layer.values = (
             torch.empty(1, 2, ROOM, HIDDEN // 4, dtype=torch.bfloat16, device=GPU) for _ in range(2)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,7 +159,8 @@ def test_inductor_writes_a_step_for_cuda_that_copies_no_weight(policy: str) -> N
     pytest.importorskip("triton")
     env = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     command = [sys.executable, "-m", "tests.pretend_gpu", policy]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr
     code = ran.stdout
     # All of it in one CUDA graph.

@@ -1,8 +1,9 @@
-"""Whether popc is right on a CUDA device, before ``benchmarks/cuda.sh`` times it there.
+"""``python -m tests.cuda_check``: whether popc is right on a CUDA device.
 
-The Triton kernels on all their cases; a small llama against the oracle of ``popc.testing``; and its
-decode steps as CUDA graphs against the same without. Exits with 1 if something fails. With
-``--device cpu`` all but the kernels is tried, on popc's other kernels.
+``benchmarks/cuda.sh`` begins with it: the Triton kernels on all their cases; a small llama against
+the oracle of ``popc.testing``; and its decode steps as CUDA graphs against the same without. Exits
+with 1 if something fails. With ``--device cpu`` all but the kernels is tried, on popc's other
+kernels.
 """
 
 from __future__ import annotations
@@ -16,38 +17,29 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import popc
 from popc.bench.decode import random_prompt
 from popc.bench.rates import Context
 from popc.testing import assert_equivalent
+from tests.models import tiny_llama
 
 POLICIES = ("contraction", "pop")
 PROMPT, TOKENS = 24, 12
 
 
 def small_llama(device: str) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=1024,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).eval().to(device)
+    return tiny_llama(hidden_size=256, intermediate_size=704, vocab_size=1024).to(device)
 
 
 def kernels() -> str:
     ran = subprocess.run(
         [sys.executable, "-m", "tests.triton_cases"], capture_output=True, text=True, check=True
     )
-    wrong = {case: fault for case, fault in json.loads(ran.stdout).items() if fault}
+    faults = json.loads(ran.stdout)
+    wrong = {case: fault for case, fault in faults.items() if fault}
     assert not wrong, wrong
-    return f"{len(json.loads(ran.stdout))} cases"
+    return f"{len(faults)} cases"
 
 
 def oracle(policy: str, device: str) -> str:
