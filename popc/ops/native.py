@@ -26,7 +26,7 @@ _OWN = re.compile(r'#include "\w+\.h"\n')
 def source() -> str:
     """All of it as one translation unit."""
     kernels = ("gather", "threshold", "select", "measure", "attend")
-    names = ("kernels.h", "lines.h", *(f"{kernel}.cpp" for kernel in kernels))
+    names = ("kernels.h", "tiles.h", "lines.h", *(f"{kernel}.cpp" for kernel in kernels))
     parts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
     return _OWN.sub("", "\n".join(parts))
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 namespace popc {
 
@@ -49,12 +50,22 @@ template <typename T>
 constexpr bool dealt = false;
 #endif
 
-// `step` values as float32. The order is that of dealt<T>, the same for all that is read so.
+// `step` values as float32.
 template <typename T>
-inline std::tuple<Lanes, Lanes> load_pair(const T* from) {
+inline std::tuple<Lanes, Lanes> load_plain(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
     return {Lanes::loadu(from), Lanes::loadu(from + lanes)};
-  } else if constexpr (dealt<T>) {
+  } else {
+    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
+  }
+}
+
+// The same in the order of dealt<T>, the same for all that is read so.
+template <typename T>
+inline std::tuple<Lanes, Lanes> load_pair(const T* from) {
+  if constexpr (!dealt<T>) {
+    return load_plain(from);
+  } else {
 #if defined(CPU_CAPABILITY_AVX512)
     const __m512i both = _mm512_loadu_si512(from);
     const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
@@ -64,8 +75,6 @@ inline std::tuple<Lanes, Lanes> load_pair(const T* from) {
     const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
 #endif
-  } else {
-    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from));
   }
 }
 
@@ -131,6 +140,18 @@ inline int64_t dot_bf16(
 }
 #endif
 
+// out[r][n] += x[n, k:] · rows[r, k:], of less than a step.
+template <typename T, int N, int R>
+inline void dot_rest(
+    const float* x, int64_t k, int64_t width, const T* const* rows, float (*out)[N]) {
+  for (; k < width; ++k) {
+    for (int r = 0; r < R; ++r) {
+      const float value = static_cast<float>(rows[r][k]);
+      for (int n = 0; n < N; ++n) out[r][n] += value * x[n * width + k];
+    }
+  }
+}
+
 // out[r][n] = x[n] · rows[r]; x is [N, width] as widen() makes it of `stored`.
 template <typename T, int N, int R>
 inline void dot(
@@ -169,12 +190,7 @@ inline void dot(
       });
     });
   }
-  for (; k < width; ++k) {
-    for (int r = 0; r < R; ++r) {
-      const float value = static_cast<float>(rows[r][k]);
-      for (int n = 0; n < N; ++n) out[r][n] += value * x[n * width + k];
-    }
-  }
+  dot_rest<T, N, R>(x, k, width, rows, out);
 }
 
 // How many rows to add up for N tokens at a time: the sums of many tokens outgrow the first cache,
@@ -188,6 +204,17 @@ constexpr int rows_added = N >= 4 && lanes == 16 ? 8 : 4;
 #define POPC_ADDS_PAIRS
 #endif
 
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+// A step of two rows with every value beside its like of the other row: the even ones, the odd ones.
+inline std::pair<__m512i, __m512i> interleaved(const at::BFloat16* one, const at::BFloat16* two) {
+  const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);
+  const __m512i odds = _mm512_set1_epi32(0xffff0000);
+  return {
+      _mm512_mask_mov_epi16(a, 0xaaaaaaaa, _mm512_slli_epi32(b, 16)),
+      _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, odds))};
+}
+#endif
+
 #ifdef POPC_ADDS_PAIRS
 // Rows two by two, and their scales as bfloat16, which they are: 32 products an instruction.
 template <int N, int R>
@@ -196,7 +223,6 @@ inline int64_t add_scaled_bf16(
     const float (*scale)[most_tokens], int64_t width, float* acc) {
   static_assert(R % 2 == 0);
   constexpr int pairs = R / 2;
-  const __m512i odds = _mm512_set1_epi32(0xffff0000);
   uint32_t by[N][pairs];
   for (int n = 0; n < N; ++n) {
     for (int p = 0; p < pairs; ++p) {
@@ -211,10 +237,9 @@ inline int64_t add_scaled_bf16(
     each<pairs>([&](auto p) {
       prefetch(next[2 * p], k);
       prefetch(next[2 * p + 1], k);
-      const __m512i a = _mm512_loadu_si512(rows[2 * p] + k);
-      const __m512i b = _mm512_loadu_si512(rows[2 * p + 1] + k);
-      even[p] = (__m512bh)_mm512_mask_mov_epi16(a, 0xaaaaaaaa, _mm512_slli_epi32(b, 16));
-      odd[p] = (__m512bh)_mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, odds));
+      const auto both = interleaved(rows[2 * p] + k, rows[2 * p + 1] + k);
+      even[p] = (__m512bh)both.first;
+      odd[p] = (__m512bh)both.second;
     });
     each<N>([&](auto n) {
       float* to = acc + n * width + k;
@@ -231,6 +256,18 @@ inline int64_t add_scaled_bf16(
   return k;
 }
 #endif
+
+// acc[n, k:] += Σ_r scale[r][n] · rows[r, k:], of less than a step.
+template <typename T, int N, int R>
+inline void add_rest(
+    const T* const* rows, const float (*scale)[most_tokens], int64_t k, int64_t width,
+    float* acc) {
+  for (; k < width; ++k) {
+    for (int n = 0; n < N; ++n) {
+      for (int r = 0; r < R; ++r) acc[n * width + k] += scale[r][n] * static_cast<float>(rows[r][k]);
+    }
+  }
+}
 
 // acc[n] += Σ_r scale[r][n] · rows[r], for N tokens and R rows; acc is [N, width], in the order of
 // load_pair.
@@ -262,11 +299,7 @@ inline void add_scaled(
       b.store(to + lanes);
     });
   }
-  for (; k < width; ++k) {
-    for (int n = 0; n < N; ++n) {
-      for (int r = 0; r < R; ++r) acc[n * width + k] += scale[r][n] * static_cast<float>(rows[r][k]);
-    }
-  }
+  add_rest<T, N, R>(rows, scale, k, width, acc);
 }
 
 }  // namespace popc

@@ -15,10 +15,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
-#include "kernels.h"
+#include "tiles.h"
 
 namespace popc {
 namespace {
@@ -26,7 +27,8 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t grain_bytes = 1 << 15;  // a thread's least share of the weight
+// A thread's least share, in bytes: of the weight, and of sums, which are still in a cache.
+constexpr int64_t grain_bytes = 1 << 15, grain_cached = 1 << 17;
 
 // A list of channels, checked; all of `size` channels where there is none.
 struct List {
@@ -75,11 +77,28 @@ int64_t threads_for(int64_t lines, int64_t line_bytes) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), most));
 }
 
+// Tokens [count, width] in each way that dot products read them.
+template <typename T>
+struct Tokens {
+  const T* stored;
+  int64_t count;
+  std::vector<float> wide;      // as widen() makes them
+  std::vector<uint32_t> pairs;  // as paired() does; none where tiles do not serve
+
+  Tokens(const T* x, int64_t tokens, int64_t width)
+      : stored(x), count(tokens), wide(tokens * width) {
+    for (int64_t n = 0; n < count; ++n) widen(x + n * width, wide.data() + n * width, width);
+    if constexpr (is_tiled<T>) {
+      if (count >= least_dotted_tiled && has_tiles()) pairs = paired(x, count, width);
+    }
+  }
+};
+
 // Dot products with lines `rows[first:last]`, R of them side by side; the first not done.
 template <typename T, int N, int R>
 int64_t dot_lines(
-    const float* x, const T* stored, const Lines<T>& weight, const List& rows, int64_t first,
-    int64_t last, const T* bias, T* y, int64_t outputs) {
+    const Tokens<T>& x, const Lines<T>& weight, const List& rows, int64_t first, int64_t last,
+    const T* bias, T* y, int64_t outputs) {
   float out[R][N];
   const T* lines[R];
   const T* next[R];
@@ -89,7 +108,11 @@ int64_t dot_lines(
       lines[r] = weight.line(rows[i + r]);
       next[r] = i + R + r < last ? weight.line(rows[i + R + r]) : lines[r];
     }
-    dot<T, N, R>(x, stored, weight.width, lines, next, out);
+    if constexpr (is_tiled<T> && R == rows_dotted_tiled) {
+      dot_tiles<N>(x.wide.data(), x.pairs.data(), weight.width, lines, next, out);
+    } else {
+      dot<T, N, R>(x.wide.data(), x.stored, weight.width, lines, next, out);
+    }
     for (int r = 0; r < R; ++r) {
       const int64_t row = rows[i + r];
       const float plus = bias ? static_cast<float>(bias[row]) : 0.0f;
@@ -102,16 +125,21 @@ int64_t dot_lines(
 // y[n, rows] = x[n] · W[rows] + bias, for up to most_tokens tokens; y holds zeros elsewhere.
 template <typename T>
 void dots(
-    const float* x, const T* stored, int64_t tokens, const Lines<T>& weight, const List& rows,
-    const T* bias, T* y, int64_t outputs) {
+    const Tokens<T>& x, const Lines<T>& weight, const List& rows, const T* bias, T* y,
+    int64_t outputs) {
   const int64_t threads = threads_for(rows.count, weight.width * sizeof(T));
-  by_tokens(tokens, [&](auto count) {
+  by_tokens(x.count, [&](auto count) {
     constexpr int N = decltype(count)::value;
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       const int64_t last = rows.count * end / threads;
       int64_t i = rows.count * begin / threads;
-      i = dot_lines<T, N, rows_at_once<N>>(x, stored, weight, rows, i, last, bias, y, outputs);
-      dot_lines<T, N, 1>(x, stored, weight, rows, i, last, bias, y, outputs);
+      if constexpr (is_tiled<T> && N >= least_dotted_tiled) {
+        if (!x.pairs.empty()) {
+          i = dot_lines<T, N, rows_dotted_tiled>(x, weight, rows, i, last, bias, y, outputs);
+        }
+      }
+      i = dot_lines<T, N, rows_at_once<N>>(x, weight, rows, i, last, bias, y, outputs);
+      dot_lines<T, N, 1>(x, weight, rows, i, last, bias, y, outputs);
     });
   });
 }
@@ -133,7 +161,11 @@ int64_t add_lines(
       next[r] = weight.line(i + R + r < last ? columns[i + R + r] : column);
       for (int n = 0; n < N; ++n) scale[r][n] = static_cast<float>(x[n * inputs + column]);
     }
-    add_scaled<T, N, R>(rows, next, scale, weight.width, acc);
+    if constexpr (is_tiled<T> && R == rows_added_tiled) {
+      add_tiles<N>(rows, next, scale, weight.width, acc);
+    } else {
+      add_scaled<T, N, R>(rows, next, scale, weight.width, acc);
+    }
   }
   return i;
 }
@@ -144,24 +176,34 @@ void add(const float* __restrict from, int64_t n, float* __restrict to) {
 
 // y = total + bias + base, where total is in the order of load_pair.
 template <typename T>
-void write(
-    const float* __restrict total, int64_t width, const T* __restrict bias,
-    const float* __restrict base, T* __restrict y) {
-  const auto put = [&](int64_t k, float value) {
-    if (bias) value += static_cast<float>(bias[k]);
-    if (base) value += base[k];
-    y[k] = static_cast<T>(value);
-  };
+void write(const float* total, int64_t width, const T* bias, const float* base, T* y) {
   int64_t i = 0;
-  if constexpr (dealt<T>) {
-    for (; i + step <= width; i += step) {
-      for (int64_t j = 0; j < lanes; ++j) {
-        put(i + 2 * j, total[i + j]);
-        put(i + 2 * j + 1, total[i + lanes + j]);
-      }
+  for (; i + step <= width; i += step) {
+    float plain[step];
+    for (int64_t j = 0; j < step; ++j) {
+      plain[j] = total[i + (dealt<T> ? j / 2 + j % 2 * lanes : j)];
+    }
+    auto [low, high] = load_plain(plain);
+    const auto add = [&](const auto* from) {
+      const auto [first, second] = load_plain(from + i);
+      low = low + first;
+      high = high + second;
+    };
+    if (bias) add(bias);
+    if (base) add(base);
+    if constexpr (std::is_same_v<T, float>) {
+      low.store(y + i);
+      high.store(y + i + lanes);
+    } else {
+      at::vec::convert_from_float<T>(low, high).store(y + i);
     }
   }
-  for (; i < width; ++i) put(i, total[i]);
+  for (; i < width; ++i) {
+    float value = total[i];
+    if (bias) value += static_cast<float>(bias[i]);
+    if (base) value += base[i];
+    y[i] = static_cast<T>(value);
+  }
 }
 
 // What a sum over one weight needs, and where it goes: y[n] = Σ_c x[n, c] · Wᵀ[c] + bias + base(n).
@@ -181,16 +223,22 @@ void sums(
   int64_t size = 0;
   for (const auto& sum : wanted) size += tokens * sum.weight.width;
   const int64_t threads = threads_for(columns.count, size / tokens * sizeof(T));
-  std::vector<float> acc(threads * size, 0.0f);
+  const std::unique_ptr<float[]> acc(new float[threads * size]);
   by_tokens(tokens, [&](auto count) {
     constexpr int N = decltype(count)::value;
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = columns.count * t / threads;
         const int64_t last = columns.count * (t + 1) / threads;
-        float* to = acc.data() + t * size;
+        float* to = acc.get() + t * size;
+        std::fill_n(to, size, 0.0f);
         for (const auto& sum : wanted) {
           int64_t i = first;
+          if constexpr (is_tiled<T> && N >= least_added_tiled) {
+            if (has_tiles()) {
+              i = add_lines<T, N, rows_added_tiled>(x, inputs, sum.weight, columns, i, last, to);
+            }
+          }
           i = add_lines<T, N, rows_added<N>>(x, inputs, sum.weight, columns, i, last, to);
           add_lines<T, N, 1>(x, inputs, sum.weight, columns, i, last, to);
           to += N * sum.weight.width;
@@ -198,14 +246,20 @@ void sums(
       }
     });
   });
-  float* from = acc.data();
-  for (const auto& sum : wanted) {
-    const int64_t width = sum.weight.width;
-    for (int64_t n = 0; n < tokens; ++n, from += width) {
-      for (int64_t t = 1; t < threads; ++t) add(from + t * size, width, from);
-      write(from, width, sum.bias, sum.base(n), sum.y + n * width);
+  const int64_t rows = tokens * wanted.size();  // of y, one linear's after the other's
+  const int64_t grain = 1 + rows * grain_cached / (threads * size * sizeof(float));
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    float* from = acc.get();
+    int64_t row = 0;
+    for (const auto& sum : wanted) {
+      const int64_t width = sum.weight.width;
+      for (int64_t n = 0; n < tokens; ++n, ++row, from += width) {
+        if (row < begin || row >= end) continue;
+        for (int64_t t = 1; t < threads; ++t) add(from + t * size, width, from);
+        write(from, width, sum.bias, sum.base(n), sum.y + n * width);
+      }
     }
-  }
+  });
 }
 
 // y[n] = Σ_c x[n, c] · Wᵀ[c] + bias over the listed columns c.
@@ -234,12 +288,8 @@ void block(
     stored = kept.data();
   }
   if (weight.by_output) {
-    std::vector<float> wide(tokens * inputs);
-    for (int64_t n = 0; n < tokens; ++n) {
-      widen(stored + n * inputs, wide.data() + n * inputs, inputs);
-    }
     if (!rows.all()) std::fill_n(y, tokens * outputs, T(0));
-    return dots(wide.data(), stored, tokens, weight, rows, bias, y, outputs);
+    return dots(Tokens<T>(stored, tokens, inputs), weight, rows, bias, y, outputs);
   }
   if (rows.all()) return sums(x, inputs, tokens, weight, columns, bias, y);
   std::vector<T> whole(tokens * outputs);

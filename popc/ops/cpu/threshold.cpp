@@ -42,6 +42,8 @@ void keep_row(
   }
 }
 
+constexpr int64_t least_kept = 1 << 13;  // values for a thread
+
 // The same for all tokens; returns the channels that count for any of them.
 template <typename T>
 std::vector<int64_t> keep(
@@ -49,12 +51,16 @@ std::vector<int64_t> keep(
     const Rows& centers, int64_t each, T* kept) {
   std::vector<int32_t> any(inputs, 0);
   const float* limits = threshold.const_data_ptr<float>();
-  for (int64_t n = 0; n < tokens; ++n) {
-    const float limit = limits[threshold.numel() > 1 ? n / each : 0];
-    const float* center = centers.of(n / each);
-    const auto row = center ? keep_row<T, true> : keep_row<T, false>;
-    row(x + n * inputs, center, norm, limit, inputs, kept + n * inputs, any.data());
-  }
+  at::parallel_for(0, inputs, 1 + least_kept / tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 0; n < tokens; ++n) {
+      const float limit = limits[threshold.numel() > 1 ? n / each : 0];
+      const float* center = centers.of(n / each);
+      const auto row = center ? keep_row<T, true> : keep_row<T, false>;
+      const int64_t at = n * inputs + begin;
+      row(x + at, center ? center + begin : nullptr, norm + begin, limit, end - begin, kept + at,
+          any.data() + begin);
+    }
+  });
   std::vector<int64_t> columns(inputs);
   int64_t count = 0;
   for (int64_t c = 0; c < inputs; ++c) {  // no branch: none could be foretold
