@@ -277,6 +277,34 @@ def test_one_ffn(tmp_path: Path) -> None:
     assert (tmp_path / "ffn.png").read_bytes().startswith(PNG)
 
 
+def test_contraction_reads_what_was_counted() -> None:
+    """Eight tokens need more channels than one; what each bench counts is what its ops read."""
+    small = {"dtype": "float32", "tokens": 2, "rounds": 1, "layers": 2, "codegen": "eager"}
+    settings = Settings(**small, policies=("contraction",), sparsity=(0, 0.5), batch=(1, 8))
+    measured = command.bench_ffn(ffn.Shape(64, 192), settings, lambda _: None)
+    whole, one, _, eight = [run for run in measured.runs if run.policy]
+    assert whole.read_bytes == whole.dense_bytes > eight.read_bytes > 1.2 * one.read_bytes
+    assert one.saved == pytest.approx(0.5, abs=0.15)
+    assert eight.limit == eight.dense_bytes / eight.read_bytes
+
+
+def test_bytes_follow_the_channels_counted() -> None:
+    blocks = ffn.build_blocks(ffn.Shape(64, 192), Settings(dtype="float32", layers=2))
+    plan = popc.analyze(blocks, (torch.randn(1, 1, 64),))
+    half, most = (popc.Config(policy="contraction", sparsity=r) for r in (0.5, 0.2))
+    meant = results.step_bytes(blocks, plan, half, 1)
+    assert meant.dense / 2 < meant.read < 0.52 * meant.dense  # norms too
+    for share, expected in ((0.5, meant.read), (1, meant.read + meant.dense / 2)):
+        counted = {group.key: share * group.width for group in plan.inputs}
+        assert results.step_bytes(blocks, plan, most, 1, reads=counted).read == expected
+
+
+def test_values_stay_finite_in_many_blocks() -> None:
+    """Of values that overflow every channel counts, and nothing would be left out."""
+    blocks = ffn.build_blocks(ffn.Shape(256, 704), Settings(dtype="bfloat16", layers=64))
+    assert blocks(torch.randn(1, 4, 256).bfloat16()).isfinite().all()
+
+
 def test_blocks_exceed_the_cache() -> None:
     shape = ffn.Shape(512, 2048)
     blocks = ffn.build_blocks(shape, Settings(dtype="bfloat16"))

@@ -15,6 +15,7 @@ import popc
 from popc import state
 from popc.analysis.plan import Plan
 from popc.bench.rates import WARMING, Context, Progress, interleaved
+from popc.bench.reads import channels_read, counting
 from popc.bench.results import Run, Spread, runs_of, step_bytes
 from popc.bench.settings import Settings
 from popc.config import Config
@@ -96,10 +97,9 @@ def _decode_at(
 ) -> list[Run]:
     where = f"batch {batch}, context {context}: "
     # What prunes nothing leaves weights as they are, so it shares the dense model's.
-    twins = {}
-    for config in settings.configs():
-        owner = models[config.policy_name] if config.sparsity else dense
-        twins[name_of(config)] = pruned_way(owner, config)
+    configs = {name_of(config): config for config in settings.configs()}
+    owners = {n: models[c.policy_name] if c.sparsity else dense for n, c in configs.items()}
+    twins = {name: pruned_way(owners[name], config) for name, config in configs.items()}
     ways = {**dense_ways(dense, settings), **twins}
     contexts = _contexts(dense, twins, settings, batch, context, lambda s: progress(where + s))
     first = next(iter(contexts.values()))
@@ -108,22 +108,26 @@ def _decode_at(
         held = contexts[way.config.policy_name] if way.config else first
         return held.decode(way.forward, tokens)[0] / tokens
 
+    reads = {}
     for name, way in ways.items():
         progress(f"{where}compiling {name}")
         seconds(way, min(WARMING, settings.tokens))
         if way.config is not None and way.plan is not None:
-            check_pruned(
-                way.plan, way.config, state.of_cache(contexts[way.config.policy_name].cache)
-            )
+            held = contexts[way.config.policy_name]
+            session = state.of_cache(held.cache)
+            check_pruned(way.plan, way.config, session)
+            twin = pruned_way(owners[name], counting(way.config))
+            steps = held.decode, twin.forward, settings.tokens
+            reads[name] = channels_read(way.plan, way.config, session, *steps)
     turns = {name: lambda way=way: seconds(way, settings.tokens) for name, way in ways.items()}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(where + name))
     plan = next(way.plan for way in twins.values() if way.plan is not None)
     read = {
-        name: step_bytes(dense, way.plan or plan, way.config, batch, first.bytes)
+        name: step_bytes(dense, way.plan or plan, way.config, batch, first.bytes, reads.get(name))
         for name, way in ways.items()
     }
-    configs = {name: way.config for name, way in ways.items()}
-    return runs_of(configs, rounds, read, bandwidth, batch, context)
+    options = {name: way.config for name, way in ways.items()}
+    return runs_of(options, rounds, read, bandwidth, batch, context)
 
 
 def _contexts(

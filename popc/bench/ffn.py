@@ -1,4 +1,4 @@
-"""One gated FFN, alone: ``down(silu(gate x) * up x)``.
+"""One gated FFN, alone: ``x + down(silu(gate y) * up y)`` with ``y = norm(x)``.
 
 Steps run through as many blocks as exceed the last-level cache several times, so weights come from
 memory, as they do in a model.
@@ -22,6 +22,7 @@ from popc.bench.decode import COMPILED, EAGER, check_pruned, name_of
 from popc.bench.machine import last_level_cache
 from popc.bench.models import fill
 from popc.bench.rates import WARMING, Progress, interleaved, wait
+from popc.bench.reads import channels_read, counting
 from popc.bench.results import Run, Spread, runs_of, step_bytes
 from popc.bench.settings import DTYPES, Settings
 from popc.config import Config
@@ -43,16 +44,18 @@ class Shape:
 
 
 class Block(nn.Module):
-    """An FFN with its residual."""
+    """An FFN as it stands in a model, with norm and residual: without, values would explode."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.norm = nn.RMSNorm(shape.hidden, elementwise_affine=False)
         self.gate = nn.Linear(shape.hidden, shape.channels, bias=False)
         self.up = nn.Linear(shape.hidden, shape.channels, bias=False)
         self.down = nn.Linear(shape.channels, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(silu(self.gate(x)) * self.up(x))
+        y = self.norm(x)
+        return x + self.down(silu(self.gate(y)) * self.up(y))
 
 
 def build_blocks(shape: Shape, settings: Settings) -> nn.Sequential:
@@ -140,20 +143,28 @@ def _ffn_at(
             wait(x.device)
         return (time.perf_counter() - start) / times / len(dense)
 
+    reads = {}
     for name in forwards:
         progress(f"batch {batch}: compiling {name}")
         seconds(name, WARMING)
         if name in configs:
-            check_pruned(plans[name], configs[name], sessions[configs[name].policy_name])
+            config, plan = configs[name], plans[name]
+            session = sessions[config.policy_name]
+            check_pruned(plan, config, session)
+            backend = functools.partial(popc_backend, config=counting(config))
+            forward = compat.compile_alone(owners[name].forward, backend)
+            with state.use(session):
+                reads[name] = channels_read(plan, config, session, forward, x)
     turns = {name: lambda name=name: seconds(name, settings.tokens) for name in forwards}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(f"batch {batch}: {name}"))
     ways: dict[str, Config | None] = {name: configs.get(name) for name in forwards}
     whole = next(iter(plans.values()))
     read = {
-        name: step_bytes(dense, plans.get(name, whole), config, batch).each(len(dense))
+        name: step_bytes(dense, plans.get(name, whole), config, batch, reads=reads.get(name))
         for name, config in ways.items()
     }
-    return runs_of(ways, rounds, read, bandwidth, batch)
+    each = {name: amount.each(len(dense)) for name, amount in read.items()}
+    return runs_of(ways, rounds, each, bandwidth, batch)
 
 
 def _random(batch: int, tokens: int, shape: Shape, settings: Settings) -> Tensor:

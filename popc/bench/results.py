@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from popc.bench.rates import Spread
 from popc.bench.settings import Settings
 from popc.config import Config
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Bytes:
     """Bytes that one step reads: of weights, keys and values, and popc's lists.
 
-    ``dense`` with all units; ``read`` as it ran. A step that has its weights in no cache can be
-    faster by ``dense / read`` and not more.
+    ``dense`` with all units; ``read`` as it ran, counted where each token chooses. A step that has
+    its weights in no cache can be faster by ``dense / read`` and not more.
     """
 
     dense: int
@@ -235,7 +235,12 @@ def runs_of(
 
 
 def step_bytes(
-    module: torch.nn.Module, plan: Plan, config: Config | None, batch: int, cached: int = 0
+    module: torch.nn.Module,
+    plan: Plan,
+    config: Config | None,
+    batch: int,
+    cached: int = 0,
+    reads: Mapping[Hashable, float] | None = None,
 ) -> Bytes:
     """What a decode step reads of ``module``; dense without ``config``.
 
@@ -245,6 +250,8 @@ def step_bytes(
     Args:
         plan: of the module's decode step. Experts that are in none of its regions count in full.
         cached: bytes of keys and values.
+        reads: see :func:`popc.bench.reads.channels_read`; of a group that is not in it, what its
+            threshold is set for.
     """
     dense = cached + sum(parameter.nbytes for parameter in module.parameters())
     shared = {
@@ -261,7 +268,12 @@ def step_bytes(
     if config is None:
         return Bytes(dense, dense)
     total = plan.cost(B=batch, T=1, S=1, config=config).rows[-1]
-    return Bytes(dense, dense - (total.dense.bytes - total.pruned.bytes))
+    read = dense - (total.dense.bytes - total.pruned.bytes)
+    for group in plan.inputs:
+        if reads and group.key in reads:
+            meant = (1 - config.sparsity) * group.width
+            read += round((reads[group.key] - meant) / group.width * group.weight_bytes)
+    return Bytes(dense, read)
 
 
 def model_of(name: str, module: torch.nn.Module, layers: int) -> Model:

@@ -1,0 +1,38 @@
+"""Channels that contraction reads: each token its own, so they are counted, not computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from statistics import fmean
+from typing import Any
+
+from popc.analysis.plan import Plan
+from popc.config import Config
+from popc.state import Session
+
+
+def counting(config: Config) -> Config:
+    """``config`` for a twin that counts; as it is run a few times, Inductor is not asked."""
+    return dataclasses.replace(config, count=True, codegen="eager")
+
+
+def channels_read(
+    plan: Plan, config: Config, session: Session | None, decode: Callable[..., Any], *args: Any
+) -> Mapping[Hashable, float]:
+    """The channels that each group of inputs reads in a step, by its key.
+
+    Several sequences read what any of them needs. Empty where nothing is contracted.
+
+    Args:
+        decode: called with ``args``: steps of a twin of :func:`counting` in ``session``.
+    """
+    if session is None or not any(is_contracted(group.kind, config) for group in plan.inputs):
+        return {}
+    session.reads.clear()  # the session serves other sparsities too
+    decode(*args)
+    return {key: fmean(counts) for key, counts in session.reads.items()}
+
+
+def is_contracted(kind: str, config: Config) -> bool:
+    return config.sparsity > 0 and config.policy_of(kind) == "contraction"
