@@ -24,8 +24,10 @@ from popc.bench.cold import cold_start, start
 from popc.bench.machine import Machine, copy_bandwidth, last_level_cache, machine, versions
 from popc.bench.models import SHAPES, build, random_model
 from popc.bench.rates import WARMING, Context, Spread, Stopwatch, decode_rates, interleaved
+from popc.bench.reads import channels_read
 from popc.bench.show import plot
 from popc.errors import ModelError
+from popc.state import Session
 from tests.models import tiny_llama
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -286,6 +288,15 @@ def test_contraction_reads_what_was_counted() -> None:
     assert whole.read_bytes == whole.dense_bytes > eight.read_bytes > 1.2 * one.read_bytes
     assert one.saved == pytest.approx(0.5, abs=0.15)
     assert eight.limit == eight.dense_bytes / eight.read_bytes
+
+
+def test_steps_that_count_nothing_are_an_error() -> None:
+    plan = popc.analyze(ffn.Block(ffn.Shape(64, 192)), (torch.randn(1, 1, 64),))
+    config = popc.Config(policy="contraction", sparsity=0.5)
+    with pytest.raises(ModelError, match="were dense: no channels"):
+        channels_read(plan, config, Session(), lambda: None)
+    for none in (popc.Config(policy="pop", sparsity=0.5), popc.Config(sparsity=0)):
+        assert channels_read(plan, none, Session(), lambda: None) == {}
 
 
 def test_bytes_follow_the_channels_counted() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from popc.analysis.plan import Plan
 from popc.config import Config
+from popc.errors import ModelError
 from popc.state import Session
 
 
@@ -26,11 +27,16 @@ def channels_read(
 
     Args:
         decode: called with ``args``: steps of a twin of :func:`counting` in ``session``.
+
+    Raises:
+        ModelError: the twin's steps were dense.
     """
     if session is None or not any(is_contracted(group.kind, config) for group in plan.inputs):
         return {}
     session.reads.clear()  # the session serves other sparsities too
     decode(*args)
+    if not session.reads:
+        raise ModelError(f"steps at r={config.sparsity:g} were dense: no channels were counted")
     return {key: fmean(counts) for key, counts in session.reads.items()}
 
 
