@@ -235,8 +235,7 @@ class Plan:
                 continue
             share = 1.0
             if group.key in contracted:
-                steps = (reads or {}).get(group.key)
-                share = sum(steps) / len(steps) / group.width if steps else 1 - config.sparsity
+                share = share_read(group, config, reads)
             dense += group.weight_bytes
             read += share * group.weight_bytes
         return read / dense if dense else 1.0
@@ -273,6 +272,14 @@ class Plan:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def share_read(
+    group: Inputs, config: Config, reads: Mapping[Any, Sequence[int]] | None = None
+) -> float:
+    """The share of a contracted group's channels that a step reads: see `Plan.read_share`."""
+    steps = (reads or {}).get(group.key)
+    return sum(steps) / len(steps) / group.width if steps else 1 - config.sparsity
 
 
 def generic(name: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
-from statistics import fmean
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from popc.analysis.plan import Plan
@@ -20,8 +19,8 @@ def counting(config: Config) -> Config:
 
 def channels_read(
     plan: Plan, config: Config, session: Session | None, decode: Callable[..., Any], *args: Any
-) -> Mapping[Hashable, float]:
-    """The channels that each group of inputs reads in a step, by its key.
+) -> Mapping[Hashable, Sequence[int]]:
+    """The channels that each group of inputs reads, step by step, by its key.
 
     Several sequences read what any of them needs. Empty where nothing is contracted.
 
@@ -31,14 +30,11 @@ def channels_read(
     Raises:
         ModelError: the twin's steps were dense.
     """
-    if session is None or not any(is_contracted(group.kind, config) for group in plan.inputs):
+    contracts = any(config.policy_of(group.kind) == "contraction" for group in plan.inputs)
+    if session is None or not contracts or not config.sparsity:
         return {}
     session.reads.clear()  # the session serves other sparsities too
     decode(*args)
     if not session.reads:
         raise ModelError(f"steps at r={config.sparsity:g} were dense: no channels were counted")
-    return {key: fmean(counts) for key, counts in session.reads.items()}
-
-
-def is_contracted(kind: str, config: Config) -> bool:
-    return config.sparsity > 0 and config.policy_of(kind) == "contraction"
+    return {key: list(counts) for key, counts in session.reads.items()}

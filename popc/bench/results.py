@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from popc.analysis.cost import region_cost
-from popc.analysis.plan import Plan
+from popc.analysis.plan import Plan, share_read
 from popc.bench.machine import Machine, commit, versions
 from popc.bench.rates import Spread
 from popc.bench.settings import Settings
@@ -240,7 +240,7 @@ def step_bytes(
     config: Config | None,
     batch: int,
     cached: int = 0,
-    reads: Mapping[Hashable, float] | None = None,
+    reads: Mapping[Hashable, Sequence[int]] | None = None,
 ) -> Bytes:
     """What a decode step reads of ``module``; dense without ``config``.
 
@@ -270,9 +270,8 @@ def step_bytes(
     total = plan.cost(B=batch, T=1, S=1, config=config).rows[-1]
     read = dense - (total.dense.bytes - total.pruned.bytes)
     for group in plan.inputs:
-        if reads and group.key in reads:
-            meant = (1 - config.sparsity) * group.width
-            read += round((reads[group.key] - meant) / group.width * group.weight_bytes)
+        more = share_read(group, config, reads) - share_read(group, config)
+        read += round(more * group.weight_bytes)
     return Bytes(dense, read)
 
 
