@@ -60,6 +60,16 @@ inline std::tuple<Lanes, Lanes> load_plain(const T* from) {
   }
 }
 
+template <typename T>
+inline void store_plain(const Lanes& low, const Lanes& high, T* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    low.store(to);
+    high.store(to + lanes);
+  } else {
+    at::vec::convert_from_float<T>(low, high).store(to);
+  }
+}
+
 // The same in the order of dealt<T>, the same for all that is read so.
 template <typename T>
 inline std::tuple<Lanes, Lanes> load_pair(const T* from) {
@@ -107,7 +117,7 @@ template <typename T>
 inline void prefetch(const T* next, int64_t at) {
 #if defined(__GNUC__) || defined(__clang__)
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < step; i += line) __builtin_prefetch(next + at + i);
+  for (int64_t i = 0; i < step; i += line) __builtin_prefetch(next + at + i, 0, 2);
 #endif
 }
 

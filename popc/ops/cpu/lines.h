@@ -191,12 +191,7 @@ void write(const float* total, int64_t width, const T* bias, const float* base, 
     };
     if (bias) add(bias);
     if (base) add(base);
-    if constexpr (std::is_same_v<T, float>) {
-      low.store(y + i);
-      high.store(y + i + lanes);
-    } else {
-      at::vec::convert_from_float<T>(low, high).store(y + i);
-    }
+    store_plain(low, high, y + i);
   }
   for (; i < width; ++i) {
     float value = total[i];

@@ -20,25 +20,38 @@ struct Rows {
             (values->size(0) == 1 || values->size(0) == sequences),
         "popc::threshold_linear: ", name, " must be float32 [1 or B, ", width, "], not ",
         values->scalar_type(), " ", values->sizes());
-    held = values->contiguous();
-    if (values->size(0) > 1) step = width;
+    held = values->stride(1) == 1 ? *values : values->contiguous();  // parts of longer rows serve
+    if (values->size(0) > 1) step = held.stride(0);
   }
   const float* of(int64_t sequence) const {
     return held.defined() ? held.const_data_ptr<float>() + sequence * step : nullptr;
   }
 };
 
-// One token's x - center without the channels that do not count; `any` gains those that do.
+// One token's x - center without the channels that do not count; of those that do, the bits of
+// `left` become 0. Without branches, as every second one would be foretold wrongly.
 template <typename T, bool centered>
 void keep_row(
     const T* __restrict x, const float* __restrict center, const float* __restrict norm,
-    float limit, int64_t inputs, T* __restrict kept, int32_t* __restrict any) {
-  for (int64_t c = 0; c < inputs; ++c) {
+    float limit, int64_t inputs, T* __restrict kept, int32_t* __restrict left) {
+  const Lanes limits(limit), zero(0.0f);
+  const auto keep = [&](Lanes value, int64_t c) {
+    if constexpr (centered) value = value - Lanes::loadu(center + c);
+    const Lanes leaves = value.abs() * Lanes::loadu(norm + c) <= limits;  // a NaN counts
+    (Lanes::loadu(left + c) & leaves).store(left + c);
+    return Lanes::blendv(value, zero, leaves);
+  };
+  int64_t c = 0;
+  for (; c + step <= inputs; c += step) {
+    const auto [low, high] = load_plain(x + c);
+    store_plain(keep(low, c), keep(high, c + lanes), kept + c);
+  }
+  for (; c < inputs; ++c) {
     float value = static_cast<float>(x[c]);
     if constexpr (centered) value -= center[c];
-    const bool counts = !(std::fabs(value) * norm[c] <= limit);  // a NaN counts
-    kept[c] = static_cast<T>(counts ? value : 0.0f);
-    any[c] |= counts;
+    const bool leaves = std::fabs(value) * norm[c] <= limit;
+    kept[c] = static_cast<T>(leaves ? 0.0f : value);
+    left[c] &= -static_cast<int32_t>(leaves);
   }
 }
 
@@ -49,7 +62,7 @@ template <typename T>
 std::vector<int64_t> keep(
     const T* x, int64_t tokens, int64_t inputs, const float* norm, const Tensor& threshold,
     const Rows& centers, int64_t each, T* kept) {
-  std::vector<int32_t> any(inputs, 0);
+  std::vector<int32_t> left(inputs, -1);
   const float* limits = threshold.const_data_ptr<float>();
   at::parallel_for(0, inputs, 1 + least_kept / tokens, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < tokens; ++n) {
@@ -58,14 +71,14 @@ std::vector<int64_t> keep(
       const auto row = center ? keep_row<T, true> : keep_row<T, false>;
       const int64_t at = n * inputs + begin;
       row(x + at, center ? center + begin : nullptr, norm + begin, limit, end - begin, kept + at,
-          any.data() + begin);
+          left.data() + begin);
     }
   });
   std::vector<int64_t> columns(inputs);
   int64_t count = 0;
-  for (int64_t c = 0; c < inputs; ++c) {  // no branch: none could be foretold
+  for (int64_t c = 0; c < inputs; ++c) {
     columns[count] = c;
-    count += any[c];
+    count += 1 + left[c];
   }
   columns.resize(count);
   return columns;
