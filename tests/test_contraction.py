@@ -295,6 +295,7 @@ def test_a_line_that_is_not_read_counts_for_nothing() -> None:
     assert threshold_linear(x, weight, None, norm, torch.tensor([0.5]), 0).isfinite().all()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "bad",
     [
@@ -306,6 +307,15 @@ def test_a_line_that_is_not_read_counts_for_nothing() -> None:
         {"center": torch.ones(3, 72)},
         {"base": torch.ones(1, 40, dtype=torch.float64)},
         {"x": torch.ones(2, 1, 70)},
+        {"channel": 1},
+        {"channel": -1},
+        {"norm": torch.ones(80), "channel": 9},
+        {"group": 1},
+        {"group": -1, "threshold": torch.ones(2, 1)},
+        {"threshold": torch.ones(2, 3)},
+        {"center": torch.ones(1, 80), "norm": torch.ones(90), "channel": 9},
+        {"base": torch.ones(1, 41), "output": 2},
+        {"base": torch.ones(1, 41), "output": -1},
     ],
 )
 def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:

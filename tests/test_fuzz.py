@@ -99,6 +99,13 @@ def test_gather_experts(data: st.DataObject, dtype: torch.dtype, out_dim: int) -
     close(y, expected, dtype)
 
 
+def among_others(data: st.DataObject, *own: Tensor | None) -> tuple[list[Tensor | None], int]:
+    """The last dims of ``own`` as parts of longer ones, and where they begin; NaN stand around."""
+    before, after = (data.draw(st.integers(0, 3)) for _ in range(2))
+    nan = float("nan")
+    return [v if v is None else F.pad(v, (before, after), value=nan) for v in own], before
+
+
 @given(st.data(), st.sampled_from(list(DTYPES)), st.integers(0, 1))
 @examples(120, 3000)
 def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int) -> None:
@@ -119,7 +126,11 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
         moved = (x.float() - center[:, None]).to(dtype)
     kept = (x.float() - (0 if center is None else center[:, None])).abs() * norm
     kept = kept > limit.view(-1, 1, 1)
-    y = ops.threshold_linear(x, weight, bias, norm, limit, out_dim, center, base)
+    (norms, centers), channel = among_others(data, norm, center)
+    (bases,), output = among_others(data, base)
+    (limits,), group = among_others(data, limit[:, None])
+    given = x, weight, bias, norms, limits.t(), out_dim, centers, bases
+    y = ops.threshold_linear(*given, group, channel, output)
     weights = weight.double().mT if out_dim == 0 else weight.double()
     expected = (moved.double() * kept) @ weights + added.double().view(-1, 1, outputs)
     close(y, expected + (0 if bias is None else bias.double()), dtype)
@@ -149,7 +160,11 @@ def test_threshold_linears(data: st.DataObject, dtype: torch.dtype) -> None:
         center = data.draw(tensors(rows, inputs, dtype=torch.float32))
         base = data.draw(tensors(rows, sum(outputs), dtype=torch.float32))
         parts = list(base.split(outputs, -1))
-    got = ops.threshold_linears(x, weights, biases, norm, limit, out_dims, center, base)
+    (norms, centers), channel = among_others(data, norm, center)
+    (bases,), output = among_others(data, base)
+    (limits,), group = among_others(data, limit[:, None])
+    given = x, weights, biases, norms, limits.t(), out_dims, centers, bases
+    got = ops.threshold_linears(*given, group, channel, output)
     for y, weight, bias, out_dim, part in zip(got, weights, biases, out_dims, parts, strict=True):
         alone = ops.threshold_linear(x, weight, bias, norm, limit, out_dim, center, part)
         close(y, alone.double(), dtype)

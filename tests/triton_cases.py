@@ -21,6 +21,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # How far the dtype rounds, and half of it for the answer; float32 sums stay below 1e-5.
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -251,6 +252,11 @@ def check(case: Case, linear: Callable[..., Tensor], experts: Callable[..., Tens
     return f"off by {float(error.max()):.2e}" if (error > 0).any() else ""
 
 
+def _among(values: Tensor | None, before: int) -> Tensor | None:
+    """``values`` in longer rows, from ``before`` on; NaN stand around."""
+    return values if values is None else pad(values, (before, 2), value=float("nan"))
+
+
 def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     """As :func:`check`, where values of x say what is read; one row of x holds a NaN."""
     torch.manual_seed(len(str(case)))
@@ -280,7 +286,11 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     if tokens.shape[0] > 0 and unread.all():
         return "a case in which nothing is read"
     held = _held(weight.masked_fill(unread, float("nan")), case)
-    y = op(x, held, bias, norm, limits, case.out_dim, center, base)
+    # As parts of what a graph holds, from channel 3 and output 5 on.
+    norm, center, base = _among(norm, 3), _among(center, 3), _among(base, 5)
+    limits = _among(limits[:, None], 1).t()
+    rest = bias, norm, limits, case.out_dim, center, base, 1, 3, 5
+    y = op(x, held, *rest)
     if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:
         return f"{y.dtype} {tuple(y.shape)}"
     y = y.reshape(expected.shape).double()
@@ -294,7 +304,7 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     spoiled = x.clone()
     spoiled.view(-1, case.inputs)[0, 0] = float("nan")
     held = _held(weight, case)
-    again = op(spoiled, held, bias, norm, limits, case.out_dim, center, base)
+    again = op(spoiled, held, *rest)
     again = again.reshape(expected.shape)
     shows = again[0].isnan().all() and again[1:].isfinite().all()
     return "" if shows else "a NaN is hidden, or met another token"

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from popc.ops.threshold import own_parts
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens that meet a tile of the weight at once; tensor cores take no fewer.
 BLOCK_M = 16
@@ -112,8 +114,14 @@ def launch_threshold(
     out_dim: int,
     center: Tensor | None = None,
     base: Tensor | None = None,
+    group: int = 0,
+    channel: int = 0,
+    output: int = 0,
 ) -> Tensor:
     """``threshold_linear`` by two kernels that the caller has made ready to launch."""
+    norm, threshold, center, base = own_parts(
+        x, weight.shape[out_dim], norm, threshold, center, base, group, channel, output
+    )
     apart = threshold.numel() > 1 or any(v is not None and v.shape[0] > 1 for v in (center, base))
     lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
     y = _launch(
@@ -266,6 +274,9 @@ if available():
         out_dim: int,
         center: Tensor | None = None,
         base: Tensor | None = None,
+        group: int = 0,
+        channel: int = 0,
+        output: int = 0,
     ) -> Tensor:
         """``popc::threshold_linear`` in Triton."""
         return launch_threshold(
@@ -279,6 +290,9 @@ if available():
             out_dim,
             center,
             base,
+            group,
+            channel,
+            output,
         )
 
     @triton_op("popc::triton_gather_experts", mutates_args=())

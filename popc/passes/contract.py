@@ -63,39 +63,51 @@ def contract_inputs(
     done = 0
     read: list[fx.Node] = []
     for i, (group, (start, stop)) in enumerate(zip(groups, stretches(groups), strict=True)):
-        with graph.inserting_before(group.linears[0].node):
-            emit = Emitter(captured, group.linears[0].node)
-            norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
-            limit = emit.call(aten.select.int, limits_in, 0, i)
-            center = emit.call(aten.slice.Tensor, center_in, 1, start, stop)
-            if counting:
+        if counting:
+            with graph.inserting_before(group.linears[0].node):
+                emit = Emitter(captured, group.linears[0].node)
+                norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
+                limit = emit.call(aten.select.int, limits_in, 0, i)
+                center = emit.call(aten.slice.Tensor, center_in, 1, start, stop)
                 read.append(emit.call(count_read, group.x, norm, limit, center))
         for linears in _together(group, place, writes):
-            stop = done + sum(linear.outputs for linear in linears)
             with graph.inserting_before(linears[0].node):
                 emit = Emitter(captured, linears[0].node)
-                base = emit.call(aten.slice.Tensor, base_in, 1, done, stop)
-                _contract(emit, group.x, linears, norm, limit, center, base)
-            done = stop
+                shared = norms, limits_in, center_in, base_in
+                _contract(emit, group.x, linears, shared, (i, start, done))
+            done += sum(linear.outputs for linear in linears)
     if counting:
         append_output(captured, aten.stack.default, read)
     finish(captured)
 
 
-def _contract(emit: Emitter, x: fx.Node, linears: Sequence[Linear], *limits: fx.Node) -> None:
-    """``linears`` become one op, which stands where the first of them is."""
-    norm, limit, center, base = limits
+def _contract(
+    emit: Emitter,
+    x: fx.Node,
+    linears: Sequence[Linear],
+    shared: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
+    own: tuple[int, int, int],
+) -> None:
+    """``linears`` become one op, which stands where the first of them is.
+
+    Args:
+        shared: norms, thresholds, centers and bases of all groups.
+        own: the group's place in them: its number, its first channel, and the first output.
+    """
+    norm, limit, center, base = shared
     if len(linears) == 1:
         (linear,) = linears
         weight = linear.weight
         op = served(threshold_linear, x.meta["val"], weight.node.meta["val"])
-        given = (x, weight.node, linear.bias, norm, limit, weight.out_dim, center, base)
-        emit.change(linear.node, op, *given)
+        given = (x, weight.node, linear.bias, norm, limit, weight.out_dim)
+        emit.change(linear.node, op, *given, center, base, *own)
         return
     weights = [linear.weight.node for linear in linears]
     biases = [linear.bias for linear in linears]
     out_dims = [linear.weight.out_dim for linear in linears]
-    results = emit.call(threshold_linears, x, weights, biases, norm, limit, out_dims, center, base)
+    results = emit.call(
+        threshold_linears, x, weights, biases, norm, limit, out_dims, center, base, *own
+    )
     for i, linear in enumerate(linears):
         emit.change(linear.node, operator.getitem, results, i)
 

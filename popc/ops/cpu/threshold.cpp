@@ -8,23 +8,27 @@
 namespace popc {
 namespace {
 
-// A row of `values` for each sequence, or one for all; nullptr where there are none.
+// A row of `width` values for each sequence, or one for all; nullptr where there are none. They stand
+// in longer rows, `from` on.
 struct Rows {
   Tensor held;
-  int64_t step = 0;
+  int64_t from = 0, step = 0;
 
-  Rows(const MaybeTensor& values, int64_t width, int64_t sequences, const char* name) {
+  Rows(
+      const MaybeTensor& values, int64_t from, int64_t width, int64_t sequences, const char* name)
+      : from(from) {
     if (!values) return;
     TORCH_CHECK_VALUE(
-        values->scalar_type() == at::kFloat && values->dim() == 2 && values->size(1) == width &&
+        values->scalar_type() == at::kFloat && values->dim() == 2 && from >= 0 &&
+            from + width <= values->size(1) &&
             (values->size(0) == 1 || values->size(0) == sequences),
-        "popc::threshold_linear: ", name, " must be float32 [1 or B, ", width, "], not ",
-        values->scalar_type(), " ", values->sizes());
-    held = values->stride(1) == 1 ? *values : values->contiguous();  // parts of longer rows serve
-    if (values->size(0) > 1) step = held.stride(0);
+        "popc::threshold_linear: ", name, " must be float32 [1 or B, ", from + width,
+        " or more], not ", values->scalar_type(), " ", values->sizes());
+    held = values->contiguous();
+    if (values->size(0) > 1) step = values->size(1);
   }
   const float* of(int64_t sequence) const {
-    return held.defined() ? held.const_data_ptr<float>() + sequence * step : nullptr;
+    return held.defined() ? held.const_data_ptr<float>() + sequence * step + from : nullptr;
   }
 };
 
@@ -60,13 +64,12 @@ constexpr int64_t least_kept = 1 << 13;  // values for a thread
 // The same for all tokens; returns the channels that count for any of them.
 template <typename T>
 std::vector<int64_t> keep(
-    const T* x, int64_t tokens, int64_t inputs, const float* norm, const Tensor& threshold,
-    const Rows& centers, int64_t each, T* kept) {
+    const T* x, int64_t tokens, int64_t inputs, const float* norm, const float* limits,
+    int64_t limit_count, const Rows& centers, int64_t each, T* kept) {
   std::vector<int32_t> left(inputs, -1);
-  const float* limits = threshold.const_data_ptr<float>();
   at::parallel_for(0, inputs, 1 + least_kept / tokens, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < tokens; ++n) {
-      const float limit = limits[threshold.numel() > 1 ? n / each : 0];
+      const float limit = limits[limit_count > 1 ? n / each : 0];
       const float* center = centers.of(n / each);
       const auto row = center ? keep_row<T, true> : keep_row<T, false>;
       const int64_t at = n * inputs + begin;
@@ -84,29 +87,28 @@ std::vector<int64_t> keep(
   return columns;
 }
 
-// What linears of one input have in common.
+// What linears of one input have in common, and where their own part of it begins.
 struct Given {
   const Tensor& x;
   const Tensor& norm;
   const Tensor& threshold;
   const MaybeTensor& center;
-  const MaybeTensor& base;  // of one linear after the other
+  const MaybeTensor& base;
+  int64_t group, channel, output;
 
   int64_t inputs() const { return x.size(-1); }
   int64_t tokens() const { return x.numel() / inputs(); }
   int64_t sequences() const { return x.dim() > 1 ? x.size(0) : 1; }
+  int64_t limit_count() const { return threshold.dim() > 0 ? threshold.size(-1) : 1; }
 };
 
 struct Product {
   Tensor weight;
   MaybeTensor bias;
   int64_t out_dim;
-  int64_t at = 0;  // where its part of the base begins: run() says
+  int64_t at = 0;  // where its outputs stand among those of all: run() says
 
   int64_t outputs() const { return weight.size(out_dim); }
-  MaybeTensor part_of(const MaybeTensor& base) const {
-    return base ? MaybeTensor(base->narrow(-1, at, outputs())) : std::nullopt;
-  }
 };
 
 void check(const Given& given, const std::vector<Product>& products) {
@@ -121,16 +123,22 @@ void check(const Given& given, const std::vector<Product>& products) {
         product.weight.sizes());
     const int64_t inputs = product.weight.size(1 - product.out_dim);
     TORCH_CHECK_VALUE(
-        x.size(-1) == inputs && given.norm.numel() == inputs, "popc::threshold_linear: x has ",
-        x.size(-1), " channels, norm ", given.norm.numel(), ", the weight ", inputs);
+        x.size(-1) == inputs && given.channel >= 0 && given.norm.dim() == 1 &&
+            given.channel + inputs <= given.norm.numel(),
+        "popc::threshold_linear: x has ", x.size(-1), " channels, norm ", given.norm.sizes(),
+        " from ", given.channel, " on, the weight ", inputs);
     TORCH_CHECK_VALUE(
         !product.bias || (product.bias->scalar_type() == x.scalar_type() &&
                           product.bias->numel() == product.outputs()),
         "popc::threshold_linear: the bias does not fit the weight");
   }
+  const int64_t count = given.limit_count();
+  const int64_t groups = given.threshold.dim() > 1 ? given.threshold.size(0) : 1;
   TORCH_CHECK_VALUE(
-      given.threshold.numel() == 1 || (x.dim() > 1 && given.threshold.numel() == x.size(0)),
-      "popc::threshold_linear: ", given.threshold.numel(), " thresholds do not fit x ", x.sizes());
+      given.threshold.dim() <= 2 && (count == 1 || (x.dim() > 1 && count == x.size(0))) &&
+          given.group >= 0 && given.group < groups,
+      "popc::threshold_linear: thresholds ", given.threshold.sizes(), " do not fit x ", x.sizes(),
+      " of group ", given.group);
 }
 
 // One after the other by the reference, for types and layouts that no kernel is made for.
@@ -140,12 +148,12 @@ std::vector<Tensor> by_reference(const Given& given, const std::vector<Product>&
           .findSchemaOrThrow("popc::threshold_linear_reference", "")
           .typed<Tensor(
               const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-              int64_t, const MaybeTensor&, const MaybeTensor&)>();
+              int64_t, const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, int64_t)>();
   std::vector<Tensor> found;
   for (const Product& product : products) {
     found.push_back(op.call(
         given.x, product.weight, product.bias, given.norm, given.threshold, product.out_dim,
-        given.center, product.part_of(given.base)));
+        given.center, given.base, given.group, given.channel, given.output + product.at));
   }
   return found;
 }
@@ -161,8 +169,8 @@ std::vector<Tensor> run(const Given& given, std::vector<Product> products) {
     served = served && product.weight.numel() > 0 && is_served(given.x, product.weight);
   }
   const int64_t inputs = given.inputs(), sequences = given.sequences();
-  const Rows centers(given.center, inputs, sequences, "center");
-  const Rows bases(given.base, outputs, sequences, "base");
+  const Rows centers(given.center, given.channel, inputs, sequences, "center");
+  const Rows bases(given.base, given.output, outputs, sequences, "base");
   if (!served) return by_reference(given, products);
   const Tensor x = given.x.contiguous(), norms = given.norm.contiguous();
   const Tensor limits = given.threshold.contiguous();
@@ -173,8 +181,9 @@ std::vector<Tensor> run(const Given& given, std::vector<Product> products) {
   by_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto columns = keep<T>(
-        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>(), limits, centers, each,
-        kept.data_ptr<T>());
+        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>() + given.channel,
+        limits.const_data_ptr<float>() + given.group * given.limit_count(), given.limit_count(),
+        centers, each, kept.data_ptr<T>());
     const auto base_at = [&](int64_t at) {
       return [&bases, each, at](int64_t n) {
         const float* base = bases.of(n / each);
@@ -201,8 +210,9 @@ std::vector<Tensor> run(const Given& given, std::vector<Product> products) {
   for (const Product& product : products) {
     found.push_back(gather_linear(
         kept, product.weight, product.bias, std::nullopt, std::nullopt, product.out_dim));
-    if (const MaybeTensor base = product.part_of(given.base)) {
-      found.back().view({base->size(0), -1, product.outputs()}).add_(base->unsqueeze(1));
+    if (given.base) {
+      const Tensor base = given.base->narrow(1, given.output + product.at, product.outputs());
+      found.back().view({base.size(0), -1, product.outputs()}).add_(base.unsqueeze(1));
     }
   }
   return found;
@@ -210,14 +220,17 @@ std::vector<Tensor> run(const Given& given, std::vector<Product> products) {
 
 Tensor threshold_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& norm,
-    const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base) {
-  return run({x, norm, threshold, center, base}, {{weight, bias, out_dim}}).front();
+    const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base,
+    int64_t group, int64_t channel, int64_t output) {
+  const Given given{x, norm, threshold, center, base, group, channel, output};
+  return run(given, {{weight, bias, out_dim}}).front();
 }
 
 std::vector<Tensor> threshold_linears(
     const Tensor& x, at::TensorList weights, const c10::List<MaybeTensor>& biases,
     const Tensor& norm, const Tensor& threshold, at::IntArrayRef out_dims,
-    const MaybeTensor& center, const MaybeTensor& base) {
+    const MaybeTensor& center, const MaybeTensor& base, int64_t group, int64_t channel,
+    int64_t output) {
   TORCH_CHECK_VALUE(
       !weights.empty() && weights.size() == biases.size() && weights.size() == out_dims.size(),
       "popc::threshold_linears: ", weights.size(), " weights, ", biases.size(), " biases and ",
@@ -226,7 +239,7 @@ std::vector<Tensor> threshold_linears(
   for (size_t i = 0; i < weights.size(); ++i) {
     products.push_back({weights[i], biases.get(i), out_dims[i]});
   }
-  return run({x, norm, threshold, center, base}, products);
+  return run({x, norm, threshold, center, base, group, channel, output}, products);
 }
 
 }  // namespace
