@@ -21,6 +21,8 @@ from popc.backend import popc_backend
 from popc.caches import in_session
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
+from popc.guards import PromptGuards
+from popc.runtime import CompiledGraph
 from popc.templates import InputsTemplate, Template
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -64,14 +66,19 @@ def compile(
     twin = copy.copy(model)
     forward = model.forward
     plan = Plan()
-    compiled = compat.compile_alone(forward, _backend(config, plan))
+    guards = PromptGuards() if config.guards == "prompt" else None
+    compiled = compat.compile_alone(forward, _backend(config, plan, guards), guards)
     base: state.Session | None = None
     by_sequence = config.scope == "sequence"
     warned = False
 
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal warned
+        nonlocal warned, compiled
+        if guards is not None:
+            if guards.changed:
+                compiled = compat.compile_alone(forward, _backend(config, plan, guards), guards)
+            guards.graphs, guards.changed = 0, False
         before = compat.graph_breaks()
         frees = torch.is_grad_enabled() and not _wants_grad(twin, args, kwargs)
         with torch.no_grad() if frees else nullcontext():
@@ -161,13 +168,16 @@ def _contiguous(
             state_dict[prefix + name] = held.contiguous()
 
 
-def _backend(config: Config, plan: Plan) -> Callable[..., Any]:
-    """popc's backend with its options, reporting into ``plan``."""
+def _backend(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
+    """popc's backend with its options, reporting into ``plan``, telling ``guards`` of steps."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return popc_backend(
+        made = popc_backend(
             gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
         )
+        if guards is not None:
+            guards.decodes = isinstance(made, CompiledGraph) and made.decodes
+        return made
 
     return backend
 

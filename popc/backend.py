@@ -63,6 +63,9 @@ def popc_backend(
     if config.calibrated and not has_calibration:
         allowed = "one that goes by the prompt; popc.compile(..., calibration=...) takes a text"
         raise ConfigError("policy", config.calibrated, allowed)
+    if options and config.guards != "token":
+        allowed = "'token', or popc.compile: torch.compile itself makes the guards"
+        raise ConfigError("guards", config.guards, allowed)
     inductor = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
     def generate(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:

@@ -272,6 +272,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Steps in a round of each.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which all take turns.")] = 5,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers.")] = None,
+    guards: Annotated[str, typer.Option(help="Of popc: token or prompt.")] = "token",
     extras: Annotated[bool, typer.Option(help="Compilation, memory, prefill, host time.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot, as .png or .svg.")] = None,
@@ -295,6 +296,7 @@ def bench(
             tokens=tokens,
             rounds=rounds,
             layers=layers,
+            guards=guards,
         )
         if ffn:
             with _progress("building", ffn_steps(settings)) as step:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from popc.errors import PopcError
 
 RECOMPILE_LIMIT = 64
+MODEL = "popc_forward"  # what Dynamo's guards call the function given to compile_alone
 
 
 def dynamo_fake_mode() -> FakeTensorMode:
@@ -98,16 +99,24 @@ def _has_source(node: fx.Node) -> bool:
     return hasattr(node, "_dynamo_source")
 
 
-def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_alone(
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    guard_filter: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
+) -> Callable[..., Any]:
     """``torch.compile(function, backend)`` with a recompile limit of its own.
 
     Dynamo counts recompilations by code object, which all models of a class share: a few compiled
     twins would use up the limit and fall back to eager. ``isolate_recompiles=True`` does the same
     from torch 2.13 on; a frame with a copied code object does it everywhere.
+
+    Args:
+        guard_filter: says which guards of a graph are kept: Dynamo's ``guard_filter_fn``.
     """
+    popc_forward = function
 
     def frame(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        return popc_forward(*args, **kwargs)
 
     own = types.FunctionType(
         frame.__code__.replace(), frame.__globals__, frame.__name__, None, frame.__closure__
@@ -116,7 +125,8 @@ def compile_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> 
     # a model traced in pieces it would be reached by the number of layers. From torch 2.13 on.
     known = inspect.signature(torch.compile).parameters
     limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
-    return torch.compile(own, backend=backend, **limit)
+    options: Any = None if guard_filter is None else {"guard_filter_fn": guard_filter}
+    return torch.compile(own, backend=backend, options=options, **limit)
 
 
 def call_compiled(function: Callable[..., Any], *args: Any) -> Any:

@@ -13,6 +13,7 @@ from popc.errors import ConfigError
 from popc.policies import Contraction, Counts, Dense, Policy
 
 TARGETS = ("mlp", "attention", "experts", "other", "head")
+GUARDS = ("token", "prompt")
 SCOPES = ("batch", "sequence")
 BUDGETS = ("fixed", "elastic")
 CODEGENS = ("inductor", "eager")
@@ -46,6 +47,10 @@ class Config:
         count: decode graphs also count what contraction reads: see :meth:`popc.Plan.read_share`.
         scope: ``"batch"`` has one partition for the batch (statistics are added over it),
             ``"sequence"`` one for each sequence.
+        guards: when Dynamo looks whether the model is as it was compiled, its modules' attributes
+            and globals too: at each ``"token"``, as ``torch.compile`` does, or at each ``"prompt"``
+            alone, where nothing changes it between a prompt and its last token. A prompt is a call
+            with more than one token.
         codegen: ``"inductor"`` generates code; ``"eager"`` interprets the rewritten graph node by
             node, for debugging.
         inductor: options handed to Inductor, as in ``torch._inductor.list_options()``.
@@ -64,6 +69,7 @@ class Config:
     mass: float = 0.98
     count: bool = False
     scope: str = "batch"
+    guards: str = "token"
     codegen: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,6 +85,7 @@ class Config:
         _check_share("mass", self.mass, below_one=True)
         _check_choice("budget", self.budget, BUDGETS)
         _check_choice("scope", self.scope, SCOPES)
+        _check_choice("guards", self.guards, GUARDS)
         _check_choice("codegen", self.codegen, CODEGENS)
         self._check_policy()
         self._check_targets()

@@ -122,6 +122,7 @@ class CompiledGraph:
         self.begins = bool(work.measured or work.measured_inputs) or any(
             slot.region.one_pass for slot in work.pruned
         )
+        self.decodes = work.prunes and not self.begins
         self.weights = sorted({i for template in templates for i in template.weights})
         # One more, as of a single place this would give no tuple; and at each token a loop is slow.
         self._weights_of = itemgetter(*self.weights, self.weights[0])
@@ -151,7 +152,7 @@ class CompiledGraph:
             self.packing = prune_regions(captured, work.pruned, config.scope)
         assert work.device is not None
         self.packer = None if has_kernel(work.device) else pack_weights(captured)
-        quicken(captured, decodes=work.prunes and not self.begins)
+        quicken(captured, decodes=self.decodes)
         added = [n for n in captured.gm.graph.nodes if n.op == "placeholder"][count:]
         log_graph("rewritten", captured.gm)
         self.run = generate(captured.gm, [*example_inputs, *(n.meta["val"] for n in added)])

@@ -35,7 +35,8 @@ class Settings:
         tokens: steps in one round of one model.
         rounds: how often each model has its turn.
         layers: fewer layers than the model has; None: all.
-        codegen: as in :class:`popc.Config`, and for the dense model too.
+        guards: as in :class:`popc.Config`.
+        codegen: likewise, and for the dense model too.
 
     Raises:
         ConfigError: a value can't be used.
@@ -54,6 +55,7 @@ class Settings:
     tokens: int = 32
     rounds: int = 5
     layers: int | None = None
+    guards: str = "token"
     codegen: str = "inductor"
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class Settings:
                     candidate=self.candidate,
                     policy=policy,
                     targets=self.targets,
+                    guards=self.guards,
                     codegen=self.codegen,
                     inductor=recorded,
                 )

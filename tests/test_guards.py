@@ -1,0 +1,166 @@
+"""``guards="prompt"``: a decode step does not look at the model, and a changed one is noticed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+
+import popc
+from popc.errors import ConfigError
+from tests.models import tiny_llama
+from tests.test_stress import POLICIES, generated, prompt, twin_of
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+def kept(caplog: pytest.LogCaptureFixture) -> list[tuple[int, int]]:
+    """How many guards decode steps keep, of how many, one after the other."""
+    found = re.findall(r"a decode step keeps (\d+) of (\d+) guards", caplog.text)
+    return [(int(some), int(whole)) for some, whole in found]
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def epsilon(model: nn.Module, value: float = 9.0) -> None:
+    model.model.norm.variance_epsilon = value
+
+
+def activation(model: nn.Module) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def scaling(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_leaves_out_what_its_prompt_checks(
+    policy: str, static: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cache(model: nn.Module):
+        return StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache()
+
+    model = tiny_llama()
+    whole, before = twin_of(model, policy), graphs()
+    expected = [generated(whole, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
+    compiled = graphs()
+    torch.compiler.reset()
+    with caplog.at_level(logging.INFO, "popc"):
+        twin = twin_of(model, policy, guards="prompt")
+        got = [generated(twin, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    assert (
+        graphs() - compiled == compiled - before
+    )  # prompts of other lengths are no change of the model
+    assert "after all" not in caplog.text
+    assert kept(caplog)
+    # What is left is of the cache, a few for each layer, and of the call.
+    assert all(some < 0.3 * of for some, of in kept(caplog))
+
+
+@pytest.mark.parametrize("change", [epsilon, activation, scaling])
+def test_a_change_is_noticed_with_the_next_prompt(change: Callable[[nn.Module], None]) -> None:
+    model = tiny_llama()
+    twin = twin_of(model, guards="prompt")
+    before = generated(twin, prompt(0))
+    change(model)
+    got = generated(twin, prompt(0))
+    again = generated(twin, prompt(0))
+    torch.compiler.reset()
+    changed = tiny_llama()
+    change(changed)
+    expected = generated(twin_of(changed), prompt(0))
+    assert torch.equal(got, expected)
+    assert torch.equal(again, expected)
+    assert not torch.allclose(got, before, atol=1e-3)
+
+
+def test_changes_to_and_fro_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    twin, whole = twin_of(model, guards="prompt"), twin_of(tiny_llama())
+    mlp = model.model.layers[1].mlp
+    plain, other = mlp.act_fn, nn.ReLU()
+    first = generated(whole, prompt(0))
+    activation(whole)
+    second = generated(whole, prompt(0))
+    with caplog.at_level(logging.WARNING, "popc"):
+        for i in range(3):
+            for mlp.act_fn, expected in ((plain, first), (other, second)):
+                assert torch.equal(generated(twin, prompt(0)), expected)
+                assert torch.equal(generated(twin, prompt(0)), expected)
+            assert ("again and again" in caplog.text) == (i > 0)
+
+
+class Scaled(nn.Module):
+    """Its decode steps read what its prompts do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+        self.config = self.inner.config
+        self.factor = 1.0
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        if input_ids.shape[1] == 1:
+            out.logits = out.logits * self.factor
+        return out
+
+
+def test_what_no_prompt_reads_is_looked_at_with_each_token() -> None:
+    model = Scaled().eval()
+    twin = twin_of(model, guards="prompt")
+    before = generated(twin, prompt(0))
+    model.factor = 2.0
+    got = generated(twin, prompt(0))
+    assert torch.equal(got[:, 0], before[:, 0])
+    torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
+
+
+class Broken(nn.Module):
+    """Dynamo breaks its graph in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner.model(input_ids, **options)
+        torch._dynamo.graph_break()
+        out.logits = self.inner.lm_head(out.last_hidden_state)
+        return out
+
+
+def test_graphs_in_pieces_are_right() -> None:
+    model = Broken().eval()
+    expected = generated(twin_of(model), prompt(0))
+    torch.compiler.reset()
+    twin = twin_of(model, guards="prompt")
+    for change in (lambda _: None, epsilon):
+        change(model.inner)
+        got = generated(twin, prompt(0))
+        assert torch.equal(got, generated(twin_of(model), prompt(0)))
+    assert not torch.allclose(got, expected, atol=1e-3)
+
+
+def test_torch_compile_makes_the_guards_itself() -> None:
+    compiled = torch.compile(tiny_llama(), backend="popc", options={"guards": "prompt"})
+    with torch.no_grad(), pytest.raises(Exception, match="guards='prompt' is not allowed"):
+        compiled(prompt(0))
+    with pytest.raises(ConfigError, match="'token', 'prompt'"):
+        popc.Config(guards="never")
