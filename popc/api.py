@@ -169,14 +169,15 @@ def _contiguous(
 
 
 def _backend(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
-    """popc's backend with its options, reporting into ``plan``, telling ``guards`` of steps."""
+    """popc's backend with its options, reporting into ``plan``, telling ``guards`` of graphs."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         made = popc_backend(
             gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
         )
         if guards is not None:
-            guards.decodes = isinstance(made, CompiledGraph) and made.decodes
+            decodes = isinstance(made, CompiledGraph) and made.decodes
+            guards.expect(decodes, compat.written_names())
         return made
 
     return backend

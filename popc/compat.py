@@ -5,6 +5,7 @@ Nothing else in popc imports a name that torch marks as private.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import types
@@ -137,6 +138,24 @@ def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
         if isinstance(error.inner_exception, PopcError):
             raise error.inner_exception from None
         raise
+
+
+def written_names() -> list[str] | None:
+    """What the frame that Dynamo compiles now writes to, attributes and globals, by the names that
+    guards have; None if this torch does not tell. For a backend; private because nothing public
+    tells."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    names = []
+    try:
+        for variable in InstructionTranslator.current_tx().output.side_effects._get_modified_vars():
+            with contextlib.suppress(NotImplementedError):  # of the frame alone, so without a name
+                if variable.source is not None:
+                    name = variable.source.name  # a method in earlier versions
+                    names.append(name() if callable(name) else name)
+    except AttributeError:
+        return None
+    return names
 
 
 def mark_dynamic(tensor: torch.Tensor, sizes: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import types
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ _LASTING = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleTyp
 _NUMBER = re.compile(r"___\d+\b")  # of names that Dynamo makes up, for each graph anew
 _MOST_CHANGES = 2
 
+Fact = tuple[str, str, Hashable]  # a guard's name, its kind, and what it saw
+
 
 class PromptGuards:
     """A ``guard_filter_fn`` of ``torch.compile``, for one frame.
 
-    Whoever compiles sets ``decodes``: whether the graph whose guards come next is a decode step's.
-    Whoever calls sets ``graphs`` to 0 before, and asks ``changed`` after.
+    Whoever compiles says by :meth:`expect` what graph the next guards are of; whoever calls sets
+    ``graphs`` to 0 before, and asks ``changed`` after.
 
     Attributes:
         changed: whether a prompt found the model changed. What the frame holds of decode steps is
@@ -39,31 +41,51 @@ class PromptGuards:
     """
 
     def __init__(self) -> None:
-        self.decodes = False
         self.graphs = 0
         self.changed = False
         self.off: str | None = None
         self._changes = 0
-        self._known: Counter[Hashable] | None = None  # what the guards of all prompts have
-        self._relied_on = False
+        self._known: Counter[Fact] | None = None  # what the guards of all prompts have
+        self._written: set[str] = set()
+        self._decodes = self._relied_on = False
+
+    def expect(self, decodes: bool, written: Sequence[str] | None) -> None:
+        """The next guards are of a graph that is a decode step's or not, and writes to what has
+        these names; None if that is not known.
+
+        What one token leaves is what the next one goes by: guards on that are never left out.
+        """
+        self._decodes = decodes
+        if written is None:
+            return self._keep_all("this torch does not tell what a graph writes to")
+        if any(MODEL in name for name in written):
+            return self._keep_all("it changes itself as it runs")
+        new = {name for name in written if _is_lasting(name)} - self._written
+        if new:
+            self._written |= new
+            if self._known is not None:
+                still = {f: n for f, n in self._known.items() if not _is_of(f[0], new)}
+                self._known = Counter(still)
+            self.changed, self._relied_on = self.changed or self._relied_on, False
 
     def __call__(self, entries: Sequence[Any]) -> list[bool]:
         if self.off is not None:
             return [True] * len(entries)
-        facts = [_fact(entry) for entry in entries]
-        if not self.decodes:
+        facts = [self._fact(entry) for entry in entries]
+        if not self._decodes:
             self._learn(Counter(fact for fact in facts if fact is not None))
             return [True] * len(entries)
         left = Counter(self._known)
         kept = []
         for fact in facts:
-            kept.append(left[fact] == 0)
-            left[fact] -= not kept[-1]
+            kept.append(fact is None or left[fact] == 0)
+            if fact is not None and left[fact]:
+                left[fact] -= 1
         self._relied_on = True
         logger.info("a decode step keeps %d of %d guards", sum(kept), len(kept))
         return kept
 
-    def _learn(self, now: Counter[Hashable]) -> None:
+    def _learn(self, now: Counter[Fact]) -> None:
         """A prompt's guards have ``now``."""
         self.graphs += 1
         if self.graphs > 1:
@@ -79,17 +101,27 @@ class PromptGuards:
                 self._keep_all("it changes again and again, or prompts are of many kinds")
             self.changed, self._known, self._relied_on = True, now, False
 
+    def _fact(self, entry: Any) -> Fact | None:
+        """What a guard holds of the model, or of a global; None of what a call is given."""
+        if not _is_lasting(entry.name) or _is_of(entry.name, self._written):
+            return None
+        seen = _seen(entry.value, entry.guard_type) if entry.has_value else None
+        return _NUMBER.sub("", entry.name), entry.guard_type, seen
+
     def _keep_all(self, reason: str) -> None:
-        self.changed, self.off = self._relied_on, reason
-        logger.warning("guards on the model are looked at with each token after all: %s", reason)
+        if self.off is None:
+            self.changed, self.off = self._relied_on, reason
+            logger.warning("the model is looked at with each token after all: %s", reason)
 
 
-def _fact(entry: Any) -> Hashable | None:
-    """What a guard holds of the model, or of a global; None of what a call is given."""
-    if not entry.name or not (entry.is_global or MODEL in entry.name):
-        return None
-    seen = _seen(entry.value, entry.guard_type) if entry.has_value else None
-    return _NUMBER.sub("", entry.name), entry.guard_type, seen
+def _is_lasting(name: str) -> bool:
+    """Whether a name is of the model or of a global, not of what a call is given."""
+    return MODEL in name or name.startswith("G[")
+
+
+def _is_of(name: str, others: Iterable[str]) -> bool:
+    """Whether ``name`` is of something that one of ``others`` is the name of."""
+    return any(other in name for other in others)
 
 
 def _seen(value: Any, kind: str) -> Hashable:

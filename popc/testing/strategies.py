@@ -93,12 +93,13 @@ def prompts(sequences: int = 3, longest: int = 7) -> st.SearchStrategy[Prompt]:
 def configs(
     policies: tuple[str, ...] = ("pop", "contraction"), **fixed: Any
 ) -> st.SearchStrategy[Config]:
-    """Of every sparsity, candidate width and scope; ``fixed`` fields are as given."""
+    """Of every sparsity, candidate width, scope and guards; ``fixed`` fields are as given."""
     drawn: dict[str, st.SearchStrategy[Any]] = {
         "sparsity": st.floats(0, 0.9),
         "candidate": st.floats(0, 1),
         "policy": st.sampled_from(policies),
         "scope": st.sampled_from(["batch", "sequence"]),
+        "guards": st.sampled_from(["token", "prompt"]),
     }
     given = {name: st.just(value) for name, value in fixed.items()}
     return st.builds(Config, **{**drawn, **given})

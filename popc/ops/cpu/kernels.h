@@ -112,7 +112,8 @@ inline float sum(const Lanes& values) {
 }
 
 // A row's successor in the list is anywhere in memory: `step` values of it are asked for while as
-// many of this row are read.
+// many of this row are read. They come into the second cache, which has more requests under way than
+// the first; past both (as if not needed again) a core has half the bandwidth.
 template <typename T>
 inline void prefetch(const T* next, int64_t at) {
 #if defined(__GNUC__) || defined(__clang__)
