@@ -12,5 +12,8 @@ results=benchmarks/results
     --out $results/grid-smollm2-cpu.json --plot $results/grid-smollm2-cpu.png "$@"
 "$popc" bench smollm2 --batch 1 --context 128 --sparsity 0,0.01,0.25,0.37,0.5 \
     --out $results/decode-smollm2-cpu.json --plot $results/decode-smollm2-cpu.png "$@"
+"$popc" bench smollm2 --batch 1 --context 128 --sparsity 0.25,0.37,0.5 --policies contraction \
+    --guards prompt --no-extras \
+    --out $results/guards-smollm2-cpu.json --plot $results/guards-smollm2-cpu.png "$@"
 "$popc" bench tinyllama-shape \
     --out $results/decode-tinyllama-cpu.json --plot $results/decode-tinyllama-cpu.png "$@"
