@@ -6,6 +6,7 @@ Nothing else in popc imports a name that torch marks as private.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import types
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
+from torch._guards import Source, TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -156,6 +157,20 @@ def written_names() -> list[str] | None:
     except AttributeError:
         return None
     return names
+
+
+def guard_asks(entry: Any) -> str | None:
+    """What makes a guard besides the object it looks at: an attribute, a key, another object.
+
+    ``entry`` is what a ``guard_filter_fn`` is given; which attribute or key a guard asks for stands
+    in what makes the guard, and nothing public tells. None if that can't be read.
+    """
+    make = entry.orig_guard.create_fn
+    if not isinstance(make, functools.partial) or entry.guard_type == "TENSOR_MATCH":
+        return ""  # of a tensor, what it is made of is the tensor
+    given: dict[Any, Any] = {**dict(enumerate(make.args)), **make.keywords}
+    readable = all(isinstance(v, Source | str | int | type(None)) for v in given.values())
+    return repr(given) if readable else None
 
 
 def mark_dynamic(tensor: torch.Tensor, sizes: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from popc import compat
 from popc.compat import MODEL
 from popc.log import logger
 
@@ -25,7 +26,7 @@ _LASTING = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleTyp
 _NUMBER = re.compile(r"___\d+\b")  # of names that Dynamo makes up, for each graph anew
 _MOST_CHANGES = 2
 
-Fact = tuple[str, str, Hashable]  # a guard's name, its kind, and what it saw
+Fact = tuple[str, str, Hashable]  # a guard's name, its kind, what it asks and what it saw
 
 
 class PromptGuards:
@@ -105,8 +106,12 @@ class PromptGuards:
         """What a guard holds of the model, or of a global; None of what a call is given."""
         if not _is_lasting(entry.name) or _is_of(entry.name, self._written):
             return None
+        asked = compat.guard_asks(entry)
+        if asked is None:
+            return None
         seen = _seen(entry.value, entry.guard_type) if entry.has_value else None
-        return _NUMBER.sub("", entry.name), entry.guard_type, seen
+        name, asked = (_NUMBER.sub("", text) for text in (entry.name, asked))
+        return name, entry.guard_type, (asked, seen)
 
     def _keep_all(self, reason: str) -> None:
         if self.off is None:
@@ -135,10 +140,10 @@ def _seen(value: Any, kind: str) -> Hashable:
     if isinstance(value, _LASTING):
         return value  # held, so that nothing else can be at its address
     if isinstance(value, tuple | list | set | frozenset | dict):
-        return type(value), len(value), repr(value) if _is_plain(value) else None
+        # Of a dict the keys: what it holds has guards of its own.
+        return type(value), len(value), repr(list(value)) if _is_plain(value) else None
     return type(value), id(value) if kind in _BY_IDENTITY else None
 
 
-def _is_plain(values: Any) -> bool:
-    items = (*values, *values.values()) if isinstance(values, dict) else values
-    return all(isinstance(item, _PLAIN) for item in items)
+def _is_plain(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, _PLAIN) for value in values)

@@ -131,6 +131,31 @@ def test_what_no_prompt_reads_is_looked_at_with_each_token() -> None:
     torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
 
 
+class Optional(Scaled):
+    """Its prompts ask whether it has one attribute, its steps for another."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        name = "twice" if input_ids.shape[1] == 1 else "once"
+        if name in self.given:
+            out.logits = out.logits * 2
+        return out
+
+    given: dict[str, int]
+
+
+def test_what_a_guard_asks_for_counts() -> None:
+    model = Optional().eval()
+    model.given = {"never": 1}
+    twin = twin_of(model, guards="prompt")
+    before = generated(twin, prompt(0))
+    del model.given["never"]
+    model.given["twice"] = 1
+    got = generated(twin, prompt(0))
+    assert torch.equal(got[:, 0], before[:, 0])
+    torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
+
+
 class Counting(Scaled):
     """Each call goes by what the one before left."""
 
