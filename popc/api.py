@@ -67,7 +67,8 @@ def compile(
     forward = model.forward
     plan = Plan()
     guards = PromptGuards() if config.guards == "prompt" else None
-    compiled = compat.compile_alone(forward, _backend(config, plan, guards), guards)
+    backend = _backend(config, plan, guards)
+    compiled = compat.compile_alone(forward, backend, guards)
     base: state.Session | None = None
     by_sequence = config.scope == "sequence"
     warned = False
@@ -77,7 +78,7 @@ def compile(
         nonlocal warned, compiled
         if guards is not None:
             if guards.changed:
-                compiled = compat.compile_alone(forward, _backend(config, plan, guards), guards)
+                compiled = compat.compile_alone(forward, backend, guards)
             guards.graphs, guards.changed = 0, False
         before = compat.graph_breaks()
         frees = torch.is_grad_enabled() and not _wants_grad(twin, args, kwargs)

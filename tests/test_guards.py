@@ -63,9 +63,8 @@ def test_a_step_leaves_out_what_its_prompt_checks(
         got = [generated(twin, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
-    assert (
-        graphs() - compiled == compiled - before
-    )  # prompts of other lengths are no change of the model
+    # Prompts of other lengths are no change of the model.
+    assert graphs() - compiled == compiled - before
     assert "after all" not in caplog.text
     assert kept(caplog)
     # What is left is of the cache, a few for each layer, and of the call.
@@ -131,8 +130,10 @@ def test_what_no_prompt_reads_is_looked_at_with_each_token() -> None:
     torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
 
 
-class Optional(Scaled):
-    """Its prompts ask whether it has one attribute, its steps for another."""
+class Asking(Scaled):
+    """Its prompts ask whether a dict has one key, its steps for another."""
+
+    given: dict[str, int]
 
     def forward(self, input_ids: Tensor, **options: object) -> object:
         out = self.inner(input_ids, **options)
@@ -141,11 +142,9 @@ class Optional(Scaled):
             out.logits = out.logits * 2
         return out
 
-    given: dict[str, int]
-
 
 def test_what_a_guard_asks_for_counts() -> None:
-    model = Optional().eval()
+    model = Asking().eval()
     model.given = {"never": 1}
     twin = twin_of(model, guards="prompt")
     before = generated(twin, prompt(0))
@@ -179,13 +178,8 @@ def test_a_model_that_changes_itself_keeps_its_guards(caplog: pytest.LogCaptureF
     assert not torch.allclose(expected[0][:, 1], expected[0][:, 2], rtol=0.2)
 
 
-class Broken(nn.Module):
+class Broken(Scaled):
     """Dynamo breaks its graph in two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = tiny_llama()
-        self.config = self.inner.config
 
     def forward(self, input_ids: Tensor, **options: object) -> object:
         out = self.inner.model(input_ids, **options)
