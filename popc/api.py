@@ -178,7 +178,7 @@ def _backend(config: Config, plan: Plan, guards: PromptGuards | None) -> Callabl
         )
         if guards is not None:
             decodes = isinstance(made, CompiledGraph) and made.decodes
-            guards.expect(decodes, compat.written_names())
+            guards.expect(decodes, compat.written_places())
         return made
 
     return backend

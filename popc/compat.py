@@ -9,20 +9,21 @@ import contextlib
 import functools
 import inspect
 import itertools
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
-from torch._guards import Source, TracingContext
+from torch._guards import ChainedSource, Source, TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from popc.errors import PopcError
 
 RECOMPILE_LIMIT = 64
-MODEL = "popc_forward"  # what Dynamo's guards call the function given to compile_alone
+_NUMBER = re.compile(r"___\d+\b")  # of names that Dynamo makes up, for each graph anew
 
 
 def dynamo_fake_mode() -> FakeTensorMode:
@@ -141,36 +142,73 @@ def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def written_names() -> list[str] | None:
-    """What the frame that Dynamo compiles now writes to, attributes and globals, by the names that
-    guards have; None if this torch does not tell. For a backend; private because nothing public
-    tells."""
+class Place(NamedTuple):
+    """Where Dynamo finds an object: ``path`` names all that it is reached through, from what
+    ``root`` tells on: the function given to :func:`compile_alone`, a global, or what a call brings.
+    """
+
+    root: Literal["model", "global", "call"]
+    path: tuple[str, ...]
+
+    def within(self, other: Place) -> bool:
+        """Whether this is, or is reached through, what is at ``other``."""
+        return self.path[: len(other.path)] == other.path
+
+
+def _place(source: Source) -> Place:
+    """Private because a guard and a write tell of a place by ``Source`` alone."""
+    from torch._dynamo.source import GlobalSource, LocalSource
+
+    sources = [source]
+    while isinstance(source, ChainedSource):
+        sources.append(source := source.base)
+    path = tuple(_NUMBER.sub("", _name(each)) for each in reversed(sources))
+    if isinstance(source, GlobalSource):
+        return Place("global", path)
+    # The one variable of the frame that is no argument of it.
+    is_model = isinstance(source, LocalSource) and source.local_name == "popc_forward"
+    return Place("model" if is_model else "call", path)
+
+
+def _name(source: Source) -> str:
+    name: Any = source.name  # a method in earlier versions
+    return name() if callable(name) else name
+
+
+def written_places() -> list[Place] | None:
+    """What the frame that Dynamo compiles now writes to, attributes and globals; None if this torch
+    does not tell. For a backend; private because nothing public tells."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    names = []
+    places = []
     try:
         for variable in InstructionTranslator.current_tx().output.side_effects._get_modified_vars():
             with contextlib.suppress(NotImplementedError):  # of the frame alone, so without a name
                 if variable.source is not None:
-                    name = variable.source.name  # a method in earlier versions
-                    names.append(name() if callable(name) else name)
+                    places.append(_place(variable.source))
     except AttributeError:
         return None
-    return names
+    return places
+
+
+def guard_place(entry: Any) -> Place:
+    """Where the object is that a guard looks at; ``entry`` is what a ``guard_filter_fn`` is given.
+
+    An entry's own name does not tell a local variable from a key of the same name."""
+    return _place(entry.orig_guard.originating_source)
 
 
 def guard_asks(entry: Any) -> str | None:
     """What makes a guard besides the object it looks at: an attribute, a key, another object.
 
-    ``entry`` is what a ``guard_filter_fn`` is given; which attribute or key a guard asks for stands
-    in what makes the guard, and nothing public tells. None if that can't be read.
+    It stands in what makes the guard, and nothing public tells. None if that can't be read.
     """
     make = entry.orig_guard.create_fn
     if not isinstance(make, functools.partial) or entry.guard_type == "TENSOR_MATCH":
         return ""  # of a tensor, what it is made of is the tensor
     given: dict[Any, Any] = {**dict(enumerate(make.args)), **make.keywords}
     readable = all(isinstance(v, Source | str | int | type(None)) for v in given.values())
-    return repr(given) if readable else None
+    return _NUMBER.sub("", repr(given)) if readable else None
 
 
 def mark_dynamic(tensor: torch.Tensor, sizes: Sequence[int]) -> bool:

@@ -7,7 +7,6 @@ those that prompts have too: what they say is known since the prompt.
 
 from __future__ import annotations
 
-import re
 import types
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -16,17 +15,17 @@ from typing import Any
 import torch
 
 from popc import compat
-from popc.compat import MODEL
+from popc.compat import Place
 from popc.log import logger
 
 # Guards that go by what an object is, not by what it holds.
 _BY_IDENTITY = ("ID_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _LASTING = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-_NUMBER = re.compile(r"___\d+\b")  # of names that Dynamo makes up, for each graph anew
 _MOST_CHANGES = 2
 
-Fact = tuple[str, str, Hashable]  # a guard's name, its kind, what it asks and what it saw
+# Where a guard looks, its kind, what it asks and what it saw.
+Fact = tuple[Place, str, Hashable]
 
 
 class PromptGuards:
@@ -47,21 +46,21 @@ class PromptGuards:
         self.off: str | None = None
         self._changes = 0
         self._known: Counter[Fact] | None = None  # what the guards of all prompts have
-        self._written: set[str] = set()
+        self._written: set[Place] = set()
         self._decodes = self._relied_on = False
 
-    def expect(self, decodes: bool, written: Sequence[str] | None) -> None:
-        """The next guards are of a graph that is a decode step's or not, and writes to what has
-        these names; None if that is not known.
+    def expect(self, decodes: bool, written: Sequence[Place] | None) -> None:
+        """The next guards are of a graph that is a decode step's or not, and writes to what is at
+        these places; None if that is not known.
 
         What one token leaves is what the next one goes by: guards on that are never left out.
         """
         self._decodes = decodes
         if written is None:
             return self._keep_all("this torch does not tell what a graph writes to")
-        if any(MODEL in name for name in written):
+        if any(place.root == "model" for place in written):
             return self._keep_all("it changes itself as it runs")
-        new = {name for name in written if _is_lasting(name)} - self._written
+        new = {place for place in written if place.root == "global"} - self._written
         if new:
             self._written |= new
             if self._known is not None:
@@ -94,9 +93,11 @@ class PromptGuards:
             self._keep_all("its graph breaks")
         elif self._known is None:
             self._known = now
-        elif self._known - now and not self._relied_on:
+        elif not self._known - now:
+            pass
+        elif not self._relied_on:
             self._known &= now
-        elif self._known - now:
+        else:
             self._changes += 1
             if self._changes > _MOST_CHANGES:
                 self._keep_all("it changes again and again, or prompts are of many kinds")
@@ -104,14 +105,14 @@ class PromptGuards:
 
     def _fact(self, entry: Any) -> Fact | None:
         """What a guard holds of the model, or of a global; None of what a call is given."""
-        if not _is_lasting(entry.name) or _is_of(entry.name, self._written):
+        place = compat.guard_place(entry)
+        if place.root == "call" or _is_of(place, self._written):
             return None
         asked = compat.guard_asks(entry)
         if asked is None:
             return None
         seen = _seen(entry.value, entry.guard_type) if entry.has_value else None
-        name, asked = (_NUMBER.sub("", text) for text in (entry.name, asked))
-        return name, entry.guard_type, (asked, seen)
+        return place, entry.guard_type, (asked, seen)
 
     def _keep_all(self, reason: str) -> None:
         if self.off is None:
@@ -119,14 +120,9 @@ class PromptGuards:
             logger.warning("the model is looked at with each token after all: %s", reason)
 
 
-def _is_lasting(name: str) -> bool:
-    """Whether a name is of the model or of a global, not of what a call is given."""
-    return MODEL in name or name.startswith("G[")
-
-
-def _is_of(name: str, others: Iterable[str]) -> bool:
-    """Whether ``name`` is of something that one of ``others`` is the name of."""
-    return any(other in name for other in others)
+def _is_of(place: Place, others: Iterable[Place]) -> bool:
+    """Whether what is at ``place`` is reached through one of ``others``."""
+    return any(place.within(other) for other in others)
 
 
 def _seen(value: Any, kind: str) -> Hashable:

@@ -12,6 +12,7 @@ from torch import Tensor
 from popc import ops
 from popc.ops.measure import BINS, SAMPLE, _centers, _histogram, _measure_inputs, _sum_squares
 from tests.profiles import examples
+from tests.triton_cases import among
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SIZES = st.integers(0, 40) | st.sampled_from([63, 64, 65, 257])
@@ -102,8 +103,7 @@ def test_gather_experts(data: st.DataObject, dtype: torch.dtype, out_dim: int) -
 def among_others(data: st.DataObject, *own: Tensor | None) -> tuple[list[Tensor | None], int]:
     """The last dims of ``own`` as parts of longer ones, and where they begin; NaN stand around."""
     before, after = (data.draw(st.integers(0, 3)) for _ in range(2))
-    nan = float("nan")
-    return [v if v is None else F.pad(v, (before, after), value=nan) for v in own], before
+    return [among(values, before, after) for values in own], before
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)), st.integers(0, 1))
@@ -135,7 +135,7 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
     expected = (moved.double() * kept) @ weights + added.double().view(-1, 1, outputs)
     close(y, expected + (0 if bias is None else bias.double()), dtype)
     read = kept.flatten(0, 1).any(0).sum()
-    assert ops.count_read(x, norm, limit, center) == read
+    assert ops.count_read(x, norms, limits.t(), centers, group, channel) == read
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))

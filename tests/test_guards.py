@@ -178,6 +178,56 @@ def test_a_model_that_changes_itself_keeps_its_guards(caplog: pytest.LogCaptureF
     assert not torch.allclose(expected[0][:, 1], expected[0][:, 2], rtol=0.2)
 
 
+class Named(Scaled):
+    """Takes an argument with the name that the model has in guards."""
+
+    def forward(self, input_ids: Tensor, popc_forward: float, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        out.logits = out.logits * popc_forward
+        return out
+
+
+def test_an_argument_is_no_model_whatever_its_name() -> None:
+    model = Named().eval()
+    twin = twin_of(model, guards="prompt")
+
+    def logits(factor: float) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            twin(prompt(0), popc_forward=1.0, past_key_values=cache)
+            return twin(prompt(0)[:, :1], popc_forward=factor, past_key_values=cache).logits
+
+    torch.testing.assert_close(3 * logits(1.0), logits(3.0))
+
+
+doubled = False
+
+
+class Alternating(Scaled):
+    """Each call goes by a global that the one before wrote to."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        global doubled
+        out = self.inner(input_ids, **options)
+        out.logits = out.logits * (2 if doubled else 1)
+        doubled = not doubled
+        return out
+
+
+def test_a_global_that_calls_write_to_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    global doubled
+    found = []
+    for options in ({}, {"guards": "prompt"}):
+        torch.compiler.reset()
+        doubled = False
+        twin = twin_of(Alternating().eval(), **options)
+        with caplog.at_level(logging.INFO, "popc"):
+            found.append([generated(twin, prompt(0), 7) for _ in range(2)])
+    assert all(map(torch.equal, *found))
+    assert not torch.allclose(found[0][0][:, 1], found[0][0][:, 2], rtol=0.2)
+    assert any(some < of for some, of in kept(caplog))  # the model's are left out all the same
+
+
 class Broken(Scaled):
     """Dynamo breaks its graph in two."""
 

@@ -252,9 +252,9 @@ def check(case: Case, linear: Callable[..., Tensor], experts: Callable[..., Tens
     return f"off by {float(error.max()):.2e}" if (error > 0).any() else ""
 
 
-def _among(values: Tensor | None, before: int) -> Tensor | None:
+def among(values: Tensor | None, before: int, after: int = 2) -> Tensor | None:
     """``values`` in longer rows, from ``before`` on; NaN stand around."""
-    return values if values is None else pad(values, (before, 2), value=float("nan"))
+    return values if values is None else pad(values, (before, after), value=float("nan"))
 
 
 def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
@@ -287,8 +287,8 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
         return "a case in which nothing is read"
     held = _held(weight.masked_fill(unread, float("nan")), case)
     # As parts of what a graph holds, from channel 3 and output 5 on.
-    norm, center, base = _among(norm, 3), _among(center, 3), _among(base, 5)
-    limits = _among(limits[:, None], 1).t()
+    norm, center, base = among(norm, 3), among(center, 3), among(base, 5)
+    limits = among(limits[:, None], 1).t()
     rest = bias, norm, limits, case.out_dim, center, base, 1, 3, 5
     y = op(x, held, *rest)
     if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:

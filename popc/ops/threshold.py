@@ -21,8 +21,8 @@ in the graph would take Inductor's wrapper 0.7 to 1.6 us each, at each token.
 for linears that share x and what counts of it; in ``base`` one linear's part follows the other's. A
 kernel chooses the channels once, and reads their lines of all the weights together.
 
-``popc::count_read(x, norm, threshold, center) -> int64 []``: how many channels count for at least
-one token.
+``popc::count_read(x, norm, threshold, center) -> int64 []``, parts of these likewise: how many
+channels count for at least one token.
 
 The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """
@@ -49,7 +49,9 @@ torch.library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 torch.library.define(
-    "popc::count_read", "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None) -> Tensor"
+    "popc::count_read",
+    "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None, int group=0, int channel=0) "
+    "-> Tensor",
 )
 
 threshold_linear = torch.ops.popc.threshold_linear.default
@@ -138,7 +140,15 @@ def _threshold_linears(
     return found
 
 
-def _count_read(x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | None = None) -> Tensor:
+def _count_read(
+    x: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    center: Tensor | None = None,
+    group: int = 0,
+    channel: int = 0,
+) -> Tensor:
+    norm, threshold, center, _ = own_parts(x, 0, norm, threshold, center, None, group, channel, 0)
     counted = _counts(_moved(x, center), norm, threshold)
     return counted.flatten(0, -2).any(0).sum()
 
@@ -186,6 +196,11 @@ def _threshold_linears_fake(
 
 @torch.library.register_fake("popc::count_read")
 def _count_read_fake(
-    x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | None = None
+    x: Tensor,
+    norm: Tensor,
+    threshold: Tensor,
+    center: Tensor | None = None,
+    group: int = 0,
+    channel: int = 0,
 ) -> Tensor:
     return x.new_empty((), dtype=torch.int64)

@@ -62,19 +62,17 @@ def contract_inputs(
     writes = [i for node, i in place.items() if writes_first(node)]
     done = 0
     read: list[fx.Node] = []
-    for i, (group, (start, stop)) in enumerate(zip(groups, stretches(groups), strict=True)):
+    for i, (group, (start, _)) in enumerate(zip(groups, stretches(groups), strict=True)):
         if counting:
             with graph.inserting_before(group.linears[0].node):
                 emit = Emitter(captured, group.linears[0].node)
-                norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
-                limit = emit.call(aten.select.int, limits_in, 0, i)
-                center = emit.call(aten.slice.Tensor, center_in, 1, start, stop)
-                read.append(emit.call(count_read, group.x, norm, limit, center))
+                given = group.x, norms, limits_in, center_in
+                read.append(emit.call(count_read, *given, i, start))
         for linears in _together(group, place, writes):
             with graph.inserting_before(linears[0].node):
                 emit = Emitter(captured, linears[0].node)
-                shared = norms, limits_in, center_in, base_in
-                _contract(emit, group.x, linears, shared, (i, start, done))
+                held = norms, limits_in, center_in, base_in
+                _contract(emit, group.x, linears, held, (i, start, done))
             done += sum(linear.outputs for linear in linears)
     if counting:
         append_output(captured, aten.stack.default, read)
@@ -85,16 +83,16 @@ def _contract(
     emit: Emitter,
     x: fx.Node,
     linears: Sequence[Linear],
-    shared: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
+    held: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
     own: tuple[int, int, int],
 ) -> None:
     """``linears`` become one op, which stands where the first of them is.
 
     Args:
-        shared: norms, thresholds, centers and bases of all groups.
+        held: norms, thresholds, centers and bases of all groups.
         own: the group's place in them: its number, its first channel, and the first output.
     """
-    norm, limit, center, base = shared
+    norm, limit, center, base = held
     if len(linears) == 1:
         (linear,) = linears
         weight = linear.weight
