@@ -20,7 +20,8 @@ asan: $(INSTALLED)
 	CXX=$(CURDIR)/tests/asan-c++ TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/asan OMP_NUM_THREADS=2 \
 	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(tests/asan-c++ -print-file-name=libasan.so) $$(tests/asan-c++ -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest -n0 -s tests/test_native.py tests/test_attend.py tests/test_fuzz.py -k 'not portable'
+	$(BIN)/pytest -n0 -s tests/test_native.py tests/test_attend.py tests/test_fuzz.py \
+	tests/test_threshold.py tests/test_measure.py -k 'not portable'
 
 # 20,000 tokens over changing prompts: tokens, memory and speed must not drift.
 soak: $(INSTALLED)

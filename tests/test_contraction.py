@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 import subprocess
 import sys
 from itertools import chain
@@ -17,18 +15,10 @@ from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, Static
 
 import popc
 from popc import state
-from popc.budget import LEAST, Budget, Demand, allocate
 from popc.models import cache_keyword
 from popc.ops import (
-    centers,
-    measure_inputs,
     native,
-    sum_squares,
-    threshold_linear,
-    threshold_linears,
 )
-from popc.ops.measure import BINS, SAMPLE, _centers, _histogram, _measure_inputs, _sum_squares
-from popc.ops.threshold import _threshold_linear
 from tests.models import tiny_llama
 from tests.oracle import relative
 
@@ -248,184 +238,6 @@ def test_griffin_keeps_what_flocks() -> None:
     for layer in oracle.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(hook)
     assert relative(got, decoded(oracle, ids, 16, DynamicCache())) < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("batch", [1, 3, 8, 11])
-def test_kernel_is_the_reference(dtype: torch.dtype, turned: bool, batch: int) -> None:
-    assert native.load()
-    make = torch.Generator().manual_seed(batch)
-    x = torch.randn(batch, 1, 72, generator=make).to(dtype)
-    weight = torch.randn(40, 72, generator=make).to(dtype)
-    weight = weight.t().contiguous().t() if turned else weight
-    bias, norm = torch.randn(40, generator=make).to(dtype), weight.float().norm(dim=0)
-    center, base = (torch.randn(batch, n, generator=make) / 2 for n in (72, 40))
-    centered = [(), (center[:1].to(dtype).float(), base[:1]), (center.to(dtype).float(), base)]
-    limits = (torch.tensor([6.0]), torch.rand(batch, generator=make) * 12)
-    for limit, moved in itertools.product(limits, centered):
-        wide = (x.float(), weight.float(), bias.float(), norm, limit, 0)
-        expected = _threshold_linear(*wide, *moved)
-        for stored, out_dim in ((weight, 0), (weight.t(), 1)):
-            got = threshold_linear(x, stored, bias, norm, limit, out_dim, *moved)
-            assert relative(got, expected) < (1e-5 if dtype is torch.float32 else 2e-2)
-    x[0, 0, 5] = float("nan")
-    assert threshold_linear(x, weight, bias, norm, torch.tensor([6.0]), 0)[0].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 5, 8])
-def test_wide_linears_of_one_input_are_read_together(dtype, batch: int) -> None:
-    make = torch.Generator().manual_seed(batch)
-    x, norm = torch.randn(batch, 1, 37, generator=make).to(dtype), torch.ones(37)
-    weights = [torch.randn(37, n, generator=make).to(dtype).t() for n in (7001, 799)]
-    base, limit = torch.randn(1, 7800, generator=make), torch.tensor([0.5])
-    found = threshold_linears(x, weights, [None, None], norm, limit, [0, 0], None, base)
-    kept = x.float().where(x.abs() > 0.5, 0.0)
-    for y, weight, part in zip(found, weights, base.split([7001, 799], 1), strict=True):
-        expected = kept @ weight.float().t() + part
-        assert relative(y, expected) < (1e-5 if dtype is torch.float32 else 1e-2)
-
-
-def test_a_line_that_is_not_read_counts_for_nothing() -> None:
-    weight = torch.randn(72, 40).t()
-    weight[:, 3] = float("nan")
-    x, norm = torch.ones(1, 72), torch.ones(72)
-    x[0, 3] = 0.1
-    assert threshold_linear(x, weight, None, norm, torch.tensor([0.5]), 0).isfinite().all()
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"norm": torch.ones(71)},
-        {"norm": torch.ones(72, dtype=torch.float64)},
-        {"threshold": torch.ones(3)},
-        {"bias": torch.ones(7)},
-        {"center": torch.ones(2, 71)},
-        {"center": torch.ones(3, 72)},
-        {"base": torch.ones(1, 40, dtype=torch.float64)},
-        {"x": torch.ones(2, 1, 70)},
-        {"channel": 1},
-        {"channel": -1},
-        {"norm": torch.ones(80), "channel": 9},
-        {"group": 1},
-        {"group": -1, "threshold": torch.ones(2, 1)},
-        {"threshold": torch.ones(2, 3)},
-        {"center": torch.ones(1, 80), "norm": torch.ones(90), "channel": 9},
-        {"base": torch.ones(1, 41), "output": 2},
-        {"base": torch.ones(1, 41), "output": -1},
-    ],
-)
-def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:
-    given = {
-        "x": torch.ones(2, 1, 72),
-        "weight": torch.ones(40, 72),
-        "bias": None,
-        "norm": torch.ones(72),
-        "threshold": torch.ones(1),
-        "out_dim": 0,
-    }
-    with pytest.raises((ValueError, TypeError)):
-        threshold_linear(**{**given, **bad})
-    given = {**given, **bad}
-    many = [[given.pop(name)] for name in ("weight", "bias", "out_dim")]
-    lists = dict(zip(("weights", "biases", "out_dims"), many, strict=True))
-    with pytest.raises((ValueError, TypeError)):
-        threshold_linears(**given, **lists)
-
-
-def test_lists_that_do_not_go_together_are_refused() -> None:
-    x, weight, norm = torch.ones(1, 72), torch.ones(40, 72), torch.ones(72)
-    for weights, biases, dims in (
-        ([weight], [], [0]),
-        ([], [], []),
-        ([weight] * 2, [None] * 2, [0]),
-    ):
-        with pytest.raises(ValueError, match="do not go together"):
-            threshold_linears(x, weights, biases, norm, torch.ones(1), dims)
-
-
-def measured(x: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Moments and histogram of all tokens of x ``[S, T, K]``."""
-    known = torch.zeros(len(x), 2 * x.shape[-1] + 1, dtype=torch.float64)
-    return measure_inputs(x, torch.ones(x.shape[-1]) if norm is None else norm, None, known)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("tokens", [37, 3 * SAMPLE + 5])
-def test_measuring_is_the_reference(dtype: torch.dtype, tokens: int) -> None:
-    x, norm = torch.randn(2, tokens, 50).to(dtype), torch.rand(50)
-    x[0, 3], x[1, 4, 7] = 0.0, float("inf")
-    valid = torch.rand(2, tokens) > 0.3
-    valid[1, 4] = True
-    x[0, 5], valid[0, 5] = float("nan"), False
-    known = torch.zeros(2, 101, dtype=torch.float64)
-    known[1] = measured(torch.randn(1, 9, 50) + 1)[0]
-    for mask in (None, valid):
-        moments, got = measure_inputs(x, norm, mask, known)
-        expected, _ = _measure_inputs(x, norm, mask, known)
-        torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
-        torch.testing.assert_close(centers(moments), _centers(moments), equal_nan=True)
-        counts = torch.ones(2, tokens, dtype=torch.bool) if mask is None else mask
-        counted = _histogram(x, norm, centers(moments), counts)
-        assert torch.equal(got[:, :BINS], counted[:, :BINS])
-        torch.testing.assert_close(got[:, BINS], counted[:, BINS], rtol=1e-5, atol=1e-4)
-        sums = sum_squares(x, mask)
-        torch.testing.assert_close(sums, _sum_squares(x, mask), equal_nan=True)
-    assert sum_squares(x, valid)[0].isfinite().all()
-    found = valid.sum(1)
-    every = (found // SAMPLE).clamp(min=1)
-    assert got[:, :BINS].sum(1).tolist() == (found // every * every * 50).tolist()
-
-
-def test_of_a_long_prompt_each_nth_token_is_counted() -> None:
-    x = torch.randn(1, 4 * SAMPLE + 2, 8)
-    x[:, 3::4] = 0.0
-    moments, histogram = measured(x)
-    assert histogram[0, 0] == 4 * SAMPLE * 8  # all that is counted is 0
-    assert moments[0, -1] == len(x[0])
-    torch.testing.assert_close(moments[0, :8], x[0].double().sum(0), rtol=1e-5, atol=1e-4)
-    assert measured(x[:, : 2 * SAMPLE - 1])[1][0, 1:BINS].sum() > 0  # of fewer, each
-
-
-def test_centers_are_means_of_what_is_steady() -> None:
-    x = torch.randn(1, 400, 3)
-    x[..., 1] += 2.0
-    x[:, 7, 2] = 1e3  # one outsized token lifts a mean to 2.5
-    found = centers(measured(x)[0])
-    assert found[0, [0, 2]].tolist() == [0.0, 0.0]
-    assert float(found[0, 1]) == pytest.approx(float(x[..., 1].mean()), rel=1e-5)
-    for token in x[0]:  # one has no variance
-        assert centers(measured(token[None, None])[0]).tolist() == [[0.0] * 3]
-    x[0, 0, 1] = float("nan")
-    assert centers(measured(x)[0])[0, 1] == 0.0
-
-
-def test_thresholds_are_quantiles() -> None:
-    make = torch.Generator().manual_seed(0)
-    x = [torch.randn(1, 300, 64, generator=make), torch.randn(1, 300, 128, generator=make) ** 3]
-    norms = [torch.rand(value.shape[-1], generator=make) for value in x]
-    histograms = torch.cat([measured(value, norm)[1] for value, norm in zip(x, norms, strict=True)])
-    demands = [Demand(64, 1000, "a"), Demand(128, 3000, "b")]
-    for share in (0.2, 0.5, 0.8):
-        found = allocate(histograms, demands, Budget(share))
-        assert float(found.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(share)
-        assert found.shares[0] > found.shares[1]  # whose input is the more concentrated
-        lost = []
-        for value, norm, limit, own in zip(x, norms, found.thresholds, found.shares, strict=True):
-            scores = (value * norm).abs()
-            assert float((scores > limit).float().mean()) == pytest.approx(float(own), abs=0.01)
-            squared = scores.double().square()
-            typical = squared.sum(-1).log().mean().exp()
-            lost.append(float(squared[scores <= limit].sum() / 300 / typical))
-        assert lost == pytest.approx([found.error] * 2, rel=0.1)
-    tight = allocate(histograms, demands, Budget(0.9, error=0.9, least=0.4))
-    assert float(tight.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(0.4)
-    unseen = allocate(torch.zeros_like(histograms), demands, Budget(0.5))
-    assert unseen.thresholds.isfinite().all() and unseen.shares.min() >= LEAST
-    assert not math.isnan(unseen.error)
 
 
 def test_a_policy_of_ones_own() -> None:
