@@ -135,14 +135,14 @@ class Session:
         self, groups: Sequence[InputsState], scope: str, sequences: int, like: Tensor
     ) -> Tensor:
         """``popc_moments`` of :func:`popc.passes.contract.add_measures`: 0 before a prefill."""
-        parts = []
-        for group in groups:
-            held = self._moments.get((group.key, scope))
-            if held is None or len(held) != sequences:
-                size = (sequences, 2 * group.demand.width + 1)
-                held = torch.zeros(size, dtype=torch.float64, device=like.device)
-            parts.append(held)
-        return torch.cat(parts, 1)
+        sizes = [2 * group.demand.width + 1 for group in groups]
+        total = torch.zeros((sequences, sum(sizes)), dtype=torch.float64, device=like.device)
+        if self._moments:
+            for group, part in zip(groups, total.split(sizes, 1), strict=True):
+                known = self._moments.get((group.key, scope))
+                if known is not None and len(known) == sequences:
+                    part.copy_(known)
+        return total
 
     def add_measures(
         self, groups: Sequence[InputsState], scope: str, measured: Sequence[Tensor]
@@ -154,12 +154,12 @@ class Session:
                 the histogram ``[S, BINS + 1]`` of this one.
         """
         for group, seen, counted in zip(groups, measured[::2], measured[1::2], strict=True):
-            # Copies: the compiled graph may reuse the memory of its outputs.
-            self._moments[group.key, scope] = seen.detach().clone()
+            # Held as they are: what measures is no CUDA graph, which would write to them again.
+            self._moments[group.key, scope] = seen
             before = self._histograms.get((group.key, scope))
-            if before is None or before.shape != counted.shape:
-                before = torch.zeros_like(counted)
-            self._histograms[group.key, scope] = before + counted
+            if before is not None and before.shape == counted.shape:
+                counted = before + counted
+            self._histograms[group.key, scope] = counted
             self._seen.update(group.weights)
         self._limits.clear()
 

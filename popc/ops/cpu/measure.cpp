@@ -13,9 +13,11 @@ namespace {
 constexpr int shift = 21;
 constexpr int64_t bins = 1 << 10;
 constexpr double steady = 0.1;
-constexpr int64_t sample = 256;  // tokens whose scores are counted, or nearly twice as many
-constexpr int64_t apart = 4;     // tables of a histogram
+constexpr int64_t sample = 256;    // tokens whose scores are counted, or nearly twice as many
+constexpr int64_t apart = 4;       // tables of a histogram
+constexpr int64_t in_floats = 64;  // tokens added up in float32 before float64
 
+using Ints = at::vec::Vectorized<int32_t>;
 using Counts = std::array<int32_t, bins + 16>;  // tables are not a page apart
 
 void check_measured(const Tensor& x, const MaybeTensor& valid) {
@@ -140,25 +142,30 @@ int64_t place_of(int64_t i, int64_t size) {
 template <typename T>
 class Measured {
  public:
-  Measured(const double* moments, const float* norm, int64_t width, int64_t first, int64_t size)
-      : first_(first), size_(size), norm_(size), center_(size), scratch_(2 * size), sums_(size),
-        squares_(size) {
+  // Adds what `rows` have to the moments `known [2K]`, and finds the centers.
+  Measured(
+      const std::vector<const T*>& rows, const double* known, double count, const float* norm,
+      int64_t width, int64_t first, int64_t size)
+      : first_(first), size_(size), norm_(size), center_(size), scratch_(2 * size), places_(size),
+        sums_(size), squares_(size) {
     for (int64_t i = 0; i < size; ++i) {
       const int64_t c = first + place_of<T>(i, size);
       norm_[i] = norm[c];
-      sums_[i] = moments[c];
-      squares_[i] = moments[width + c];
+      sums_[i] = known[c];
+      squares_[i] = known[width + c];
     }
-  }
-
-  void add(const std::vector<const T*>& rows) {
+    int64_t held = 0;  // tokens in float32 sums
     in_blocks<16>(rows.size(), [&](auto many, int64_t t) {
-      add<decltype(many)::value>(rows.data() + t);
+      constexpr int N = decltype(many)::value;
+      add<N>(rows.data() + t);
+      held += N;
+      if (held >= in_floats) flush(), held = 0;
     });
+    if (held) flush();
+    compute_centers(sums_.data(), squares_.data(), count, size_, center_.data());
   }
 
-  void find_centers(double count, double* moments, int64_t width) {
-    compute_centers(sums_.data(), squares_.data(), count, size_, center_.data());
+  void write(double* moments, int64_t width) const {
     for (int64_t i = 0; i < size_; ++i) {
       const int64_t c = first_ + place_of<T>(i, size_);
       moments[c] = sums_[i];
@@ -169,13 +176,14 @@ class Measured {
   // Counts the scores of one token in `tables`; their sum.
   float count(const T* row, Counts* tables) {
     const T* from = row + first_;
-    float* const scores = scratch_.data();
+    const Ints bin(bins - 1), down(shift);
+    int32_t* const places = places_.data();
     Lanes total(0.0f);
     int64_t i = 0;
     const auto score = [&](const Lanes& value) {
       const Lanes moved = (value - Lanes::loadu(&center_[i])) * Lanes::loadu(&norm_[i]);
       const Lanes squared = moved * moved;
-      squared.store(scores + i);
+      (at::vec::cast<int32_t>(squared) >> down & bin).store(places + i);
       total = total + squared;
       i += lanes;
     };
@@ -187,23 +195,27 @@ class Measured {
     float rest = 0.0f;
     for (; i < size_; ++i) {
       const float moved = (static_cast<float>(from[i]) - center_[i]) * norm_[i];
-      rest += scores[i] = moved * moved;
+      const float squared = moved * moved;
+      std::memcpy(places + i, &squared, sizeof squared);
+      places[i] = places[i] >> shift & (bins - 1);
+      rest += squared;
     }
-    // Neighbours often share a bin: several tables, so that no addition waits for another.
-    const auto note = [&](int64_t at, Counts& table) {
-      uint32_t bits;
-      std::memcpy(&bits, scores + at, sizeof bits);
-      ++table[bits >> shift & (bins - 1)];
-    };
+    // Neighbours often share a bin: several tables, so that no addition waits for another. Loaded
+    // by pairs, as loads are what else this takes.
     for (i = 0; i + apart <= size_; i += apart) {
-      each<apart>([&](auto n) { note(i + n, tables[n]); });
+      each<apart / 2>([&](auto n) {
+        uint64_t two;
+        std::memcpy(&two, places + i + 2 * n, sizeof two);
+        ++tables[2 * n][static_cast<uint32_t>(two)];
+        ++tables[2 * n + 1][two >> 32];
+      });
     }
-    for (; i < size_; ++i) note(i, tables[0]);
+    for (; i < size_; ++i) ++tables[0][places[i]];
     return sum(total) + rest;
   }
 
  private:
-  // N tokens are added up in float32 before they are added to what is kept.
+  // Adds N tokens to the float32 sums.
   template <int N>
   void add(const T* const* rows) {
     const T* from[N];
@@ -212,7 +224,8 @@ class Measured {
     float* const square = sum + size_;
     int64_t i = 0;
     for (; i + step <= size_; i += step) {
-      Lanes low(0.0f), high(0.0f), low2(0.0f), high2(0.0f);
+      Lanes low = Lanes::loadu(sum + i), high = Lanes::loadu(sum + i + lanes);
+      Lanes low2 = Lanes::loadu(square + i), high2 = Lanes::loadu(square + i + lanes);
       each<N>([&](auto n) {
         const auto [a, b] = load_pair(from[n] + i);
         low = low + a;
@@ -226,51 +239,56 @@ class Measured {
       high2.store(square + i + lanes);
     }
     for (; i < size_; ++i) {
-      sum[i] = square[i] = 0.0f;
       for (int n = 0; n < N; ++n) {
         const float value = static_cast<float>(from[n][i]);
         sum[i] += value;
         square[i] += value * value;
       }
     }
-    double* __restrict sums = sums_.data();
-    double* __restrict squares = squares_.data();
-    for (i = 0; i < size_; ++i) sums[i] += sum[i];
-    for (i = 0; i < size_; ++i) squares[i] += square[i];
+  }
+
+  void flush() {
+    for (int64_t i = 0; i < size_; ++i) {
+      sums_[i] += scratch_[i];
+      squares_[i] += scratch_[size_ + i];
+    }
+    std::fill(scratch_.begin(), scratch_.end(), 0.0f);
   }
 
   int64_t first_, size_;
   std::vector<float> norm_, center_, scratch_;
+  std::vector<int32_t> places_;
   std::vector<double> sums_, squares_;
 };
 
-// One sequence: adds to its moments [2K + 1], and counts its scores into [bins + 1].
+// One sequence: its moments [2K + 1] with those `known`, and its scores counted into [bins + 1].
 template <typename T>
 void measure(
-    const std::vector<const T*>& rows, int64_t width, const float* norm, double* moments,
-    double* histogram) {
+    const std::vector<const T*>& rows, int64_t width, const float* norm, const double* known,
+    double* moments, double* histogram) {
   const int64_t found = rows.size(), every = std::max<int64_t>(1, found / sample);
   const int64_t counted = found / every, parts = parts_for(found * width);
   std::vector<Counts> tables(parts * apart, Counts{});
   std::vector<float> totals(parts * counted);
-  const double count = moments[2 * width] += found;
+  const double count = moments[2 * width] = known[2 * width] + found;
   in_parts(width, parts, [&](int64_t first, int64_t last, int64_t p) {
-    Measured<T> part(moments, norm, width, first, last - first);
-    part.add(rows);
-    part.find_centers(count, moments, width);
+    Measured<T> part(rows, known, count, norm, width, first, last - first);
+    part.write(moments, width);
     for (int64_t j = 0; j < counted; ++j) {
       totals[p * counted + j] = part.count(rows[(j + 1) * every - 1], &tables[p * apart]);
     }
   });
-  std::fill_n(histogram, bins + 1, 0.0);
-  for (const Counts& table : tables) {
-    for (int64_t i = 0; i < bins; ++i) histogram[i] += static_cast<double>(table[i] * every);
+  for (int64_t i = 0; i < bins; ++i) {
+    int64_t all = 0;
+    for (const Counts& table : tables) all += table[i];
+    histogram[i] = static_cast<double>(all * every);
   }
+  double& logs = histogram[bins] = 0.0;
   for (int64_t j = 0; j < counted; ++j) {
     float total = 0.0f;
     for (int64_t p = 0; p < parts; ++p) total += totals[p * counted + j];
     const double ln = std::log(std::max(total, std::numeric_limits<float>::min()));
-    if (std::isfinite(ln)) histogram[bins] += ln * static_cast<double>(every);
+    if (std::isfinite(ln)) logs += ln * static_cast<double>(every);
   }
 }
 
@@ -286,16 +304,16 @@ std::tuple<Tensor, Tensor> measure_inputs(
       known.scalar_type() == at::kDouble && known.dim() == 2 && known.size(0) == sequences &&
           known.size(1) == 2 * width + 1,
       "popc::measure_inputs: known must be float64 [S, 2K + 1]");
-  const Tensor scale = norm.contiguous();
-  Tensor moments = known.clone(at::MemoryFormat::Contiguous);
+  const Tensor scale = norm.contiguous(), before = known.contiguous();
+  Tensor moments = at::empty(known.sizes(), known.options());
   Tensor histogram = at::empty({sequences, bins + 1}, known.options());
   by_sequence(
       is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid,
       [&](int64_t s, const auto& rows) {
+        const int64_t at = s * (2 * width + 1);
         measure(
-            rows, width, scale.const_data_ptr<float>(),
-            moments.data_ptr<double>() + s * (2 * width + 1),
-            histogram.data_ptr<double>() + s * (bins + 1));
+            rows, width, scale.const_data_ptr<float>(), before.const_data_ptr<double>() + at,
+            moments.data_ptr<double>() + at, histogram.data_ptr<double>() + s * (bins + 1));
       });
   return {moments, histogram};
 }
