@@ -200,8 +200,8 @@ class Measured {
       places[i] = places[i] >> shift & (bins - 1);
       rest += squared;
     }
-    // Neighbours often share a bin: several tables, so that no addition waits for another. Loaded
-    // by pairs, as loads are what else this takes.
+    // Neighbours often share a bin: several tables, so that no addition waits for another. Bins are
+    // loaded by pairs, which halves the loads.
     for (i = 0; i + apart <= size_; i += apart) {
       each<apart / 2>([&](auto n) {
         uint64_t two;
@@ -310,10 +310,10 @@ std::tuple<Tensor, Tensor> measure_inputs(
   by_sequence(
       is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid,
       [&](int64_t s, const auto& rows) {
-        const int64_t at = s * (2 * width + 1);
+        const int64_t own = s * (2 * width + 1);
         measure(
-            rows, width, scale.const_data_ptr<float>(), before.const_data_ptr<double>() + at,
-            moments.data_ptr<double>() + at, histogram.data_ptr<double>() + s * (bins + 1));
+            rows, width, scale.const_data_ptr<float>(), before.const_data_ptr<double>() + own,
+            moments.data_ptr<double>() + own, histogram.data_ptr<double>() + s * (bins + 1));
       });
   return {moments, histogram};
 }
