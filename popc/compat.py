@@ -116,7 +116,7 @@ def compile_alone(
     Args:
         guard_filter: says which guards of a graph are kept: Dynamo's ``guard_filter_fn``.
     """
-    popc_forward = function
+    popc_forward = function  # _place knows the model by this variable
 
     def frame(*args: Any, **kwargs: Any) -> Any:
         return popc_forward(*args, **kwargs)

@@ -93,15 +93,13 @@ class PromptGuards:
             self._keep_all("its graph breaks")
         elif self._known is None:
             self._known = now
-        elif not self._known - now:
-            pass
-        elif not self._relied_on:
-            self._known &= now
-        else:
+        elif self._relied_on and self._known - now:
             self._changes += 1
             if self._changes > _MOST_CHANGES:
                 self._keep_all("it changes again and again, or prompts are of many kinds")
             self.changed, self._known, self._relied_on = True, now, False
+        else:
+            self._known &= now
 
     def _fact(self, entry: Any) -> Fact | None:
         """What a guard holds of the model, or of a global; None of what a call is given."""

@@ -137,11 +137,10 @@ class Session:
         """``popc_moments`` of :func:`popc.passes.contract.add_measures`: 0 before a prefill."""
         sizes = [2 * group.demand.width + 1 for group in groups]
         total = torch.zeros((sequences, sum(sizes)), dtype=torch.float64, device=like.device)
-        if self._moments:
-            for group, part in zip(groups, total.split(sizes, 1), strict=True):
-                known = self._moments.get((group.key, scope))
-                if known is not None and len(known) == sequences:
-                    part.copy_(known)
+        for group, part in zip(groups, total.split(sizes, 1), strict=True):
+            known = self._moments.get((group.key, scope))
+            if known is not None and len(known) == sequences:
+                part.copy_(known)
         return total
 
     def add_measures(

@@ -30,6 +30,7 @@ The implementations here are plain ATen and serve every device; they are the ref
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,11 +168,8 @@ def _threshold_linear_fake(
     norm: Tensor,
     threshold: Tensor,
     out_dim: int,
-    center: Tensor | None = None,
-    base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
+    *others: Any,
+    **named: Any,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[out_dim]))
 
@@ -184,23 +182,13 @@ def _threshold_linears_fake(
     norm: Tensor,
     threshold: Tensor,
     out_dims: Sequence[int],
-    center: Tensor | None = None,
-    base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
+    *others: Any,
+    **named: Any,
 ) -> list[Tensor]:
     pairs = zip(weights, out_dims, strict=True)
     return [x.new_empty((*x.shape[:-1], weight.shape[dim])) for weight, dim in pairs]
 
 
 @torch.library.register_fake("popc::count_read")
-def _count_read_fake(
-    x: Tensor,
-    norm: Tensor,
-    threshold: Tensor,
-    center: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-) -> Tensor:
+def _count_read_fake(x: Tensor, *others: Any, **named: Any) -> Tensor:
     return x.new_empty((), dtype=torch.int64)

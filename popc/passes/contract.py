@@ -58,6 +58,7 @@ def contract_inputs(
     limits_in = add_input(captured, "popc_threshold", limits)
     center_in = add_input(captured, "popc_center", middles)
     base_in = add_input(captured, "popc_base", bases)
+    held = norms, limits_in, center_in, base_in
     place = {node: i for i, node in enumerate(graph.nodes)}
     writes = [i for node, i in place.items() if writes_first(node)]
     done = 0
@@ -66,12 +67,10 @@ def contract_inputs(
         if counting:
             with graph.inserting_before(group.linears[0].node):
                 emit = Emitter(captured, group.linears[0].node)
-                given = group.x, norms, limits_in, center_in
-                read.append(emit.call(count_read, *given, i, start))
+                read.append(emit.call(count_read, group.x, *held[:3], i, start))
         for linears in _together(group, place, writes):
             with graph.inserting_before(linears[0].node):
                 emit = Emitter(captured, linears[0].node)
-                held = norms, limits_in, center_in, base_in
                 _contract(emit, group.x, linears, held, (i, start, done))
             done += sum(linear.outputs for linear in linears)
     if counting:
