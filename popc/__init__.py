@@ -8,10 +8,11 @@ from __future__ import annotations
 from popc.analysis.plan import Plan, Region, Skipped
 from popc.api import analyze, compile
 from popc.config import Config
-from popc.errors import ConfigError, GraphError, ModelError, PopcError
+from popc.errors import ConfigError, GraphError, ModelError, PopcError, PopcWarning
 from popc.policies import Policy
 from popc.policies import register as register_policy
 from popc.report import Explanation, explain
+from popc.state import prefill
 from popc.version import __version__
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "Plan",
     "Policy",
     "PopcError",
+    "PopcWarning",
     "Region",
     "Skipped",
     "__version__",
     "analyze",
     "compile",
     "explain",
+    "prefill",
     "register_policy",
 ]

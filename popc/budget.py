@@ -23,6 +23,7 @@ from popc.ops.measure import BINS, edges
 # single layers differ by more than what following them is worth.
 OWN = 0.5
 LEAST = 0.05  # share of channels that is read at least
+READ_ALL = -1.0  # a threshold that every score exceeds
 _LN_ERROR = (-40.0, 4.0)
 _STEPS = 50
 

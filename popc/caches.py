@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from popc import compat, state
 from popc.log import logger
@@ -20,25 +20,32 @@ def in_session(
     kwargs: Mapping[str, Any],
     base: state.Session | None,
     by_sequence: bool,
+    begin: Callable[[], None],
 ) -> Any:
     """Run ``call`` under the session of the KV cache among its arguments, or in a new one.
+
+    What is no such object, as tensors in tuples or in the model's buffers, is told by its tensors,
+    graph by graph, as under ``torch.compile(backend="popc")``.
 
     Args:
         base: what was measured on a text given beforehand.
         by_sequence: whether each sequence has a partition of its own, so that their order counts.
+        begin: called first, unless the call goes on with a generation.
     """
     caches = list(_caches((*args, *kwargs.values())))
-    session = next((s for s in map(state.of_cache, caches) if s is not None), None)
+    if not caches:
+        begin()
+        session = state.Session(True, base)
+        with state.offer(session):
+            out = call(*args, **kwargs)
+        _leave(session, list(_caches(_values(out))), by_sequence)
+        return out
+    known = next((s for s in map(state.of_cache, caches) if s is not None), None)
     lengths = [_length(cache) for cache in caches]
-    empty = all(_is_zero(length, session) for length in lengths)
-    if session is None or empty:
-        session = state.Session(empty, base)
-    elif by_sequence and not _is_as_left(caches, session) and session.rows_differ():
-        logger.warning(
-            "a cache was reordered or cropped since its last call: its sequences can't be told "
-            "apart any more, and decode dense until their next prompt"
-        )
-        session = state.Session(False, base)
+    empty = all(_is_zero(length, known) for length in lengths)
+    if known is None or empty or not _is_one_token((*args, *kwargs.values())):
+        begin()
+    session = _continued(known, empty, caches, base, by_sequence)
     if not empty and not session.told:
         session.told = True
         _tell_what_grows(caches, [*args, *kwargs.values()])
@@ -46,22 +53,49 @@ def in_session(
     writes = [compat.writes_to(tensor) for tensor in held]
     with state.use(session):
         out = call(*args, **kwargs)
-    returned = out.values() if isinstance(out, Mapping) else out
-    for cache in _caches(returned if isinstance(returned, Iterable) else ()):
-        if not any(cache is known for known in caches):
-            caches.append(cache)
-    for cache in caches:
-        if state.of_cache(cache) is not session:
-            state.bind(cache, session)
+    made = [cache for cache in _caches(_values(out)) if not any(cache is c for c in caches)]
+    _leave(session, [*caches, *made], by_sequence)
     session.lengths = [
-        state.Left(weakref.ref(tensor), now)
+        state.Left(TensorWeakRef(tensor), now)
         for tensor, before in zip(held, writes, strict=True)
         if (now := compat.writes_to(tensor)) != before
     ]
+    return out
+
+
+def _continued(
+    known: state.Session | None,
+    empty: bool,
+    caches: Sequence[Any],
+    base: state.Session | None,
+    by_sequence: bool,
+) -> state.Session:
+    """The session that a call on ``caches`` goes on with, or begins."""
+    if known is None or empty:
+        return state.Session(empty, base)
+    if by_sequence and not _is_as_left(caches, known) and known.rows_differ():
+        logger.warning(
+            "a cache was reordered or cropped since its last call: its sequences can't be told "
+            "apart any more, and decode dense until their next prompt"
+        )
+        return state.Session(False, base)
+    return known
+
+
+def _leave(session: state.Session, caches: Sequence[Any], by_sequence: bool) -> None:
+    """Note that ``caches`` are the session's, and how it leaves them."""
+    for cache in caches:
+        if state.of_cache(cache) is not session:
+            state.bind(cache, session)
     if by_sequence:
         left = _tensor_of(caches)
-        session.left = None if left is None else weakref.ref(left)
-    return out
+        session.left = None if left is None else TensorWeakRef(left)
+
+
+def _values(out: Any) -> Iterable[Any]:
+    """What a model returned, one by one."""
+    returned = out.values() if isinstance(out, Mapping) else out
+    return returned if isinstance(returned, Iterable) and not isinstance(out, Tensor) else ()
 
 
 def _caches(values: Iterable[Any]) -> Iterator[Any]:
@@ -69,6 +103,12 @@ def _caches(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if not isinstance(value, Tensor) and hasattr(value, "get_seq_length"):
             yield value
+
+
+def _is_one_token(values: Iterable[Any]) -> bool:
+    """Whether a call brings one token for each sequence, as ids, positions or embeddings."""
+    shapes = (value.shape for value in values if isinstance(value, Tensor))
+    return any(len(shape) in (2, 3) and shape[1] == 1 for shape in shapes)
 
 
 def _length(cache: Any) -> int | Tensor | None:

@@ -12,6 +12,7 @@ import itertools
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -142,6 +143,59 @@ def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
+_running: ContextVar[object] = ContextVar("popc_running", default=None)
+
+
+class running:
+    """A context in which the frames that Dynamo traces are ``owner``'s: see :func:`traces_for`."""
+
+    __slots__ = ("_owner", "_token")
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        self._token = _running.set(self._owner)
+
+    def __exit__(self, *_: object) -> None:
+        _running.reset(self._token)
+
+
+def traces_for(owner: object) -> Callable[[], bool]:
+    """A function that Dynamo calls as it traces: whether the frame that it compiles is ``owner``'s.
+
+    Its answer is a constant of the graph, without a guard: which frame is compiled never changes.
+    """
+
+    def own() -> bool:
+        return _running.get() is owner
+
+    return torch.compiler.assume_constant_result(own)
+
+
+def marked_prefill(
+    module: torch.nn.Module, mark: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> dict[str, Any]:
+    """``module``'s own attribute for transformers' ``_prefill``, which runs it under ``mark()``.
+
+    Private because nothing public tells the last chunk of a prompt, if it is a single token, from a
+    decode step. An assistant's drafts go through it too, and are left alone: they say that they are
+    no first iteration. Empty where this transformers, or the model, has no such method.
+    """
+    dense = getattr(type(module), "_prefill", None)
+    if dense is None or "is_first_iteration" not in inspect.signature(dense).parameters:
+        return {}
+
+    @functools.wraps(dense)
+    def prefill(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(dense).bind(self, *args, **kwargs).arguments
+        begins = given.get("is_first_iteration", True)
+        with mark() if begins else contextlib.nullcontext():
+            return dense(self, *args, **kwargs)
+
+    return {"_prefill": types.MethodType(prefill, module)}
+
+
 class Place(NamedTuple):
     """Where Dynamo finds an object: ``path`` names all that it is reached through, from what
     ``root`` tells on: the function given to :func:`compile_alone`, a global, or what a call brings.
@@ -194,18 +248,30 @@ def written_places() -> list[Place] | None:
 def guard_place(entry: Any) -> Place:
     """Where the object is that a guard looks at; ``entry`` is what a ``guard_filter_fn`` is given.
 
-    An entry's own name does not tell a local variable from a key of the same name."""
-    return _place(entry.orig_guard.originating_source)
+    An entry's own name does not tell a local variable from a key of the same name. What this torch
+    does not tell is taken for the call's: such a guard is kept.
+    """
+    try:
+        return _place(entry.orig_guard.originating_source)
+    except (AttributeError, NotImplementedError):
+        return Place("call", ())
 
 
 def guard_asks(entry: Any) -> str | None:
     """What makes a guard besides the object it looks at: an attribute, a key, another object.
 
-    It stands in what makes the guard, and nothing public tells. None if that can't be read.
+    It stands in what makes the guard, and nothing public tells. None if that can't be read: two
+    guards may then differ in it.
     """
-    make = entry.orig_guard.create_fn
-    if not isinstance(make, functools.partial) or entry.guard_type == "TENSOR_MATCH":
+    from torch._dynamo.guards import GuardBuilder
+
+    make = getattr(getattr(entry, "orig_guard", None), "create_fn", None)
+    if entry.guard_type == "TENSOR_MATCH":
         return ""  # of a tensor, what it is made of is the tensor
+    if make is not None and make is getattr(GuardBuilder, entry.guard_type, None):
+        return ""  # the method itself, which is given the guard alone
+    if not isinstance(make, functools.partial):
+        return None
     given: dict[Any, Any] = {**dict(enumerate(make.args)), **make.keywords}
     readable = all(isinstance(v, Source | str | int | type(None)) for v in given.values())
     return _NUMBER.sub("", repr(given)) if readable else None
@@ -239,6 +305,24 @@ def is_trace_only(value: Any) -> bool:
 def graph_breaks() -> dict[str, int]:
     """Dynamo's count of graph breaks so far, by reason. Private because nothing public tells."""
     return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+def breaks_off(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo broke the model's graph at the end of ``gm``; private as nothing public tells.
+
+    False where this torch does not tell.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
+
+
+def breaks_since(before: Mapping[str, int]) -> list[str]:
+    """The reasons, a line each, for which Dynamo broke graphs since it had counted ``before``."""
+    after = graph_breaks()
+    if after == before:
+        return []
+    new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
+    return [reason.strip().splitlines()[0] for reason in new]
 
 
 def new_fake_mode() -> FakeTensorMode:

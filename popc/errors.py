@@ -21,3 +21,7 @@ class ModelError(PopcError):
 
 class GraphError(PopcError):
     """A graph could not be brought to popc's IR, or breaks a pass's contract."""
+
+
+class PopcWarning(UserWarning):
+    """popc runs something dense that it was asked to prune, or does less than it was asked to."""

@@ -7,6 +7,7 @@ those that prompts have too: what they say is known since the prompt.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -31,23 +32,36 @@ Fact = tuple[Place, str, Hashable]
 class PromptGuards:
     """A ``guard_filter_fn`` of ``torch.compile``, for one frame.
 
-    Whoever compiles says by :meth:`expect` what graph the next guards are of; whoever calls sets
-    ``graphs`` to 0 before, and asks ``changed`` after.
+    Whoever compiles says by :meth:`expect` what graph the next guards are of; whoever calls asks
+    :meth:`take_change` and says :meth:`begin_call` before. Threads may do so at the same time.
 
     Attributes:
-        changed: whether a prompt found the model changed. What the frame holds of decode steps is
-            then out of date, and a new frame must take its place.
         off: why all guards are kept after all; None if they are not.
     """
 
     def __init__(self) -> None:
-        self.graphs = 0
-        self.changed = False
         self.off: str | None = None
+        self._lock = threading.RLock()
+        self._call = threading.local()  # of which `graphs` are what one call has compiled
+        self._changed = False
         self._changes = 0
         self._known: Counter[Fact] | None = None  # what the guards of all prompts have
         self._written: set[Place] = set()
         self._decodes = self._relied_on = False
+
+    def take_change(self) -> bool:
+        """Whether a prompt found the model changed since this was last asked.
+
+        What the frame holds of decode steps is then out of date, and a new frame must take its
+        place. Each change is told once.
+        """
+        with self._lock:
+            changed, self._changed = self._changed, False
+            return changed
+
+    def begin_call(self) -> None:
+        """This thread begins a call."""
+        self._call.graphs = 0
 
     def expect(self, decodes: bool, written: Sequence[Place] | None) -> None:
         """The next guards are of a graph that is a decode step's or not, and writes to what is at
@@ -55,6 +69,10 @@ class PromptGuards:
 
         What one token leaves is what the next one goes by: guards on that are never left out.
         """
+        with self._lock:
+            self._expect(decodes, written)
+
+    def _expect(self, decodes: bool, written: Sequence[Place] | None) -> None:
         self._decodes = decodes
         if written is None:
             return self._keep_all("this torch does not tell what a graph writes to")
@@ -66,9 +84,13 @@ class PromptGuards:
             if self._known is not None:
                 still = {f: n for f, n in self._known.items() if not _is_of(f[0], new)}
                 self._known = Counter(still)
-            self.changed, self._relied_on = self.changed or self._relied_on, False
+            self._changed, self._relied_on = self._changed or self._relied_on, False
 
     def __call__(self, entries: Sequence[Any]) -> list[bool]:
+        with self._lock:
+            return self._kept(entries)
+
+    def _kept(self, entries: Sequence[Any]) -> list[bool]:
         if self.off is not None:
             return [True] * len(entries)
         facts = [self._fact(entry) for entry in entries]
@@ -87,8 +109,8 @@ class PromptGuards:
 
     def _learn(self, now: Counter[Fact]) -> None:
         """A prompt's guards have ``now``."""
-        self.graphs += 1
-        if self.graphs > 1:
+        self._call.graphs = getattr(self._call, "graphs", 0) + 1
+        if self._call.graphs > 1:
             # Each would be asked about a part of the model, under names of its own.
             self._keep_all("its graph breaks")
         elif self._known is None:
@@ -97,7 +119,7 @@ class PromptGuards:
             self._changes += 1
             if self._changes > _MOST_CHANGES:
                 self._keep_all("it changes again and again, or prompts are of many kinds")
-            self.changed, self._known, self._relied_on = True, now, False
+            self._changed, self._known, self._relied_on = True, now, False
         else:
             self._known &= now
 
@@ -114,7 +136,7 @@ class PromptGuards:
 
     def _keep_all(self, reason: str) -> None:
         if self.off is None:
-            self.changed, self.off = self._relied_on, reason
+            self._changed, self.off = self._changed or self._relied_on, reason
             logger.warning("the model is looked at with each token after all: %s", reason)
 
 

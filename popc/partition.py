@@ -80,12 +80,16 @@ class Partition:
 
 @dataclass
 class Limits:
-    """Inputs of a decode graph, for ``groups``: see :mod:`popc.passes.contract`."""
+    """Inputs of a decode graph, for ``groups``: see :mod:`popc.passes.contract`.
+
+    ``missing``: how many of the groups no prompt has measured; they read all their channels.
+    """
 
     groups: Sequence[InputsState]
     thresholds: Tensor
     center: Tensor
     base: Tensor | None = None
+    missing: int = 0
 
 
 def _by_expert(sums: Tensor, region: RegionState) -> Tensor:

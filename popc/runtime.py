@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdRef
 
 from popc import state, weights
 from popc.analysis.capture import Captured, identity
@@ -21,6 +23,7 @@ from popc.analysis.tokens import rows_of
 from popc.analysis.walk import shape
 from popc.analysis.writes import is_written
 from popc.config import Config
+from popc.errors import PopcWarning
 from popc.log import log_graph, logger
 from popc.ops import served, threshold_linear
 from popc.partition import InputsState, Limits, RegionState
@@ -35,6 +38,14 @@ from popc.state import Session
 from popc.templates import InputsTemplate, Template, held
 
 Compiled = Callable[..., Sequence[Any]]
+
+_SPLIT = (
+    "its prompt was measured at another batch size, or in a graph that splits the model otherwise"
+)
+_UNSEEN = (
+    "nothing is known of its prompt. Its KV cache was filled by another model or read from a file, "
+    "or it is one that popc can't follow from call to call"
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,11 @@ class _Instance:
     """The states of a graph's regions for the parameters of one layer, or of one model.
 
     ``scale`` and ``measured_scale`` are norms, as :mod:`popc.passes.contract` takes them;
-    ``sample`` tells whether they are still right: see :mod:`popc.weights`.
+    ``sample`` and ``changes`` tell whether they are still right: see :mod:`popc.weights`.
     """
 
     owner: object
+    changes: int
     slots: list[RegionState]
     prefill: list[RegionState]
     contracted: list[InputsState]
@@ -83,6 +95,24 @@ class _Instance:
     @property
     def measured(self) -> list[RegionState | InputsState]:
         return [*self.prefill, *self.measured_inputs]
+
+
+class _Last:
+    """The instance of the last call, by the ids of its weights.
+
+    An id is its weight's for as long as that lives: with the first that does not, ``instance`` is
+    None. Threads share no more than a reference to this, which is replaced as a whole.
+    """
+
+    __slots__ = ("_alive", "ids", "instance")
+
+    def __init__(self, parameters: Sequence[torch.Tensor], instance: _Instance) -> None:
+        self.ids = tuple(map(id, parameters))
+        self.instance: _Instance | None = instance
+        self._alive = [WeakIdRef(parameter, self._forget) for parameter in parameters]
+
+    def _forget(self, _: object) -> None:
+        self.instance = None
 
 
 class CompiledGraph:
@@ -127,9 +157,9 @@ class CompiledGraph:
         # One more, as of a single place this would give no tuple; and at each token a loop is slow.
         self._weights_of = itemgetter(*self.weights, self.weights[0])
         self._instances: dict[tuple[int, ...], _Instance] = {}
-        self._last: tuple[tuple[int, ...], _Instance] | None = None
-        self._alive: list[weakref.ref[Any]] = []
+        self._last: _Last | None = None
         self._changes = weights.changes()
+        self._lock = threading.Lock()
         self.batch = _batch_of(work, placeholders, config.scope)
         self.activations = [
             i
@@ -175,14 +205,18 @@ class CompiledGraph:
         measures = self.measuring is not None or self._is_prompt(instance, session)
         if measures and self._has_changed(instance, args):
             logger.info("weights have changed: their norms are taken anew")
-            weights.note_change()
+            weights.note_change(identity(args[i]) for i in self.weights)
             instance = self._instance(args)
         batch = self.batch(args)
         inputs = list(args)
+        if self.decodes and state.is_prefill():
+            return self._run_dense(args, session, instance)
         if self.contracted:
             limits = self._limits(instance, session, batch)
             if limits is None:
                 return self._run_dense(args, session, instance)
+            if limits.missing:
+                self._tell(f"{limits.missing} of {len(limits.groups)} inputs of linears", _SPLIT)
             if limits.base is None:
                 limits.base = self._base(args, instance, limits.center)
             inputs += [instance.scale, limits.thresholds, limits.center, limits.base]
@@ -224,8 +258,11 @@ class CompiledGraph:
         return outputs
 
     def _is_prompt(self, instance: _Instance, session: Session) -> bool:
-        """Whether the one token of a dense twin is the first there is: else it measures nothing."""
-        return session.whole and not session.has_seen(instance.measured)
+        """Whether one token that runs dense is of a prompt: else it measures nothing.
+
+        It is, if it is said to be, and if it is the first there is.
+        """
+        return state.is_prefill() or (session.whole and not session.has_seen(instance.measured))
 
     def _compensation(self, args: Sequence[Any], lost: Sequence[torch.Tensor]) -> torch.Tensor:
         """``W`` times the means of pruned units, consumer after consumer, float32."""
@@ -242,23 +279,25 @@ class CompiledGraph:
     def _run_dense(
         self, args: Sequence[Any], session: Session, instance: _Instance
     ) -> Sequence[Any]:
-        if not self._told and session.has_seen(instance.pruned):
-            self._told = True
-            logger.warning(
-                "a decode step runs dense: its prompt was measured at another batch size, or in a "
-                "graph that splits the model otherwise"
-            )
+        if not self._is_prompt(instance, session):
+            self._tell("whole", _SPLIT if session.has_seen(instance.pruned) else _UNSEEN)
         with state.use(session):
             return self.dense(*args)
+
+    def _tell(self, what: str, reason: str) -> None:
+        """Warn once that a decode step leaves nothing out of ``what``."""
+        if not self._told:
+            self._told = True
+            message = f"popc: a decode step runs dense ({what}): {reason}"
+            warnings.warn(message, PopcWarning, stacklevel=2)
 
     def _limits(self, instance: _Instance, session: Session, batch: int | None) -> Limits | None:
         """Thresholds and centers, or None if they are not known."""
         assert instance.scale is not None
         groups = instance.contracted
-        limits = session.limits(instance.owner, groups, self.scope, self.budget, instance.scale)
-        if limits is None or batch is None or limits.thresholds.shape[1] == batch:
-            return limits
-        return None
+        return session.limits(
+            instance.owner, groups, self.scope, self.budget, instance.scale, batch
+        )
 
     def _base(self, args: Sequence[Any], instance: _Instance, center: torch.Tensor) -> torch.Tensor:
         """What the linears make of the centers, float32 ``[S, ΣN]``: most are 0, and not read."""
@@ -277,24 +316,32 @@ class CompiledGraph:
     def _instance(self, args: Sequence[Any]) -> _Instance:
         """The states for the parameters among ``args``."""
         if self._changes != weights.changes():
-            self._changes, self._last = weights.changes(), None
-            self._instances.clear()
-        ids = tuple(map(id, self._weights_of(args)))
-        if self._last is not None and self._last[0] == ids:
-            return self._last[1]
+            self._drop_changed()
+        parameters = self._weights_of(args)
+        last = self._last
+        if last is not None and last.ids == tuple(map(id, parameters)):
+            instance = last.instance
+            if instance is not None:
+                return instance
         key = tuple(identity(args[i]) for i in self.weights)
-        if key not in self._instances:
-            self._instances[key] = self._new_instance(args)
-        instance = self._instances[key]
-        self._last = ids, instance
-        # An id is its parameter's for as long as that lives.
-        self._alive = [weakref.ref(args[i], self._forget) for i in self.weights]
+        with self._lock:
+            if key not in self._instances:
+                self._instances[key] = self._new_instance(args)
+            instance = self._instances[key]
+        self._last = _Last(parameters, instance)
         return instance
 
-    def _forget(self, _: weakref.ref[Any]) -> None:
-        self._last = None
+    def _drop_changed(self) -> None:
+        """Forget the states of weights that have changed since they were made."""
+        with self._lock:
+            self._changes, self._last = weights.changes(), None
+            for key, instance in list(self._instances.items()):
+                if weights.have_changed(key, instance.changes):
+                    del self._instances[key]
 
     def _new_instance(self, args: Sequence[Any]) -> _Instance:
+        changes = weights.changes()  # before norms are taken: a change meanwhile counts
+
         def states(held: Sequence[tuple[Template, Counts, Config]]) -> list[RegionState]:
             return [t.state(args, n, config.unit_policy(t.region.kind)) for t, n, config in held]
 
@@ -307,6 +354,7 @@ class CompiledGraph:
             self.on_plan(Plan(regions=regions, inputs=groups))
         return _Instance(
             owner=object(),
+            changes=changes,
             slots=states(self.slots),
             prefill=states(self.prefill),
             contracted=[template.state(args) for template in self.contracted],
@@ -338,15 +386,16 @@ class CompiledGraph:
         """The session of the cache tensors among ``args``; a new one where there is none."""
         session = state.of_tensors(args[i] for i in self.activations)
         if session is None:
-            prunes = self.slots or self.contracted
-            return Session(whole=not prunes or not self.activations)
+            if self.activations and (self.slots or self.contracted):
+                return Session(whole=False, base=state.offered().base)
+            return state.offered()
         if (
             (self.prefill or self.measured_inputs)
             and self.written
             and not any(bool(args[i].any()) for i in self.written[:1])
         ):
             # A static cache that was reset holds zeros: a new generation begins in it.
-            return Session()
+            return state.offered()
         return session
 
     def _touch(self, session: Session, args: Sequence[Any], outputs: Sequence[Any]) -> None:

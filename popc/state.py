@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from popc import compat
-from popc.budget import Budget, allocate
+from popc.budget import READ_ALL, Budget, Demand, allocate
 from popc.ops.measure import centers
 from popc.partition import InputsState, Limits, Partition, RegionState, lost_of, split, unseen
 from popc.passes.packing import Packing
+
+T = TypeVar("T")
 
 
 class Left(NamedTuple):
     """A tensor as a call left it, after so many writes to it."""
 
-    tensor: weakref.ref[Tensor]
+    tensor: TensorWeakRef
     writes: int | None
 
     def is_still(self, tensor: Tensor) -> bool:
@@ -63,10 +64,12 @@ class Session:
         self._partitions: dict[Hashable, Partition] = {}
         self._histograms: dict[tuple[Hashable, str], Tensor] = {}
         self._moments: dict[tuple[Hashable, str], Tensor] = {}
+        self._demands: dict[Hashable, Demand] = {}
+        self._allocated: dict[Hashable, dict[Hashable, Tensor]] = {}
         self._limits: dict[Hashable, Limits] = {}
         self._seen: set[Hashable] = set()
         self.told = False
-        self.left: weakref.ref[Tensor] | None = None
+        self.left: TensorWeakRef | None = None
         self.lengths: Sequence[Left] = ()
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
@@ -81,7 +84,7 @@ class Session:
             setattr(other, name, held.copy() if isinstance(held, dict | set) else held)
         # Of a cache, attributes are copied in order, and its session was the last one.
         left = None if self.left is None else memo.get(id(self.left()))
-        other.left = None if left is None else weakref.ref(left)
+        other.left = None if left is None else TensorWeakRef(left)
         other.reads = {key: list(steps) for key, steps in self.reads.items()}
         return other
 
@@ -96,10 +99,10 @@ class Session:
         for region, piece in zip(regions, pieces, strict=True):
             if self._base_of(region) is not None:
                 continue
-            before = self._sums.get((region.measure, scope))
-            known = before is not None and before.shape == piece.shape
+            before = for_rows(self._sums.get((region.measure, scope)), len(piece))
             # A copy: the compiled graph may reuse the memory of its output.
-            self._sums[region.measure, scope] = before + piece if known else piece.clone()
+            total = piece.clone() if before is None else before + piece
+            self._sums[region.measure, scope] = total
             self._seen.update(region.weights)
             self.regions[region.key] = region
         self._partitions.clear()
@@ -125,7 +128,7 @@ class Session:
         base = self._base_of(region)
         sums = (base or self)._sums.get((region.measure, scope))
         if sums is None or base is None:
-            return sums
+            return sums if region.experts else for_rows(sums, sequences)
         return sums.sum(0, keepdim=True).expand(sequences, -1)
 
     def _base_of(self, region: RegionState) -> Session | None:
@@ -138,8 +141,8 @@ class Session:
         sizes = [2 * group.demand.width + 1 for group in groups]
         total = torch.zeros((sequences, sum(sizes)), dtype=torch.float64, device=like.device)
         for group, part in zip(groups, total.split(sizes, 1), strict=True):
-            known = self._moments.get((group.key, scope))
-            if known is not None and len(known) == sequences:
+            known = for_rows(self._moments.get((group.key, scope)), sequences)
+            if known is not None:
                 part.copy_(known)
         return total
 
@@ -155,12 +158,14 @@ class Session:
         for group, seen, counted in zip(groups, measured[::2], measured[1::2], strict=True):
             # Held as they are: what measures is no CUDA graph, which would write to them again.
             self._moments[group.key, scope] = seen
-            before = self._histograms.get((group.key, scope))
-            if before is not None and before.shape == counted.shape:
+            before = for_rows(self._histograms.get((group.key, scope)), len(counted))
+            if before is not None:
                 counted = before + counted
             self._histograms[group.key, scope] = counted
+            self._demands[group.key] = group.demand
             self._seen.update(group.weights)
         self._limits.clear()
+        self._allocated.clear()
 
     def histogram(self, key: Hashable, scope: str) -> Tensor | None:
         """The scores of a group of inputs so far, ``[S, BINS + 1]``; None before its prefill."""
@@ -173,26 +178,57 @@ class Session:
         scope: str,
         budget: Budget,
         like: Tensor,
+        batch: int | None = None,
     ) -> Limits | None:
         """The thresholds of ``groups`` and their centers, on the device of ``like``.
 
-        None if a group's prefill is not known. ``owner`` as in :meth:`partition`.
+        The budget is that of all groups that prompts measured, in whatever graphs, so that it does
+        not matter how Dynamo splits a model. A group that none measured reads all its channels;
+        None if that holds for each. ``owner`` and ``batch`` as in :meth:`partition`.
         """
         held = self._limits.get(owner)
-        if held is not None:
+        if held is not None and (batch is None or len(held.center) == batch):
             return held
-        found = [self.histogram(group.key, scope) for group in groups]
-        counted = [histogram for histogram in found if histogram is not None]
-        if len(counted) < len(groups) or len({len(histogram) for histogram in counted}) > 1:
+        known = self._thresholds(scope, budget, batch)
+        if not any(group.key in known for group in groups):
             return None
-        demands = [group.demand for group in groups]
-        by_sequence = [
-            allocate(one, demands, budget).thresholds for one in torch.stack(counted, 1).cpu()
+        rows = len(next(iter(known.values())))
+        unknown = torch.full((rows,), READ_ALL)
+        thresholds = torch.stack([known.get(group.key, unknown) for group in groups])
+        middles = [
+            centers(self._moments[group.key, scope])
+            if group.key in known
+            else torch.zeros(1, group.demand.width, device=like.device)
+            for group in groups
         ]
-        thresholds = torch.stack(by_sequence, 1).to(like.device)
-        middles = [centers(self._moments[group.key, scope]) for group in groups]
-        self._limits[owner] = Limits(tuple(groups), thresholds, torch.cat(middles, 1))
-        return self._limits[owner]
+        center = torch.cat([middle.expand(rows, -1) for middle in middles], 1)
+        missing = sum(group.key not in known for group in groups)
+        limits = Limits(tuple(groups), thresholds.to(like.device), center, missing=missing)
+        self._limits[owner] = limits
+        return limits
+
+    def _thresholds(self, scope: str, budget: Budget, batch: int | None) -> dict[Hashable, Tensor]:
+        """Of all measured groups, float32 ``[S]`` on the CPU by their keys."""
+        asked = scope, budget, batch
+        if asked not in self._allocated:
+            self._allocated[asked] = self._allocate(*asked)
+        return self._allocated[asked]
+
+    def _allocate(self, scope: str, budget: Budget, batch: int | None) -> dict[Hashable, Tensor]:
+        counted = {
+            key: histogram if batch is None else for_rows(histogram, batch)
+            for (key, of), histogram in self._histograms.items()
+            if of == scope
+        }
+        known = {key: held for key, held in counted.items() if held is not None}
+        if not known or len({len(histogram) for histogram in known.values()}) > 1:
+            return {}
+        demands = [self._demands[key] for key in known]
+        by_sequence = [
+            allocate(one, demands, budget).thresholds
+            for one in torch.stack(list(known.values()), 1).cpu()
+        ]
+        return dict(zip(known, torch.stack(by_sequence, 1), strict=True))
 
     @property
     def thresholds(self) -> dict[Hashable, Tensor]:
@@ -218,9 +254,9 @@ class Session:
         """``popc_keep`` of :func:`popc.passes.prefill.add_statistics` for cached regions."""
         parts = []
         for region in regions:
-            living = self._living.get((region.key, scope))
+            living = for_rows(self._living.get((region.key, scope)), batch)
             device = region.norm.device
-            if living is None or living.shape[0] != batch:
+            if living is None:
                 parts.append(torch.ones(batch, region.width, device=device))
                 continue
             part = torch.ones(batch, region.width, device=device)
@@ -245,13 +281,13 @@ class Session:
             batch: with ``scope="sequence"``, the batch size; a partition of another does not fit.
         """
         held = self._partitions.get(owner)
-        if held is None:
-            held = self._new_partition(regions, packing, scope, batch)
-            if held is None:
-                return None
+        if held is not None and (batch is None or len(held.index) == batch):
+            return held
+        held = self._new_partition(regions, packing, scope, batch)
+        if held is not None and batch is not None and len(held.index) != batch:
+            held = None
+        if held is not None:
             self._partitions[owner] = held
-        if batch is not None and held.index.shape[0] != batch:
-            return None
         return held
 
     def _new_partition(
@@ -272,7 +308,8 @@ class Session:
             sums = self._measured(region, scope, sequences)
             if sums is None:
                 return None
-            units, norm = split(sums, region, self._living.get((region.key, scope)))
+            living = for_rows(self._living.get((region.key, scope)), sequences)
+            units, norm = split(sums, region, living)
             if region.policy.compensates:
                 lost.append(lost_of(sums, region, units))
             live.append(units)
@@ -290,28 +327,77 @@ class Session:
         return Partition(index, norm, lost)
 
 
+def for_rows(known: Tensor | None, rows: int) -> Tensor | None:
+    """What was measured of sequences ``[S, ...]``, for as many ``rows`` as a call has now.
+
+    The cache of one sequence can be repeated for several, as with a prefix that they share. None if
+    nothing is known, or if the sequences differ and are of another number.
+    """
+    if known is None or len(known) == rows:
+        return known
+    if len(known) > 1 and bool((known != known[:1]).any()):
+        return None
+    return known[:1].expand(rows, *known.shape[1:])
+
+
 _named: ContextVar[Session | None] = ContextVar("popc_session", default=None)
+_offered: ContextVar[Session | None] = ContextVar("popc_offered", default=None)
+_prefilling: ContextVar[bool] = ContextVar("popc_prefilling", default=False)
 _by_tensor = WeakTensorKeyDictionary()
 _ATTRIBUTE = "_popc_session"
 _lock = threading.Lock()
 
 
-class use:
-    """Run compiled graphs under ``session``.
+class _Setting(Generic[T]):
+    """A context in which a variable has a value.
 
     A class, as at each token a generator is slow.
     """
 
-    __slots__ = ("_session", "_token")
+    __slots__ = ("_token", "_value", "_variable")
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, variable: ContextVar[T], value: T) -> None:
+        self._variable, self._value = variable, value
 
     def __enter__(self) -> None:
-        self._token = _named.set(self._session)
+        self._token = self._variable.set(self._value)
 
     def __exit__(self, *_: object) -> None:
-        _named.reset(self._token)
+        self._variable.reset(self._token)
+
+
+def use(session: Session) -> _Setting[Session | None]:
+    """Run compiled graphs under ``session``."""
+    return _Setting(_named, session)
+
+
+def offer(session: Session) -> _Setting[Session | None]:
+    """Have graphs begin ``session``, where their tensors belong to none yet."""
+    return _Setting(_offered, session)
+
+
+def offered() -> Session:
+    """The session to begin; a new one where none was offered."""
+    return _offered.get() or Session()
+
+
+def prefill() -> _Setting[bool]:
+    """A context whose calls are parts of a prompt, also those of a single token.
+
+    Anywhere else a call with one token is a decode step. transformers' ``generate`` of a compiled
+    model needs no such mark; a loop of one's own does, where the last chunk of a prompt may be of
+    one token::
+
+        with popc.prefill():
+            for chunk in prompt.split(512, dim=1):
+                out = compiled(chunk, past_key_values=cache)
+    """
+    return _Setting(_prefilling, True)
+
+
+def is_prefill() -> bool:
+    """Whether the call under way was said to be a part of a prompt."""
+    return _prefilling.get()
 
 
 def named() -> Session | None:

@@ -6,13 +6,16 @@ PyTorch's own version counters don't see what is written through ``.data``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 _VALUES = 32  # of each weight
 _changes = 0
+_changed: dict[int, int] = {}  # the identity of a weight, and the number of its last change
+_lock = threading.Lock()
 
 
 def sample(weights: Sequence[Tensor]) -> Tensor:
@@ -29,11 +32,18 @@ def sample(weights: Sequence[Tensor]) -> Tensor:
 
 
 def changes() -> int:
-    """How often a change was noted so far; whoever holds norms asks if it still is the same."""
+    """How many changes were noted so far: while it stays the same, so do all norms."""
     return _changes
 
 
-def note_change() -> None:
-    """All norms are taken anew."""
+def note_change(identities: Iterable[int]) -> None:
+    """Norms of these weights, by :func:`popc.analysis.capture.identity`, are to be taken anew."""
     global _changes
-    _changes += 1
+    with _lock:
+        _changed.update(dict.fromkeys(identities, _changes + 1))
+        _changes += 1
+
+
+def have_changed(identities: Iterable[int], since: int) -> bool:
+    """Whether one of these weights changed after the change of that number."""
+    return any(_changed.get(identity, 0) > since for identity in identities)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -263,17 +264,30 @@ class SplitsOtherwise(nn.Module):
         return self.head(torch.tanh(self.one(x)) + torch.tanh(self.two(second)))
 
 
-def test_one_token_measures_nothing_after_a_prompt(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_token_measures_nothing_after_a_prompt() -> None:
     """Thresholds of one token would be taken for the prompt's: what is not known stays dense."""
     model = SplitsOtherwise().eval()
     options = {"sparsity": 0.5, "codegen": "eager"}
     twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
-    x = torch.randn(1, 20, 32)
-    with torch.no_grad(), state.use(state.Session()):
+    x, session = torch.randn(1, 20, 32), state.Session()
+    with torch.no_grad(), state.use(session):
         twin(x[:, :16])
-        for token in x[:, 16:].split(1, dim=1):
-            assert relative(twin(token), model(token)) < 1e-5
-    assert caplog.text.count("a decode step runs dense") == 1
+        measured = dict(session._histograms)
+        with pytest.warns(popc.PopcWarning, match=r"2 of 3 inputs of linears.*splits the model"):
+            twin(x[:, 16:17])
+        for token in x[:, 17:].split(1, dim=1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", popc.PopcWarning)  # it is said once
+                got = twin(token)
+            # one and two read all, and head what exceeds its threshold.
+            h = torch.tanh(model.one(token)) + torch.tanh(model.two(token))
+            (limits,) = session._limits.values()
+            center, threshold = limits.center[:, 2 * 32 :], limits.thresholds[2]
+            score = (h - center).abs() * model.head.weight.norm(dim=0)
+            kept = torch.where(score > threshold, h, center)
+            assert relative(got, model.head(kept)) < 1e-5 < relative(got, model(token))
+    assert session._histograms.keys() == measured.keys()
+    assert all(session._histograms[key] is counted for key, counted in measured.items())
 
 
 def test_the_first_token_is_a_prompt() -> None:

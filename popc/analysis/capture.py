@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,16 @@ aten = torch.ops.aten
 
 _numbers = itertools.count()
 _identities = WeakTensorKeyDictionary()
+_lock = threading.Lock()
 
 
 def identity(parameter: torch.Tensor) -> int:
     """A number that is this parameter's for good, unlike ``id``, which is reused."""
-    if parameter not in _identities:
-        _identities[parameter] = next(_numbers)
-    return int(_identities[parameter])
+    known = _identities.get(parameter)
+    if known is None:
+        with _lock:  # of two threads that ask first, both get the same
+            known = _identities.setdefault(parameter, next(_numbers))
+    return int(known)
 
 
 @dataclass
@@ -41,12 +45,14 @@ class Captured:
 
     ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation.
     ``runnable`` is False where the graph can be read but not run: values of the trace are in it.
+    ``breaks_off``: the model goes on in another graph, as Dynamo broke this one here.
     """
 
     gm: fx.GraphModule
     parameters: dict[fx.Node, torch.Tensor]
     fake_mode: Any
     runnable: bool = True
+    breaks_off: bool = False
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -54,7 +60,9 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture
     _intern_traces(gm.graph)
     mode = compat.dynamo_fake_mode()
     fakes = [compat.fakify(mode, value) for value in example_inputs]
-    return _trace(gm, fakes, example_inputs, mode)
+    captured = _trace(gm, fakes, example_inputs, mode)
+    captured.breaks_off = compat.breaks_off(gm)
+    return captured
 
 
 def capture_module(

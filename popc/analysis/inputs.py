@@ -39,12 +39,12 @@ class Inputs:
 
     Attributes:
         kind: ``"mlp"`` or ``"attention"``, after the region that they produce or consume;
-            ``"head"`` where no other linear comes after; else ``"other"``.
+            ``"head"`` where no other linear comes after in the model; else ``"other"``.
         name: where in the model, for people.
         x: what they read, ``[..., K]``.
         linears: those that read it; each has one weight for all rows.
         key: the same in every graph that they are part of.
-        alike: the same for groups that do the same in other layers.
+        alike: the same for groups of the same sizes, as those of other layers that do the same.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Inputs:
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        return (self.kind, self.width, tuple(linear.outputs for linear in self.linears))
+        return (self.width, tuple(linear.outputs for linear in self.linears))
 
     @property
     def weight_bytes(self) -> int:
@@ -97,7 +97,8 @@ def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
         plain = linear.experts is None and linear.x_dim == rank - 1 == linear.y_dim
         if not plain or linear.node in once or _routes(linear):
             continue
-        last = "head" if linear.node not in inner else "other"
+        is_last = linear.node not in inner and not captured.breaks_off
+        last = "head" if is_last else "other"
         groups.setdefault((linear.x, kinds.get(linear.node, last)), []).append(linear)
     uses: Counter[Any] = Counter()
     found = []

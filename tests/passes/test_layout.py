@@ -71,8 +71,9 @@ def test_saving_is_as_before(tmp_path) -> None:
     popc.compile(model, policy="pop", sparsity=R, codegen="eager").generate(IDS, max_new_tokens=3)
     assert lies_by_input(model.model.layers[0].mlp.down_proj.weight)
     state = model.state_dict()
-    assert all(value.is_contiguous() for value in state.values())
-    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "a.safetensors")
+    save_file(
+        {name: v.clone().contiguous() for name, v in state.items()}, tmp_path / "a.safetensors"
+    )
     for name, value in load_file(tmp_path / "a.safetensors").items():
         assert torch.equal(value, dense.state_dict()[name])
     model.save_pretrained(tmp_path / "after")
@@ -83,6 +84,18 @@ def test_saving_is_as_before(tmp_path) -> None:
     torch.save(state, held)
     held.seek(0)
     assert torch.equal(torch.load(held)["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_what_is_written_through_a_state_dict_reaches_the_weights() -> None:
+    """As averaging of weights, surgery, and loading a part do it."""
+    model = Gated()
+    pruned = prefill_and_step(model)
+    assert lies_by_input(model.c.weight)
+    for held in (model.state_dict(), pruned.state_dict()):
+        assert held["c.weight"].data_ptr() == model.c.weight.data_ptr()
+        held["c.weight"].mul_(0.5)
+        held["c.weight"][:, 3] = 7.0
+        assert (model.c.weight[:, 3] == 7.0).all() and (pruned.c.weight[:, 3] == 7.0).all()
 
 
 def test_loading_weights_keeps_the_layout() -> None:

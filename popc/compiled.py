@@ -1,0 +1,225 @@
+"""The compiled model: a mirror of the model whose ``forward`` runs through popc's graphs.
+
+So do those parts of it that ``generate`` by themselves, as a language model within a wrapper does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from popc import compat, state
+from popc.analysis.plan import Plan
+from popc.backend import popc_backend
+from popc.caches import in_session
+from popc.config import Config
+from popc.errors import ModelError
+from popc.guards import PromptGuards
+from popc.mirror import Mirror, replace
+from popc.runtime import CompiledGraph
+
+Model = TypeVar("Model", bound=nn.Module)
+_NOTHING = "popc found nothing to prune in this model; it runs dense. popc.analyze(model) says why."
+_NOT_REACHED = (
+    "popc: generate() of this model called neither its own forward nor that of a part with a "
+    "generate() of its own, so it ran dense. Compile the part that it calls: "
+    "model.part = popc.compile(model.part)"
+)
+
+
+class Compiled:
+    """What the compiled forwards of one model share.
+
+    Attributes:
+        plan: of all graphs compiled so far.
+        base: what was measured on a text given beforehand; None without one.
+        calls: how many calls there were.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.config, self.plan = config, Plan()
+        self.base: state.Session | None = None
+        self.calls = 0
+        self.is_own_trace = compat.traces_for(self)
+        self._warned = False
+        self._mirror = Mirror(model)
+        self.model = self._mirror.root
+        self.forwards = [_Forward(self, part) for part in _parts(self.model)]
+        for forward in self.forwards:
+            replace(forward.module, self._attributes(forward))
+        generate: Any = getattr(self.model, "generate", None)
+        if callable(generate):
+            replace(self.model, {"generate": self._generate(generate)})
+
+    def begin(self) -> None:
+        """A call that is no decode step: what was set on the original since is seen."""
+        self._mirror.follow()
+
+    def note(self, breaks_before: Mapping[str, int]) -> None:
+        """What a call has shown: graph breaks, and whether anything is pruned."""
+        breaks = compat.breaks_since(breaks_before)
+        if breaks:
+            self.plan.extend(Plan(breaks=breaks))
+        plan = self.plan
+        if not self._warned and not plan.regions and not plan.inputs and plan.skipped:
+            self._warned = True
+            warnings.warn(_NOTHING, stacklevel=6)  # whoever called the model
+
+    def measure(self, calibration: Iterable[Any]) -> None:
+        """Run the batches of a text given beforehand through the model, dense."""
+        session = state.Session()
+        compiled = self.forwards[0].frame
+
+        def run(batch: Any) -> None:
+            compiled(**batch) if isinstance(batch, Mapping) else compiled(batch)
+
+        with torch.no_grad(), state.use(session), compat.running(self):
+            for batch in calibration:
+                compat.call_compiled(run, batch)
+        self.base = session
+
+    def _attributes(self, forward: _Forward) -> dict[str, Any]:
+        """What the instance has in place of its class's, so that the class stays as it is."""
+        module = forward.module
+        held: dict[str, Any] = {
+            "forward": forward.function(),
+            "popc_plan": self.plan,
+            "popc_config": self.config,
+            "__deepcopy__": functools.partial(_deep_copy, self, module),
+            "__reduce_ex__": _refuse_to_pickle,
+        }
+        if hasattr(module, "get_compiled_call"):
+            # transformers' generate would compile the call once more.
+            held["get_compiled_call"] = lambda *_: module.__call__
+        return held | compat.marked_prefill(module, state.prefill)
+
+    def _generate(self, dense: Callable[..., Any]) -> Callable[..., Any]:
+        """``generate`` of the model, which says so if it ran dense."""
+        told = False
+
+        @functools.wraps(dense, updated=())
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            nonlocal told
+            before = self.calls
+            out = dense(*args, **kwargs)
+            if self.calls == before and not told:
+                told = True
+                warnings.warn(_NOT_REACHED, stacklevel=2)
+            return out
+
+        return generate
+
+
+class _Forward:
+    """The forward of one module, as popc compiles it."""
+
+    def __init__(self, shared: Compiled, module: nn.Module) -> None:
+        self.shared, self.module = shared, module
+        self.dense = module.forward
+        self.guards = PromptGuards() if shared.config.guards == "prompt" else None
+        self._lock = threading.Lock()
+        self._by_sequence = shared.config.scope == "sequence"
+        self._backend = _backend(shared.config, shared.plan, self.guards)
+        self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
+
+    def function(self) -> Callable[..., Any]:
+        """What stands in the module's place for ``forward``.
+
+        Where Dynamo traces it for another part of this model, it is the dense forward, so that one
+        graph holds all; where for somebody else's function, it breaks that graph.
+        """
+        shared, dense, run = self.shared, self.dense, self.run
+        apart = torch.compiler.disable(run, reason="a model that popc compiled has its own graphs")
+
+        @functools.wraps(dense, updated=())
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return dense(*args, **kwargs) if shared.is_own_trace() else apart(*args, **kwargs)
+            return run(*args, **kwargs)
+
+        return forward
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        shared, frame = self.shared, self._current_frame()
+        shared.calls += 1
+        before = compat.graph_breaks()
+        frees = torch.is_grad_enabled() and not _wants_grad(self.module, args, kwargs)
+        with torch.no_grad() if frees else nullcontext(), compat.running(shared):
+            out = compat.call_compiled(
+                in_session, frame, args, kwargs, shared.base, self._by_sequence, shared.begin
+            )
+        shared.note(before)
+        return out
+
+    def _current_frame(self) -> Callable[..., Any]:
+        """The compiled frame; a new one where decode steps rely on a model that has changed."""
+        guards = self.guards
+        if guards is None:
+            return self.frame
+        with self._lock:
+            if guards.take_change():
+                self.frame = compat.compile_alone(self.dense, self._backend, guards)
+            guards.begin_call()
+            return self.frame
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    """The model, and all modules in it that ``generate``."""
+    yield root
+    for part in root.modules():
+        # Of the class: some modules hand every attribute that they lack on to another.
+        if part is not root and callable(getattr(type(part), "generate", None)):
+            yield part
+
+
+def _backend(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
+    """popc's backend with its options, reporting into ``plan``, telling ``guards`` of graphs."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        made = popc_backend(
+            gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
+        )
+        if guards is not None:
+            decodes = isinstance(made, CompiledGraph) and made.decodes
+            guards.expect(decodes, compat.written_places())
+        return made
+
+    return backend
+
+
+def _wants_grad(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    values = (*args, *kwargs.values())
+    asks = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+    return model.training or asks
+
+
+def dense(model: Model) -> Model:
+    """A model as it is without popc: a mirror of a compiled one, with what was set on that."""
+    return Mirror(model).root if "popc_plan" in model.__dict__ else model  # type: ignore[return-value]
+
+
+def _deep_copy(shared: Compiled, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a compiled model: a copy of the model, compiled, with weights of its own."""
+    if shared.base is not None:
+        raise ModelError(
+            f"a compiled model with policy {shared.config.policy_name!r} can't be copied, as its "
+            "text is not kept: copy the model, and compile the copy with its calibration"
+        )
+    copied = copy.deepcopy(dense(module), memo)
+    memo[id(module)] = made = Compiled(copied, shared.config).model
+    return made
+
+
+def _refuse_to_pickle(_: Any) -> Any:
+    raise ModelError(
+        "a compiled model can't be pickled: save its state_dict(), or pickle the model that it was "
+        "made of, whose weights it shares, and compile that where it is loaded"
+    )

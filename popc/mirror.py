@@ -1,0 +1,199 @@
+"""A mirror of a model: modules of its own that share the model's parameters and buffers.
+
+What is set on a mirror (an attribute, a submodule, a hook, train or eval mode) is read by its own
+``forward`` and leaves the original as it is. What is set on the original later reaches the mirror
+with :meth:`Mirror.follow`. Weights are never copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+REPLACED = "_popc_replaced"  # what a compiled module holds of its own attributes, as they were
+_MISSING = object()
+_CONTAINERS = (dict, OrderedDict, list, tuple)
+_DEPTH = 4  # containers within containers that are looked into
+# What nn.Module itself leaves out of a copy, too: it is bound to the module that it was made for.
+_LEFT_OUT = ("_compiled_call_impl", REPLACED)
+
+
+class Mirror:
+    """Copies of all modules of ``model``, in the same structure.
+
+    Attributes:
+        root: the copy of ``model``, of the same class.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.original = model
+        self._lock = threading.Lock()
+        self._copies: dict[int, nn.Module] = {}  # by the id of the original, which `_seen` holds
+        self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.root = self._copy_tree(model)
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The copy of a module; the module itself if it has none."""
+        return self._copies.get(id(module), module)
+
+    def follow(self) -> None:
+        """Repeat on the mirror what was set on the original since the last time.
+
+        What was set on both is as the original has it. Takes a few microseconds for each module.
+        """
+        with self._lock:
+            for number, (module, before) in enumerate(self._seen):
+                now = _plain(module)
+                if _is_same(before, now):
+                    continue
+                self._seen[number] = module, _snapshot(now)
+                self._repeat(before, now, self._copies[id(module)].__dict__)
+
+    def _copy_tree(self, model: nn.Module) -> nn.Module:
+        new = [m for m in model.modules() if id(m) not in self._copies and _can_copy(m)]
+        for module in new:
+            # Past __init__ and __new__: whatever the class does there was done for the original.
+            self._copies[id(module)] = object.__new__(type(module))
+        for module in new:
+            held = _plain(module)
+            self._seen.append((module, _snapshot(held)))
+            own = self._copies[id(module)].__dict__
+            own.update((name, self._mapped(value)) for name, value in held.items())
+            for name in _registries(held):
+                own[name] = _mapped_items(held[name], self._mapped)
+            own["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        return self.of(model)
+
+    def _repeat(
+        self, before: Mapping[str, Any], now: Mapping[str, Any], own: dict[str, Any]
+    ) -> None:
+        fixed = own.get(REPLACED, {})  # by popc: the mirror's forward stays the compiled one
+        for name in before.keys() - now.keys() - fixed.keys():
+            own.pop(name, None)
+        for name, value in now.items():
+            known = before.get(name, _MISSING)
+            if name in fixed:
+                continue
+            if isinstance(known, _Registry) and isinstance(value, dict):
+                for key in known.items.keys() - value.keys():
+                    own[name].pop(key, None)
+                for key, item in value.items():
+                    if known.items.get(key, _MISSING) is not item:
+                        own[name][key] = self._taken(item)
+            elif known is not value:
+                own[name] = self._taken(value)
+
+    def _taken(self, value: Any) -> Any:
+        """``value`` as it is set on the mirror; a module that is new to it is copied."""
+        if isinstance(value, nn.Module):
+            return self._copy_tree(value)
+        return self._mapped(value)
+
+    def _mapped(self, value: Any, depth: int = _DEPTH) -> Any:
+        """``value`` with the copies of modules in their place; the same object if it has none."""
+        if isinstance(value, nn.Module):
+            return self.of(value)
+        if isinstance(value, types.MethodType):
+            owner = self._mapped(value.__self__)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if isinstance(value, functools.partial):
+            return self._mapped_partial(value)
+        if type(value) not in _CONTAINERS or not depth:
+            return value
+        inner = functools.partial(self._mapped, depth=depth - 1)
+        items = value.values() if isinstance(value, dict) else value
+        if all(inner(item) is item for item in items):
+            return value
+        if isinstance(value, dict):
+            return _mapped_items(value, inner)
+        return type(value)(map(inner, value))
+
+    def _mapped_partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
+        """As Accelerate's hooks have it: ``module.forward = partial(new_forward, module)``."""
+        held = value.func, value.args, value.keywords
+        function, args, keywords = map(self._mapped, held)
+        if function is value.func and args is value.args and keywords is value.keywords:
+            return value
+        made = functools.partial(function, *args, **keywords)
+        vars(made).update({name: self._mapped(item) for name, item in vars(value).items()})
+        return made
+
+
+class _Registry:
+    """The items of one of a module's own dicts, as they were."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self.items = dict(items)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes, those of a compiled one as they were before."""
+    held = module.__dict__
+    replaced: Mapping[str, Any] = held.get(REPLACED, {})
+    if not replaced and not any(name in held for name in _LEFT_OUT):
+        return held
+    kept = {name: value for name, value in held.items() if name not in _LEFT_OUT}
+    for name, value in replaced.items():
+        kept.pop(name, None)
+        if value is not _MISSING:
+            kept[name] = value
+    return kept
+
+
+def replace(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Set attributes of the instance that a mirror of it, and a copy, leave out."""
+    held = module.__dict__
+    before = {name: held.get(name, _MISSING) for name in attributes}
+    held[REPLACED] = {**before, **held.get(REPLACED, {})}
+    held.update(attributes)
+
+
+def _can_copy(module: nn.Module) -> bool:
+    """Whether the module is no more than its ``__dict__``."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+def _registries(held: Mapping[str, Any]) -> list[str]:
+    """Names of the dicts that nn.Module itself keeps: parameters, buffers, submodules, hooks."""
+    return [name for name in _OWN if isinstance(held.get(name), dict)]
+
+
+_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+
+
+def _snapshot(held: Mapping[str, Any]) -> dict[str, Any]:
+    before = dict(held)
+    before.update((name, _Registry(held[name])) for name in _registries(held))
+    return before
+
+
+def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """By identity: tensors must not be compared."""
+    if len(before) != len(now):
+        return False
+    for name, value in now.items():
+        known = before.get(name, _MISSING)
+        if known is value:
+            continue
+        if not isinstance(known, _Registry) or not isinstance(value, dict):
+            return False
+        if len(known.items) != len(value):
+            return False
+        if value and any(known.items.get(k, _MISSING) is not v for k, v in value.items()):
+            return False
+    return True
+
+
+def _mapped_items(items: Mapping[Any, Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
+    made: dict[Any, Any] = OrderedDict() if isinstance(items, OrderedDict) else {}
+    made.update((key, change(value)) for key, value in items.items())
+    return made
