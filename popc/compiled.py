@@ -21,7 +21,7 @@ from popc.analysis.plan import Plan
 from popc.backend import popc_backend
 from popc.caches import in_session
 from popc.config import Config
-from popc.errors import ModelError
+from popc.errors import ModelError, PopcWarning
 from popc.guards import PromptGuards
 from popc.mirror import Mirror, replace
 from popc.runtime import CompiledGraph
@@ -71,7 +71,7 @@ class Compiled:
         plan = self.plan
         if not self._warned and not plan.regions and not plan.inputs and plan.skipped:
             self._warned = True
-            warnings.warn(_NOTHING, stacklevel=6)  # whoever called the model
+            warnings.warn(_NOTHING, PopcWarning, stacklevel=6)  # whoever called the model
 
     def measure(self, calibration: Iterable[Any]) -> None:
         """Run the batches of a text given beforehand through the model, dense."""
@@ -112,7 +112,7 @@ class Compiled:
             out = dense(*args, **kwargs)
             if self.calls == before and not told:
                 told = True
-                warnings.warn(_NOT_REACHED, stacklevel=2)
+                warnings.warn(_NOT_REACHED, PopcWarning, stacklevel=2)
             return out
 
         return generate
