@@ -73,7 +73,10 @@ def popc_backend(
             return Interpreted(graph)
         if graph is not gm:
             compat.keep_inputs(graph, gm, is_written)
-        return compat.inductor(graph, inputs, inductor, f"popc {version.__version__} {given}")
+        # Inductor's own key has the graph and its options; of the rest of Config nothing reaches
+        # the code, so that thresholds of another sparsity find it again. What does is how popc's
+        # ops and passes are written.
+        return compat.inductor(graph, inputs, inductor, f"popc {version.sources_digest()}")
 
     if _needs_grad(example_inputs):
         warnings.warn(

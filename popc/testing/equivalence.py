@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import DynamicCache
+from torch.utils import _pytree as pytree
 
 import popc
 from popc import state, watch
@@ -20,10 +19,11 @@ from popc.analysis.inputs import Inputs
 from popc.analysis.plan import Plan, Region
 from popc.backend import prunable
 from popc.config import Config
-from popc.errors import ConfigError, PopcError
-from popc.models import cache_keyword
+from popc.errors import ConfigError, ModelError, PopcError
 from popc.resolve import resolve
-from popc.testing.oracle import MaskedAnywhere, MaskedInputs, Observer, by_weight
+from popc.testing.feed import Feed, result
+from popc.testing.oracle import MaskedAnywhere, MaskedInputs
+from popc.testing.products import Observer, Uses
 
 # Choices nearer than this are decided by the rounding of float32, in which scores are compared.
 ROUNDING = 1e-5
@@ -68,12 +68,14 @@ def assert_equivalent(
     """Compile a copy of ``model`` and compare it with the masked dense model, call by call.
 
     The first call is given ``inputs``; where the model takes a KV cache, ``steps`` calls with one
-    token each follow, the dense model's most likely ones. The oracle runs eagerly and makes POP's
-    choices by itself; of contraction it is given the thresholds.
+    token each follow, the dense model's most likely ones. (Where it is given values, not ids, a
+    token is what it gave last, if that is as wide.) The oracle runs eagerly and makes POP's choices
+    by itself; of contraction it is given the thresholds.
 
     Args:
         model: yours; it is not changed.
-        inputs: token ids ``[B, T]``, T > 1, or keywords of ``forward``.
+        inputs: what ``forward`` takes first, as token ids ``[B, T]``, T > 1; or its keywords, in
+            which tensors may be nested. Floating values are brought to ``dtype`` too.
         config, options: as :func:`popc.compile` takes them; policies ``"pop"``, ``"contraction"``
             and ``"dense"``.
         dtype: what the copy's floating-point weights are brought to; None leaves them. Wide ones
@@ -89,11 +91,10 @@ def assert_equivalent(
     names = config.policy.values() if isinstance(config.policy, Mapping) else [config.policy]
     if set(names) - set(POLICIES):
         raise ConfigError("policy", config.policy, f"one of {POLICIES}, which the oracle covers")
-    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     copied = copy.deepcopy(model).eval()
     copied = copied if dtype is None else copied.to(dtype)
     allowed = tolerance or TOLERANCE.get(_dtype(copied), COARSE)
-    check = _Check(copied, given, config, steps)
+    check = _Check(copied, Feed(copied, inputs, dtype), config, steps)
     result, faults = check.run(allowed)
     if not faults:
         return result
@@ -110,49 +111,52 @@ def assert_equivalent(
 class _Check:
     """One model and its inputs, run by popc and by the oracle."""
 
-    def __init__(
-        self, model: nn.Module, inputs: dict[str, Any], config: Config, steps: int
-    ) -> None:
-        self.model, self.inputs, self.config = model, inputs, config
-        names = inspect.signature(model.forward).parameters
-        self.keyword = cache_keyword(model.forward) if "use_cache" in names else None
-        self.steps = steps if self.keyword else 0
+    def __init__(self, model: nn.Module, feed: Feed, config: Config, steps: int) -> None:
+        self.model, self.feed, self.config = model, feed, config
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.tokens = self._tokens() if self.steps else []
+        self.tokens: list[Tensor] = []
+        self._say(steps)
+        torch.compiler.reset()
+        self.traced = popc.analyze(model, *feed.first(feed.new_cache()))
 
     @torch.no_grad()
     def calls(self, call: Callable[..., Any], begin: Callable[[int], None]) -> list[Tensor]:
         """The outputs of the first call and of each step; ``begin(number)`` goes before each."""
         begin(0)
-        if self.keyword is None:
-            return [_result(call(**self.inputs))]
-        self.cache = DynamicCache()
-        more = {self.keyword: self.cache, "use_cache": True}
-        outputs = [_result(call(**self.inputs, **more))]
-        mask = self.inputs.get("attention_mask")
+        self.cache = self.feed.new_cache()
+        args, kwargs = self.feed.first(self.cache)
+        outputs = [result(call(*args, **kwargs))]
         for number, token in enumerate(self.tokens, start=1):
             begin(number)
-            if mask is not None:
-                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-                more["attention_mask"] = mask
-            outputs.append(_result(call(input_ids=token, **more)))
+            args, kwargs = self.feed.step(number, token, self.cache)
+            outputs.append(result(call(*args, **kwargs)))
         return outputs
 
-    def _tokens(self) -> list[Tensor]:
-        """What the dense model says, step by step."""
-        self.tokens, said = [], []
-        for _ in range(self.steps):
-            *_, last = self.calls(self.model, lambda number: None)
-            said.append(last[:, -1:].argmax(-1))
-            self.tokens = said
-        return said
+    @torch.no_grad()
+    def _say(self, steps: int) -> None:
+        """What the dense model says, step by step; nothing where it fills no cache."""
+        cache = self.feed.new_cache()
+        try:
+            args, kwargs = self.feed.first(cache)
+            out = self.model(*args, **kwargs)
+            if self.feed.cache is None or not cache.get_seq_length():
+                self.feed.cache = None
+                return
+            for number in range(1, steps + 1):
+                self.tokens.append(self.feed.next_token(out))
+                if number < steps:
+                    args, kwargs = self.feed.step(number, self.tokens[-1], cache)
+                    out = self.model(*args, **kwargs)
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(f"the model fails on the inputs: {said}") from error
 
     def pruned(self) -> tuple[Any, list[Tensor], state.Session | None]:
         """The twin, its outputs, and its session."""
         torch.compiler.reset()
         twin: Any = popc.compile(self.model, self.config)
         outputs = self.calls(twin, lambda number: None)
-        session = state.of_cache(self.cache) if self.keyword else None
+        session = state.of_cache(self.cache) if self.feed.cache else None
         return twin, outputs, session
 
     @contextlib.contextmanager
@@ -165,15 +169,13 @@ class _Check:
         regions = [
             r for r in plan.regions if r.key in measured or (r.one_pass and prunable(r, config))
         ]
-        units = MaskedAnywhere(self.model, Plan(regions=regions), config, observer)
+        traced, kept = self.traced, Plan(regions=regions)
+        units = MaskedAnywhere(self.model, kept, config, observer, traced)
         held = state.Session() if session is None else session
-        inputs = MaskedInputs(self.model, plan, held.thresholds, held.centers, observer)
-        ids = next(v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
-        mask = self.inputs.get("attention_mask")
+        inputs = MaskedInputs(self.model, plan, held.thresholds, held.centers, observer, traced)
 
         def begin(number: int) -> None:
-            valid = mask.bool() if mask is not None and not number else None
-            units.begin(not number, valid, len(ids))
+            units.begin(not number, None if number else self.feed.valid, self.feed.batch)
             inputs.begin()
             inputs.decoding = number > 0
 
@@ -201,12 +203,11 @@ class _Check:
         expected: list[dict[Hashable, Tensor]] = []
         torch.compiler.reset()
         twin: Any = popc.compile(self.model, self.config, codegen="eager")
-        plan = popc.analyze(self.model, (), self.inputs)
-        owners: list[Region | Inputs] = [*plan.regions, *plan.inputs]
-        watcher = _Products(self.model, owners, seen)
+        owners: list[Region | Inputs] = [*self.traced.regions, *self.traced.inputs]
+        watcher = _Products(Uses(self.model, owners, self.traced), seen)
         with watch.watching(watcher.see):
             self.calls(twin, watcher.begin)
-        session = state.of_cache(self.cache) if self.keyword else None
+        session = state.of_cache(self.cache) if self.feed.cache else None
 
         def observe(key: Hashable, out: Tensor) -> None:
             expected[-1].setdefault(key, out.detach().clone())
@@ -233,33 +234,29 @@ class _Check:
 
 
 class _Products:
-    """Outputs of an interpreted graph's ops on the weights that contract ``owners``."""
+    """Outputs of an interpreted graph's ops on the weights that contract somebody."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        owners: Sequence[Region | Inputs],
-        seen: list[dict[Hashable, Tensor]],
-    ) -> None:
-        self.weights, self.seen = by_weight(model, owners), seen
-        self.calls: dict[int, int] = {}
+    def __init__(self, uses: Uses, seen: list[dict[Hashable, Tensor]]) -> None:
+        self.uses, self.seen = uses, seen
 
     def begin(self, number: int) -> None:
         self.seen.append({})
-        self.calls = {}
+        self.uses.begin()
 
     def see(self, node: fx.Node, args: Sequence[Any], value: Any) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return
-        for arg in args:
-            at = arg.untyped_storage().data_ptr() if isinstance(arg, Tensor) else None
-            # Views of the weight come before the product.
-            if at not in self.weights or value.untyped_storage().data_ptr() == at:
+        several = [arg for arg in args if isinstance(arg, list | tuple)]
+        if isinstance(value, list | tuple):  # an op on several weights has an output for each
+            weights = next((arg for arg in several if len(arg) == len(value)), ())
+            pairs = list(zip(weights, value, strict=False))
+        else:
+            pairs = [(arg, value) for arg in args]
+        for weight, out in pairs:
+            if not isinstance(weight, Tensor) or not isinstance(out, Tensor):
                 continue
-            use = self.calls[at] = self.calls.get(at, -1) + 1
-            for owner, number in self.weights[at]:
-                if owner.key[1] == use:
-                    self.seen[-1].setdefault((owner.key, number), value.detach().clone())
+            is_view = weight.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+            if out.is_floating_point() and not is_view:
+                for owner, number in self.uses.of(weight):
+                    self.seen[-1].setdefault((owner.key, number), out.detach().clone())
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -275,27 +272,28 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _result(out: Any) -> Tensor:
-    """Logits, or the first tensor that a model gives."""
-    if isinstance(out, Tensor):
-        return out
-    logits = getattr(out, "logits", None)
-    if logits is not None:
-        return logits
-    values = out.values() if isinstance(out, Mapping) else out
-    return next(v for v in values if isinstance(v, Tensor) and v.dim())
-
-
 def _script(model: nn.Module, inputs: Tensor | Mapping[str, Any], config: Config) -> str:
     """What reproduces the failure, if the model was made by :mod:`popc.testing`."""
     spec = getattr(model, "popc_spec", None)
     if spec is None:
         return ""
-    held = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-    given = ", ".join(f"{name!r}: torch.tensor({v.tolist()})" for name, v in held.items())
+    held = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    # A tensor's own repr leaves out what is between its first and last values.
+    given = pytree.tree_map_only(Tensor, _Written, held)
     return (
         "\nTo reproduce it:\n\n"
-        "import torch\nfrom popc import Config\nfrom popc.testing import *\n"
+        "import torch\nfrom torch import inf, nan\nfrom popc import Config\n"
+        "from popc.testing import *\n"
         f"model = {spec!r}.make()\n"
-        f"assert_equivalent(model, {{{given}}}, {config!r})\n"
+        f"assert_equivalent(model, {given!r}, {config!r})\n"
     )
+
+
+class _Written:
+    """A tensor whose ``repr`` is the code that makes it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __repr__(self) -> str:
+        return f"torch.tensor({self.tensor.tolist()}, dtype={self.tensor.dtype})"

@@ -1,8 +1,8 @@
 """The oracle: the model as it is, eager, with h of inactive units, or inputs, set to zero.
 
 Written from the papers' text. It watches every product with a weight that contracts a region,
-whatever op the model uses for it, and knows of popc only which columns make up a unit, and the
-thresholds of contraction.
+whatever op the model uses for it, and knows of popc only which products these are, which columns
+make up a unit, and the thresholds of contraction.
 """
 
 from __future__ import annotations
@@ -13,132 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from popc.analysis.capture import identity
-from popc.analysis.inputs import Inputs
 from popc.analysis.plan import Plan, Region
 from popc.config import Config
-
-# Where x and W stand among each op's operands.
-PRODUCTS = {
-    F.linear: (0, 1),
-    torch.addmm: (1, 2),
-    torch.mm: (0, 1),
-    torch.matmul: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    torch.bmm: (0, 1),
-    F.grouped_mm: (0, 1),
-    torch._grouped_mm: (0, 1),
-}
-Observer = Callable[[Hashable, Tensor], None]
-
-
-class Watched(TorchFunctionMode):
-    """Lets :meth:`treat` change what products with watched weights read.
-
-    Args:
-        owners: regions, or linears of one input.
-        observer: called with what was treated, as its key and the weight's place in that, and with
-            the product's output.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        owners: Sequence[Region | Inputs],
-        observer: Observer | None = None,
-    ) -> None:
-        super().__init__()
-        self.observer = observer
-        weights = {identity(p): p for p in model.parameters()}
-        self.norms = {owner.key: _norms(owner, weights) for owner in owners}
-        self.owners = by_weight(model, owners)
-        self.calls: dict[int, int] = {}
-        self.picked: dict[int, tuple[Tensor, Tensor, Any]] = {}
-
-    def begin(self) -> None:
-        """A new forward call."""
-        self.calls = {}
-        self.picked = {}
-
-    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
-        """What is read in place of x.
-
-        Args:
-            number: the weight's place in the owner's key.
-            selector: of experts, what tells which one each row meets.
-        """
-        raise NotImplementedError
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.__getitem__ and self._watching(args[0]):
-            picked = func(*args, **kwargs)
-            self.picked[id(picked)] = (picked, args[0], args[1])
-            return picked
-        if func is torch.bmm and id(args[0]) in self.picked:
-            _, weight, ids = self.picked[id(args[0])]  # bmm(W[ids], x[..., None])
-            x, found = self._treated(args[1].squeeze(-1), weight, ids)
-            return self._seen(found, func(args[0], x[..., None]))
-        if func in PRODUCTS and len(args) > PRODUCTS[func][1]:
-            x_at, w_at = PRODUCTS[func]
-            x, weight = args[x_at], args[w_at]
-            found = []
-            if weight.data_ptr() == weight.untyped_storage().data_ptr():
-                selector = kwargs.get("offs", (*args, None, None)[2])
-                x, found = self._treated(x, weight, selector)
-                args = (*args[:x_at], x, *args[x_at + 1 :])
-            return self._seen(found, func(*args, **kwargs))
-        return func(*args, **kwargs)
-
-    def _watching(self, weight: Tensor) -> list[tuple[Region | Inputs, int]]:
-        return self.owners.get(weight.untyped_storage().data_ptr(), [])
-
-    def _treated(self, x: Tensor, weight: Tensor, selector: Any) -> tuple[Tensor, list[Hashable]]:
-        watched = self._watching(weight)
-        found: list[Hashable] = []
-        if watched:
-            at = weight.untyped_storage().data_ptr()
-            use = self.calls[at] = self.calls.get(at, -1) + 1
-            for owner, number in watched:
-                if owner.key[1] == use:
-                    x = self.treat(owner, number, x, selector)
-                    found.append((owner.key, number))
-        return x, found
-
-    def _seen(self, found: Sequence[Hashable], out: Tensor) -> Tensor:
-        if self.observer is not None:
-            for key in found:
-                self.observer(key, out)
-        return out
-
-
-def by_weight(
-    model: nn.Module, owners: Sequence[Region | Inputs]
-) -> dict[int, list[tuple[Region | Inputs, int]]]:
-    """By the address of a weight's storage: what it contracts, as which of several weights."""
-    weights = {identity(p): p for p in model.parameters()}
-    found: dict[int, list[tuple[Region | Inputs, int]]] = {}
-    for owner in owners:
-        for number, (held, *_) in enumerate(owner.key[0]):
-            at = weights[held].untyped_storage().data_ptr()
-            found.setdefault(at, []).append((owner, number))
-    return found
-
-
-def _norms(owner: Region | Inputs, weights: Mapping[int, Tensor]) -> Tensor:
-    """``‖W[:, c]‖`` over all that contracts, float64 ``[K]``; ``[E, K]`` of experts."""
-    linears = owner.consumers if isinstance(owner, Region) else owner.linears
-    squares = [
-        linear.weight.replayed(weights[held].detach()).double().square().sum(linear.weight.out_dim)
-        for (held, *_), linear in zip(owner.key[0], linears, strict=True)
-    ]
-    return torch.stack(squares).sum(0).sqrt()
+from popc.testing.products import Observer, Watched
 
 
 def masked_dense(
@@ -152,7 +30,7 @@ def masked_dense(
             ``[E, U]`` of experts, by :attr:`popc.Region.key`. Other regions stay whole.
     """
     regions = [region for region in plan.regions if region.key in partition]
-    watched = _Given(model, regions, partition)
+    watched = _Given(model, regions, plan, partition)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         watched.begin()
@@ -164,9 +42,13 @@ def masked_dense(
 
 class _Given(Watched):
     def __init__(
-        self, model: nn.Module, regions: Sequence[Region], partition: Mapping[Hashable, Tensor]
+        self,
+        model: nn.Module,
+        regions: Sequence[Region],
+        plan: Plan,
+        partition: Mapping[Hashable, Tensor],
     ) -> None:
-        super().__init__(model, regions)
+        super().__init__(model, regions, plan)
         self.partition = partition
 
     def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
@@ -206,6 +88,7 @@ class MaskedAnywhere(Watched):
 
     Args:
         plan: of :func:`popc.analyze`, for this very model.
+        traced: likewise, where ``plan`` is of a compiled model, whose graphs were rewritten.
 
     Attributes:
         active: what the last call chose, bool ``[S, U]`` by region key (not of experts).
@@ -222,9 +105,10 @@ class MaskedAnywhere(Watched):
         plan: Plan,
         config: Config,
         observer: Observer | None = None,
+        traced: Plan | None = None,
     ) -> None:
         regions = [r for r in plan.regions if r.by_units(config) and r.kind in config.target_kinds]
-        super().__init__(model, regions, observer)
+        super().__init__(model, regions, traced or plan, observer)
         self.config, self.measuring = config, True
         self.valid: Tensor | None = None
         self.batch = 1
@@ -248,7 +132,7 @@ class MaskedAnywhere(Watched):
         Args:
             measuring: whether it is of a prompt.
             valid: bool ``[B, T]``, False at padding.
-            batch: B, where it matters: under ``scope="sequence"``, or where tokens are padded.
+            batch: B, where rows of all sequences come as one, and ``scope="sequence"``.
         """
         super().begin()
         self.measuring, self.valid, self.batch = measuring, valid, batch
@@ -272,14 +156,8 @@ class MaskedAnywhere(Watched):
     def _of_units(self, region: Region, x: Tensor, norm: Tensor) -> Tensor | None:
         """What to multiply x with, ``[..., K]``; None: nothing."""
         key = region.key
-        rows = x.detach().double().square()[..., torch.from_numpy(region.columns)].sum(-1)
-        rows = rows.reshape(self.batch, -1, region.units)
         measures = self.measuring and not region.one_pass
-        if self.valid is not None and measures:
-            rows = rows.where(self.valid[..., None], 0)
-        energy = rows.sum(1)
-        if self.config.scope == "batch":
-            energy = energy.sum(0, keepdim=True)  # [S, U]
+        energy = self._energy(region, x, measures)
         if measures:
             living = self.living.get(key)
             if living is not None:
@@ -296,11 +174,22 @@ class MaskedAnywhere(Watched):
         self.active[key] = torch.stack(each)
         return _spread(_by_column(self.active[key], region, x), x)
 
+    def _energy(self, region: Region, x: Tensor, measures: bool) -> Tensor:
+        """``Σ h²`` over tokens that are no padding, ``[S, U]``."""
+        rows = x.detach().double().square()[..., torch.from_numpy(region.columns)].sum(-1)
+        of_tokens = self.valid is not None and rows.numel() == self.valid.numel() * region.units
+        if self.valid is not None and measures and of_tokens:
+            rows = rows.view(*self.valid.shape, region.units).where(self.valid[..., None], 0)
+        if self.config.scope == "batch":
+            return rows.reshape(1, -1, region.units).sum(1)
+        sequences = x.shape[0] if x.dim() == 3 else self.batch
+        return rows.reshape(sequences, -1, region.units).sum(1)
+
     def _of_experts(self, region: Region, x: Tensor, norm: Tensor, expert: Tensor) -> Tensor | None:
         columns = torch.from_numpy(region.columns)
         rows = x.detach().double().reshape(-1, x.shape[-1]).square()[:, columns].sum(-1)
         if self.measuring:
-            if self.valid is not None:
+            if self.valid is not None and not len(rows) % self.valid.numel():
                 valid = self.valid.flatten()
                 # Picked, each token's experts stand side by side; in stacks, all tokens do.
                 times = len(rows) // len(valid)
@@ -368,6 +257,7 @@ class MaskedInputs(Watched):
     """Contraction by given thresholds: in one-token calls each linear's input is masked.
 
     Args:
+        plan, traced: see :class:`MaskedAnywhere`.
         thresholds: float32 ``[S]`` by the key of the linears' input: what scores
             ``|x_c - center_c| · ‖W[:, c]‖`` must exceed for a channel to be read.
         centers: float32 ``[S, K]``, likewise: what others are taken to be.
@@ -380,9 +270,10 @@ class MaskedInputs(Watched):
         thresholds: Mapping[Hashable, Tensor],
         centers: Mapping[Hashable, Tensor],
         observer: Observer | None = None,
+        traced: Plan | None = None,
     ) -> None:
         groups = [group for group in plan.inputs if group.key in thresholds]
-        super().__init__(model, groups, observer)
+        super().__init__(model, groups, traced or plan, observer)
         self.thresholds, self.centers = thresholds, centers
         self.margin = float("inf")
         self.masked = 0

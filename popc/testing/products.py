@@ -1,0 +1,264 @@
+"""Which products of a model, run eagerly, are those that contract a region, or read an input.
+
+A weight may be part of several regions, and be met several times in one call: layers may share it.
+So a product is told by its weight and by how many products with that weight came before it in the
+call. Which number is whose stands in the traced graphs, whose order is that of the eager call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from popc.analysis.capture import Captured, identity
+from popc.analysis.inputs import Inputs
+from popc.analysis.linears import Linear, as_linear
+from popc.analysis.plan import Plan, Region
+
+Owner = Region | Inputs
+Observer = Callable[[Hashable, Tensor], None]
+
+# Where x and W stand among each op's operands, and what these are called.
+PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
+    F.linear: ((0, "input"), (1, "weight")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    Tensor.matmul: ((0, "input"), (1, "other")),
+    Tensor.__matmul__: ((0, "input"), (1, "other")),
+    torch.bmm: ((0, "input"), (1, "mat2")),
+    F.grouped_mm: ((0, "mat_a"), (1, "mat_b")),
+    torch._grouped_mm: ((0, "mat_a"), (1, "mat_b")),
+}
+
+
+def view_of(tensor: Tensor) -> Hashable:
+    """The same for views of the same values, transposed or not; None where there are no values."""
+    try:
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.data_ptr(), tuple(sorted(pair for pair in sizes if pair[0] > 1))
+    except (RuntimeError, NotImplementedError):  # as in a vmap, which is no product of a weight
+        return None
+
+
+class Use(NamedTuple):
+    """A product that belongs to an owner.
+
+    Attributes:
+        owner: a region, or linears of one input.
+        number: the weight's place in the owner's key.
+        at: how many products with this weight come before it in a call.
+        total: how many there are in a call; where graphs run again for another layer that has the
+            same key, there are as many again.
+    """
+
+    owner: Owner
+    number: int
+    at: int
+    total: int
+
+
+class Uses:
+    """Tells to whom a product belongs, as the products of a call go by.
+
+    Args:
+        owners: of whom is to be told.
+        traced: of :func:`popc.analyze`, for this very model: the owners' keys are found in it.
+    """
+
+    def __init__(self, model: nn.Module, owners: Sequence[Owner], traced: Plan) -> None:
+        self.parameters = {identity(p): p for p in model.parameters()}
+        self.owners = {owner.key: owner for owner in owners}
+        found: list[Owner] = [*traced.regions, *traced.inputs]
+        self.traced = [_Traced(owner) for owner in found]
+        graphs = {part.linear.node.graph for traced in self.traced for part in traced.parts}
+        self.products = {graph: list(self._products(graph)) for graph in graphs}
+        self.begin()
+
+    def _products(self, graph: fx.Graph) -> Iterator[Linear]:
+        """Every linear of a graph whose weight is one of an owner's."""
+        held: dict[fx.Node, Tensor] = {
+            part.linear.weight.parameter: self.parameters[part.linear.weight.identity[0]]
+            for traced in self.traced
+            for part in traced.parts
+            if part.linear.node.graph is graph
+        }
+        captured = Captured(fx.GraphModule({}, fx.Graph()), held, None)
+        for node in graph.nodes:
+            linear = as_linear(node, captured) if node.op == "call_function" else None
+            if linear is not None:
+                yield linear
+
+    def begin(self) -> None:
+        """A new forward call: products are counted anew, of weights as they lie in memory now."""
+        self.calls: Counter[Hashable] = Counter()
+        self.by_view = self._by_view()
+
+    def _by_view(self) -> dict[Hashable, list[Use]]:
+        order = self._order()
+        runs: Counter[Any] = Counter()
+        begins: dict[Any, int] = {}
+        totals: Counter[Hashable] = Counter()
+        places: list[tuple[Hashable, Owner, int, int]] = []
+        for traced in self.traced:
+            for part in traced.parts:
+                node = part.linear.node
+                view = self._view(part.linear, part.identity)
+                # A graph may serve several layers, one after the other: keys tell them apart.
+                run = runs[type(traced.owner), node]
+                runs[type(traced.owner), node] += 1
+                # Of a graph that was rewritten since, the key alone tells.
+                before, count = order.get(node, (traced.owner.key[1], traced.owner.key[1] + 1))
+                if (view, node.graph, run) not in begins:
+                    begins[view, node.graph, run] = totals[view]
+                    totals[view] += count
+                at = begins[view, node.graph, run] + before
+                places.append((view, traced.owner, part.number, at))
+        found: dict[Hashable, list[Use]] = {}
+        for view, owner, number, at in places:
+            # The plan of a compiled model has the same keys.
+            if owner.key in self.owners:
+                use = Use(self.owners[owner.key], number, at, totals[view])
+                found.setdefault(view, []).append(use)
+        return found
+
+    def _order(self) -> dict[fx.Node, tuple[int, int]]:
+        """For each product how many with its weight come before it in its graph, and in all."""
+        order = {}
+        for linears in self.products.values():
+            views = [self._view(linear, linear.weight.identity[0]) for linear in linears]
+            for i, linear in enumerate(linears):
+                order[linear.node] = views[:i].count(views[i]), views.count(views[i])
+        return order
+
+    def _view(self, linear: Linear, held: int) -> Hashable:
+        return view_of(linear.weight.replayed(self.parameters[held].detach()))
+
+    def watches(self, weight: Tensor) -> bool:
+        """Whether products with ``weight`` belong to any owner."""
+        return view_of(weight) in self.by_view
+
+    def of(self, weight: Tensor) -> list[tuple[Owner, int]]:
+        """To whom the next product with ``weight`` belongs, as which of the owner's weights."""
+        view = view_of(weight)
+        known = self.by_view.get(view, [])
+        if known:
+            self.calls[view] += 1
+        at = self.calls[view] - 1
+        return [(use.owner, use.number) for use in known if at % use.total == use.at]
+
+
+class _Part(NamedTuple):
+    number: int
+    linear: Linear
+    identity: int
+
+
+class _Traced:
+    """An owner of a traced plan, with its linears and the parameters that they have there."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        held = [parameter for parameter, *_ in owner.key[0]]
+        pairs = zip(linears_of(owner), held, strict=True)
+        self.parts = [_Part(number, *pair) for number, pair in enumerate(pairs)]
+
+
+def linears_of(owner: Owner) -> Sequence[Linear]:
+    """Those that contract a region, or that read an input."""
+    return owner.consumers if isinstance(owner, Region) else owner.linears
+
+
+class Watched(TorchFunctionMode):
+    """Lets :meth:`treat` change what products with watched weights read.
+
+    Args:
+        owners: regions, or linears of one input.
+        traced: see :class:`Uses`.
+        observer: called with what was treated, as its key and the weight's place in that, and with
+            the product's output.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owners: Sequence[Owner],
+        traced: Plan,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__()
+        self.observer = observer
+        self.uses = Uses(model, owners, traced)
+        self.norms = {owner.key: _norms(owner, self.uses.parameters) for owner in owners}
+        self.picked: dict[int, tuple[Tensor, Tensor, Any]] = {}
+
+    def begin(self) -> None:
+        """A new forward call."""
+        self.uses.begin()
+        self.picked = {}
+
+    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
+        """What is read in place of x.
+
+        Args:
+            number: the weight's place in the owner's key.
+            selector: of experts, what tells which one each row meets.
+        """
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.__getitem__ and self.uses.watches(args[0]):
+            picked = func(*args, **kwargs)
+            self.picked[id(picked)] = (picked, args[0], args[1])
+            return picked
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        (x_at, x_name), (w_at, w_name) = PRODUCTS[func]
+        given = list(args)
+        x = given[x_at] if x_at < len(given) else kwargs[x_name]
+        weight = given[w_at] if w_at < len(given) else kwargs[w_name]
+        if func is torch.bmm and id(x) in self.picked:  # bmm(W[ids], x[..., None])
+            _, stack, ids = self.picked[id(x)]
+            rows, found = self._treated(weight.squeeze(-1), stack, ids)
+            return self._seen(found, func(x, rows[..., None]))
+        selector = kwargs.get("offs", (*given, None, None)[2])
+        x, found = self._treated(x, weight, selector)
+        if x_at < len(given):
+            given[x_at] = x
+        else:
+            kwargs[x_name] = x
+        return self._seen(found, func(*given, **kwargs))
+
+    def _treated(self, x: Tensor, weight: Tensor, selector: Any) -> tuple[Tensor, list[Hashable]]:
+        found: list[Hashable] = []
+        for owner, number in self.uses.of(weight):
+            x = self.treat(owner, number, x, selector)
+            found.append((owner.key, number))
+        return x, found
+
+    def _seen(self, found: Sequence[Hashable], out: Tensor) -> Tensor:
+        if self.observer is not None:
+            for key in found:
+                self.observer(key, out)
+        return out
+
+
+def _norms(owner: Owner, parameters: Mapping[int, Tensor]) -> Tensor:
+    """``‖W[:, c]‖`` over all that contracts, float64 ``[K]``; ``[E, K]`` of experts."""
+    squares = [
+        linear.weight.replayed(parameters[held].detach())
+        .double()
+        .square()
+        .sum(linear.weight.out_dim)
+        for (held, *_), linear in zip(owner.key[0], linears_of(owner), strict=True)
+    ]
+    return torch.stack(squares).sum(0).sqrt()
