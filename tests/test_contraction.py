@@ -20,7 +20,7 @@ from popc.models import cache_keyword
 from popc.ops import (
     native,
 )
-from tests.models import tiny_llama
+from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
 EAGER = {"sparsity": 0.5, "codegen": "eager", "count": True}
@@ -49,7 +49,8 @@ def middle(x: Tensor, by_sequence: bool) -> Tensor:
     """Means ``[S, 1, K]`` of channels whose mean says something about them."""
     rows = x if by_sequence else x.flatten(0, 1)[None]
     mean = rows.double().mean(1, keepdim=True)
-    return (mean * (mean.square() > 0.1 * rows.double().var(1, keepdim=True))).float()
+    least = (0.1 + 4 / rows.shape[1]) * rows.double().var(1, keepdim=True)
+    return (mean * (mean.square() > least)).float()
 
 
 class MaskedInputs:
@@ -126,6 +127,26 @@ def test_the_static_cache_and_the_backend_string_agree() -> None:
     assert relative(decoded(first, ids, 16, cache), expected) < 1e-4
     model.compile(backend="popc", options={"sparsity": 0.5, "codegen": "eager"})
     assert relative(decoded(model, ids, 16, DynamicCache()), expected) < 1e-4
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@torch.no_grad()
+def test_the_prompt_may_come_in_chunks(scope: str) -> None:
+    """The same thresholds and centers: far closer than what pruning itself changes."""
+    model, ids, padding = tiny_llama(), tokens(2, 34), torch.ones(2, 34, dtype=torch.long)
+    padding[0, :11] = 0  # a chunk may be padding alone, for one sequence
+    twin = popc.compile(model, sparsity=0.5, codegen="eager", scope=scope)
+
+    def first_step(call, ends: list[int]) -> Tensor:
+        given = {CACHE: DynamicCache(), "use_cache": True}
+        for begin, end in zip([0, *ends], [*ends, 34], strict=True):
+            logits = call(ids[:, begin:end], attention_mask=padding[:, :end], **given).logits
+        return logits[:, -1]
+
+    whole, dense = first_step(twin, [33]), first_step(tiny_llama(), [33])
+    assert relative(whole, dense) > 1e-2
+    for ends in ([7, 15, 30, 33], [8, 16, 24, 33], [31, 33]):
+        assert relative(first_step(twin, ends), whole) < 1e-4
 
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:

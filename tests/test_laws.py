@@ -12,7 +12,7 @@ from torch import Tensor
 
 import popc
 from popc import ops
-from popc.ops.measure import BINS
+from popc.ops.measure import BINS, SAMPLE
 from popc.partition import RegionState, split
 from popc.policies import Counts
 from tests.profiles import examples
@@ -161,38 +161,50 @@ def test_more_candidates_never_keep_less(
     assert mass(wide) >= mass(narrow) * (1 - 1e-6)
 
 
-@given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**16), st.booleans()
-)
-@examples(200, 3000)
-def test_statistics_add_and_leave_padding_out(
-    batch: int, length: int, width: int, seed: int, wide: bool
-) -> None:
-    made = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, length, width, generator=made)
-    x = x.double() if wide else x
+@st.composite
+def chunked(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int]]:
+    """x ``[B, T, K]`` with means of its own, a mask of padding, and where to cut its tokens."""
+    batch, width = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    length = draw(st.integers(1, 40) | st.integers(SAMPLE, 3 * SAMPLE))
+    made = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    x = torch.randn(batch, length, width, generator=made) + torch.randn(width, generator=made)
+    x = x.double() if draw(st.booleans()) else x
     valid = torch.rand(batch, length, generator=made) > 0.4
-    cut = int(torch.randint(length + 1, (), generator=made))
     x[~valid] = math.nan  # padding may hold anything
-    norm = torch.rand(width, generator=made)
-    # Where so much is known, no mean is steady: all centers are 0, and histograms add as well.
-    known = torch.zeros(batch, 2 * width + 1, dtype=torch.float64)
-    known[:, width:] = 1e9
+    cuts = draw(st.lists(st.integers(0, length), max_size=6))
+    return x, valid, [*sorted(cuts), length]
 
-    def measure(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        part, marks = x[:, rows].contiguous(), valid[:, rows].contiguous()
-        moments, found = ops.measure_inputs(part, norm, marks, known)
-        return ops.sum_squares(part, marks), moments - known, found
 
-    whole = measure(slice(None))
-    parts = zip(measure(slice(None, cut)), measure(slice(cut, None)), strict=True)
-    for total, (first, second) in zip(whole, parts, strict=True):
-        torch.testing.assert_close(first + second, total, rtol=1e-9, atol=1e-5)
+@given(chunked(), st.booleans())
+@examples(200, 3000)
+def test_statistics_are_the_same_in_any_chunks(
+    case: tuple[Tensor, Tensor, list[int]], together: bool
+) -> None:
+    """And leave padding out. A score may be rounded into the next bin."""
+    x, valid, cuts = case
+    batch, length, width = x.shape
+    norm = torch.rand(width, generator=torch.Generator().manual_seed(width))
+    known = torch.zeros(1 if together else batch, 2 * width + 1, dtype=torch.float64)
+    squares, (moments, histogram) = (
+        ops.sum_squares(x, valid),
+        ops.measure_inputs(x, norm, valid, known),
+    )
+    sums, counted, at = torch.zeros_like(squares), torch.zeros_like(histogram), 0
+    for cut in cuts:
+        part, marks = x[:, at:cut].contiguous(), valid[:, at:cut].contiguous()
+        sums += ops.sum_squares(part, marks)
+        known, found = ops.measure_inputs(part, norm, marks, known)
+        counted, at = counted + found, cut
+    torch.testing.assert_close(sums, squares, rtol=1e-9, atol=1e-5)
+    torch.testing.assert_close(known, moments, rtol=1e-6, atol=1e-4)
+    moved = (counted[:, :BINS].cumsum(1) - histogram[:, :BINS].cumsum(1)).abs().max()
+    assert moved <= 2 * max(1, batch * length // SAMPLE)
+    torch.testing.assert_close(counted[:, BINS], histogram[:, BINS], rtol=1e-4, atol=1e-3)
     real = x.where(valid[..., None], 0.0).double()
-    torch.testing.assert_close(whole[0], real.square().sum(1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(whole[1][:, :width], real.sum(1), rtol=1e-6, atol=1e-5)
-    assert whole[1][:, -1].tolist() == valid.sum(1).tolist()
-    assert whole[2][:, :BINS].sum(1).tolist() == (valid.sum(1) * width).tolist()
+    torch.testing.assert_close(squares, real.square().sum(1), rtol=1e-6, atol=1e-6)
+    total = real.sum(1).sum(0, keepdim=True) if together else real.sum(1)
+    torch.testing.assert_close(moments[:, :width], total, rtol=1e-6, atol=1e-4)
+    assert moments[:, -1].tolist() == ([int(valid.sum())] if together else valid.sum(1).tolist())
 
 
 @given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 9), st.integers(0, 2**16))

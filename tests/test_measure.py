@@ -10,50 +10,84 @@ from torch import Tensor
 
 from popc.budget import LEAST, Budget, Demand, allocate
 from popc.ops import centers, measure_inputs, sum_squares
-from popc.ops.measure import BINS, SAMPLE, _centers, _histogram, _measure_inputs, _sum_squares
+from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares, _times
+
+
+def nothing_known(sequences: int, width: int) -> Tensor:
+    """Moments before a prompt."""
+    return torch.zeros(sequences, 2 * width + 1, dtype=torch.float64)
 
 
 def measured(x: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Moments and histogram of all tokens of x ``[S, T, K]``."""
-    known = torch.zeros(len(x), 2 * x.shape[-1] + 1, dtype=torch.float64)
+    """Moments and histogram of all tokens of x ``[B, T, K]``, each sequence for itself."""
+    known = nothing_known(len(x), x.shape[-1])
     return measure_inputs(x, torch.ones(x.shape[-1]) if norm is None else norm, None, known)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("tokens", [37, 3 * SAMPLE + 5])
-def test_measuring_is_the_reference(dtype: torch.dtype, tokens: int) -> None:
-    x, norm = torch.randn(2, tokens, 50).to(dtype), torch.rand(50)
-    x[0, 3], x[1, 4, 7] = 0.0, float("inf")
+@pytest.mark.parametrize("tokens", [37, 6 * SAMPLE + 5])
+@pytest.mark.parametrize("together", [True, False])
+def test_measuring_is_the_reference(dtype: torch.dtype, tokens: int, together: bool) -> None:
+    x, norm = (torch.randn(2, tokens, 50) + torch.randn(50)).to(dtype), torch.rand(50)
+    x[0, 3], x[1, 30, 7] = 0.0, float("inf")
     valid = torch.rand(2, tokens) > 0.3
-    valid[1, 4] = True
+    valid[1, 30] = True
     x[0, 5], valid[0, 5] = float("nan"), False
-    known = torch.zeros(2, 101, dtype=torch.float64)
+    known = nothing_known(2, 50)
     known[1] = measured(torch.randn(1, 9, 50) + 1)[0]
+    known = known.sum(0, keepdim=True) if together else known
     for mask in (None, valid):
         moments, got = measure_inputs(x, norm, mask, known)
-        expected, _ = _measure_inputs(x, norm, mask, known)
+        expected, counted = _measure_inputs(x, norm, mask, known)
         torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(centers(moments), _centers(moments), equal_nan=True)
-        counts = torch.ones(2, tokens, dtype=torch.bool) if mask is None else mask
-        counted = _histogram(x, norm, centers(moments), counts)
-        assert torch.equal(got[:, :BINS], counted[:, :BINS])
+        assert moved(got, counted) <= 6  # rounding may put a score into the next bin
         torch.testing.assert_close(got[:, BINS], counted[:, BINS], rtol=1e-5, atol=1e-4)
         sums = sum_squares(x, mask)
         torch.testing.assert_close(sums, _sum_squares(x, mask), equal_nan=True)
     assert sum_squares(x, valid)[0].isfinite().all()
-    found = valid.sum(1)
-    every = (found // SAMPLE).clamp(min=1)
-    assert got[:, :BINS].sum(1).tolist() == (found // every * every * 50).tolist()
 
 
-def test_of_a_long_prompt_each_nth_token_is_counted() -> None:
-    x = torch.randn(1, 4 * SAMPLE + 2, 8)
-    x[:, 3::4] = 0.0
-    moments, histogram = measured(x)
-    assert histogram[0, 0] == 4 * SAMPLE * 8  # all that is counted is 0
-    assert moments[0, -1] == len(x[0])
-    torch.testing.assert_close(moments[0, :8], x[0].double().sum(0), rtol=1e-5, atol=1e-4)
-    assert measured(x[:, : 2 * SAMPLE - 1])[1][0, 1:BINS].sum() > 0  # of fewer, each
+def moved(histogram: Tensor, other: Tensor) -> float:
+    """How many scores fell into another bin, at most, if into the next."""
+    return float((histogram[:, :BINS].cumsum(1) - other[:, :BINS].cumsum(1)).abs().max())
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_token_is_scored_by_those_before_it(together: bool) -> None:
+    """Token by token, with the public ops alone."""
+    x, norm = torch.randn(3, 40, 8) + torch.randn(8), torch.rand(8)
+    known = nothing_known(1 if together else 3, 8)
+    _, got = measure_inputs(x, norm, None, known)
+    expected = torch.zeros_like(got)
+    for t in range(40):
+        scores = ((x[:, t] - centers(known)) * norm).square()  # [B, K]
+        for at, row in zip([0] * 3 if together else range(3), scores, strict=True):
+            bits = (row.view(torch.int32) >> 21).long()
+            expected[at].index_add_(0, bits, torch.ones(8, dtype=torch.float64))
+            expected[at, BINS] += row.sum().double().log()
+        known, _ = measure_inputs(x[:, t : t + 1], norm, None, known)
+    assert moved(got, expected) <= 2
+    torch.testing.assert_close(got[:, BINS], expected[:, BINS], rtol=1e-5, atol=1e-4)
+
+
+def test_of_many_tokens_some_count_for_others() -> None:
+    """Each of the first, then half as many each time that their number doubles."""
+    times = _times(torch.arange(64 * SAMPLE))
+    assert times[:SAMPLE].tolist() == [1] * SAMPLE
+    for doubling in range(6):
+        own = times[SAMPLE << doubling : 2 * SAMPLE << doubling]
+        assert own.unique().tolist() == [0, 2 << doubling]
+        assert int(own.sum()) == len(own)
+    for batch in (2, 3, 4, 8):  # no sequence of a batch is left out, none is preferred
+        whole = times[: len(times) // batch * batch].view(-1, batch)
+        shares = whole.sum(0) / whole.sum()
+        assert (shares - 1 / batch).abs().max() < 0.2 / batch
+    x = torch.randn(1, 6 * SAMPLE, 8)
+    x[:, times[: 6 * SAMPLE] == 0] = 3e38
+    _, histogram = measured(x)
+    assert histogram[0, :BINS].sum() == 6 * SAMPLE * 8
+    assert histogram[0, BINS].isfinite()
 
 
 def test_centers_are_means_of_what_is_steady() -> None:
@@ -65,6 +99,9 @@ def test_centers_are_means_of_what_is_steady() -> None:
     assert float(found[0, 1]) == pytest.approx(float(x[..., 1].mean()), rel=1e-5)
     for token in x[0]:  # one has no variance
         assert centers(measured(token[None, None])[0]).tolist() == [[0.0] * 3]
+    few = torch.tensor([1.0, 4.0, 1.0, 4.0])[None, :, None]
+    assert centers(measured(few[:, :2])[0]).tolist() == [[0.0]]  # of two, a mean may be chance
+    assert centers(measured(few)[0]).tolist() == [[2.5]]
     x[0, 0, 1] = float("nan")
     assert centers(measured(x)[0])[0, 1] == 0.0
 

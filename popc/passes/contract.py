@@ -143,7 +143,7 @@ def _together(
 def add_measures(captured: Captured, groups: Sequence[Inputs], scope: str) -> None:
     """Append two outputs for each group: moments and a histogram, by ``popc::measure_inputs``.
 
-    Its S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. The graph gains the
+    Their S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. The graph gains the
     inputs ``popc_scale``, as :func:`contract_inputs` has it, and ``popc_moments``, those of the
     calls before, float64 ``[S, Σ(2K + 1)]``, group by group.
     """
@@ -163,7 +163,7 @@ def add_measures(captured: Captured, groups: Sequence[Inputs], scope: str) -> No
         with graph.inserting_before(output):
             emit = Emitter(captured, group.x)
             norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
-            sizes = [1, -1] if scope == "batch" else _by_sequence(emit, group.x)
+            sizes = _by_sequence(emit, group.x, scope)
             rows = emit.call(aten.reshape.default, group.x, [*sizes, group.width])
             if valid is not None:
                 valid = emit.call(aten.reshape.default, valid, sizes)
@@ -196,9 +196,10 @@ def _sequences(x: fx.Node) -> Any:
     return shape(rows.grid)[0]
 
 
-def _by_sequence(emit: Emitter, x: fx.Node) -> list[Any]:
+def _by_sequence(emit: Emitter, x: fx.Node, scope: str) -> list[Any]:
     """``[B, T]`` of x's rows, as a reshape takes it; one sequence where none can be told apart."""
     if len(shape(x)) > 2:
         return [emit.size(x, 0), -1]
     rows = rows_of(x)
-    return [1, -1] if rows is None else [emit.size(rows.grid, 0), -1]
+    known = rows is not None and (scope == "sequence" or rows.is_plain)
+    return [emit.size(rows.grid, 0), -1] if rows is not None and known else [1, -1]

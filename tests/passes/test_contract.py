@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from popc.analysis.capture import capture_module
 from popc.analysis.inputs import find_inputs
-from popc.ops import threshold_linear, threshold_linears
+from popc.ops import measure_inputs, threshold_linear, threshold_linears
 from popc.ops.measure import BINS
 from popc.passes.contract import add_measures, contract_inputs, stretches
 from tests.passes.checks import assert_meta_is_true
@@ -82,29 +82,28 @@ def test_is_the_module_with_masked_inputs(module: type[Three], together: list[in
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_is_measured_as_one_sequence() -> None:
+class Flat(Three):
+    """Rows of all sequences are one axis for the linears."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, 16)).view(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("module", [Three, Flat])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_tokens_of_a_batch_are_measured_by_position(module: type[Three], scope: str) -> None:
     torch.manual_seed(0)
-    model, x = Three().eval(), torch.randn(3, 7, 16)
-
-    def measured(scope: str) -> list[Tensor]:
-        captured = capture_module(model, (x,))
-        groups = find_inputs(captured, [])
-        add_measures(captured, groups, scope)
-        width, lead = stretches(groups)[-1][1], 1 if scope == "batch" else 3
-        # Where so much is known, no mean is steady: all centers are 0.
-        known = torch.zeros(lead, 2 * width + 1, dtype=torch.float64)
-        known[:, width:] = 1e9
-        y, moments, histogram = assert_meta_is_true(
-            captured.gm,
-            model,
-            x,
-            torch.rand(width, generator=torch.Generator().manual_seed(1)),
-            known,
-        )
-        torch.testing.assert_close(y, model(x).detach())
-        return [moments - known, histogram]
-
-    for together, apart in zip(measured("batch"), measured("sequence"), strict=True):
-        assert (len(together), len(apart)) == (1, 3)
-        torch.testing.assert_close(together, apart.sum(0, True), rtol=1e-9, atol=1e-5)
-    assert together[:, :BINS].sum() == x.numel()
+    model, x = module().eval(), torch.randn(3, 7, 16) + torch.randn(16)
+    captured = capture_module(model, (x,))
+    groups = find_inputs(captured, [])
+    add_measures(captured, groups, scope)
+    width, lead = stretches(groups)[-1][1], 1 if scope == "batch" else 3
+    known = torch.zeros(lead, 2 * width + 1, dtype=torch.float64)
+    norm = torch.rand(width)
+    y, *measured = assert_meta_is_true(captured.gm, model, x, norm, known)
+    torch.testing.assert_close(y, model(x).detach())
+    assert width == 16
+    expected = measure_inputs(x, norm, None, known)
+    for found, right in zip(measured, expected, strict=True):
+        torch.testing.assert_close(found, right)
+    assert len(measured[1]) == lead and measured[1][:, :BINS].sum() == x.numel()

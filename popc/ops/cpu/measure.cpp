@@ -13,7 +13,9 @@ namespace {
 constexpr int shift = 21;
 constexpr int64_t bins = 1 << 10;
 constexpr double steady = 0.1;
-constexpr int64_t sample = 256;    // tokens whose scores are counted, or nearly twice as many
+constexpr double doubt = 4.0;
+constexpr int64_t sample = 128;
+constexpr uint32_t spread = 2654435769;
 constexpr int64_t apart = 4;       // tables of a histogram
 constexpr int64_t in_floats = 64;  // tokens added up in float32 before float64
 
@@ -43,15 +45,28 @@ int64_t parts_for(int64_t values) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), values >> 14));
 }
 
-// The tokens of x [T, K] that count: all, or those marked.
+// The tokens that count, position by position.
 template <typename T>
-std::vector<const T*> valid_rows(const T* x, int64_t tokens, int64_t width, const bool* marks) {
+struct ValidTokens {
   std::vector<const T*> rows;
-  rows.reserve(tokens);
+  std::vector<int64_t> ends;  // of each position: how many rows are of it and of earlier ones
+
+  int64_t size() const { return rows.size(); }
+};
+
+// Those of `sequences` sequences x [B, T, K] that are measured as one: all, or those marked.
+template <typename T>
+ValidTokens<T> valid_tokens(
+    const T* x, int64_t sequences, int64_t tokens, int64_t width, const bool* marks) {
+  ValidTokens<T> found;
+  found.rows.reserve(sequences * tokens);
   for (int64_t t = 0; t < tokens; ++t) {
-    if (!marks || marks[t]) rows.push_back(x + t * width);
+    for (int64_t at = t; at < sequences * tokens; at += tokens) {
+      if (!marks || marks[at]) found.rows.push_back(x + at * width);
+    }
+    found.ends.push_back(found.size());
   }
-  return rows;
+  return found;
 }
 
 // run(N, t) for each N tokens from t on, then run(1, t) for each of the rest.
@@ -62,17 +77,18 @@ void in_blocks(int64_t tokens, F&& run) {
   for (; t < tokens; ++t) run(std::integral_constant<int, 1>(), t);
 }
 
-// run(s, rows) for each sequence of x [S, T, K].
+// run(s, tokens) for each of x [B, T, K]'s sequences, or once for all of them.
 template <typename F>
-void by_sequence(const Tensor& x, const MaybeTensor& valid, F&& run) {
+void by_sequence(const Tensor& x, const MaybeTensor& valid, bool together, F&& run) {
   const int64_t tokens = x.size(1), width = x.size(2);
+  const int64_t many = together ? 1 : x.size(0), each = together ? x.size(0) : 1;
   const Tensor given = x.contiguous(), marks = valid ? valid->contiguous() : Tensor();
   by_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    for (int64_t s = 0; s < x.size(0); ++s) {
+    for (int64_t s = 0; s < many; ++s) {
       const bool* of = valid ? marks.const_data_ptr<bool>() + s * tokens : nullptr;
       const T* from = given.const_data_ptr<T>() + s * tokens * width;
-      run(s, valid_rows(from, tokens, width, of));
+      run(s, valid_tokens(from, each, tokens, width, of));
     }
   });
 }
@@ -87,15 +103,15 @@ Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
   }
   const int64_t width = h.size(2);
   Tensor out = at::zeros({h.size(0), width}, h.options().dtype(at::kDouble));
-  by_sequence(h, valid, [&](int64_t b, const auto& rows) {
+  by_sequence(h, valid, false, [&](int64_t b, const auto& tokens) {
     double* to = out.data_ptr<double>() + b * width;
-    const int64_t found = rows.size();
+    const int64_t found = tokens.size();
     in_parts(width, parts_for(found * width), [&](int64_t first, int64_t last, int64_t) {
       in_blocks<8>(found, [&](auto many, int64_t t) {
         for (int64_t i = first; i < last; ++i) {
           double squares = 0.0;
           each<decltype(many)::value>([&](auto n) {
-            const double value = static_cast<float>(rows[t + n][i]);
+            const double value = static_cast<float>(tokens.rows[t + n][i]);
             squares += value * value;
           });
           to[i] += squares;
@@ -111,7 +127,7 @@ void compute_centers(
   for (int64_t i = 0; i < n; ++i) {
     const double mean = sums[i] / count;
     const double variance = (squares[i] - sums[i] * mean) / (count - 1.0);
-    const bool keeps = count > 1.0 && mean * mean > steady * variance;
+    const bool keeps = count > 1.0 && mean * mean > (steady + doubt / count) * variance;
     to[i] = keeps ? static_cast<float>(mean) : 0.0f;
   }
 }
@@ -138,38 +154,48 @@ int64_t place_of(int64_t i, int64_t size) {
   return i - j + (j < lanes ? 2 * j : 2 * (j - lanes) + 1);
 }
 
-// The channels `first` to `first + size`, as one thread measures them: all in the order of load_pair.
+// The channels `first` to `first + size`, as one thread measures them: all in the order of
+// load_pair. Sums are float64, and of the last few tokens float32.
 template <typename T>
 class Measured {
  public:
-  // Adds what `rows` have to the moments `known [2K]`, and finds the centers.
-  Measured(
-      const std::vector<const T*>& rows, const double* known, double count, const float* norm,
-      int64_t width, int64_t first, int64_t size)
-      : first_(first), size_(size), norm_(size), center_(size), scratch_(2 * size), places_(size),
-        sums_(size), squares_(size) {
+  // With the moments `known [2K]`.
+  Measured(const double* known, const float* norm, int64_t width, int64_t first, int64_t size)
+      : first_(first), size_(size), norm_(size), center_(size), flushed_(2 * size),
+        recent_(2 * size), places_(size), sums_(2 * size) {
     for (int64_t i = 0; i < size; ++i) {
       const int64_t c = first + place_of<T>(i, size);
       norm_[i] = norm[c];
       sums_[i] = known[c];
-      squares_[i] = known[width + c];
+      sums_[size + i] = known[width + c];
     }
-    int64_t held = 0;  // tokens in float32 sums
-    in_blocks<16>(rows.size(), [&](auto many, int64_t t) {
-      constexpr int N = decltype(many)::value;
-      add<N>(rows.data() + t);
-      held += N;
-      if (held >= in_floats) flush(), held = 0;
-    });
-    if (held) flush();
-    compute_centers(sums_.data(), squares_.data(), count, size_, center_.data());
+    flush();
   }
 
-  void write(double* moments, int64_t width) const {
+  // Adds tokens to the sums.
+  void add(const T* const* rows, int64_t count) {
+    for (; count > 0; rows += most_tokens, count -= most_tokens) {
+      by_tokens(std::min(count, most_tokens), [&](auto many) {
+        add_some<decltype(many)::value, false>(rows, {});
+      });
+    }
+  }
+
+  // The same; then finds the centers of all `total` tokens so far.
+  void add_and_center(const T* const* rows, int64_t count, double total) {
+    const Least least(total);
+    if (count == 0) return add_some<0, true>(rows, least);
+    add(rows, count - 1);
+    add_some<1, true>(rows + count - 1, least);
+  }
+
+  // The moments [2K] of all tokens.
+  void write(double* moments, int64_t width) {
+    flush();
     for (int64_t i = 0; i < size_; ++i) {
       const int64_t c = first_ + place_of<T>(i, size_);
       moments[c] = sums_[i];
-      moments[width + c] = squares_[i];
+      moments[width + c] = sums_[size_ + i];
     }
   }
 
@@ -215,28 +241,60 @@ class Measured {
   }
 
  private:
-  // Adds N tokens to the float32 sums.
-  template <int N>
-  void add(const T* const* rows) {
-    const T* from[N];
-    each<N>([&](auto n) { from[n] = rows[n] + first_; });
-    float* const sum = scratch_.data();
-    float* const square = sum + size_;
+  // What makes centers of sums over so many tokens: see compute_centers().
+  struct Least {
+    float share = 0.0f, most = 0.0f;
+
+    Least() = default;
+    explicit Least(double count) {
+      if (count <= 1.0) return;  // a mean of 0
+      share = 1.0 / count;
+      most = (steady + doubt / count) / (count - 1.0);
+    }
+    Lanes center(const Lanes& sum, const Lanes& square) const {
+      const Lanes mean = sum * Lanes(share);
+      const Lanes keeps = mean * mean > Lanes(most) * (square - sum * mean);
+      return Lanes::blendv(Lanes(0.0f), mean, keeps);
+    }
+    float center(float sum, float square) const {
+      const float mean = sum * share;
+      return mean * mean > most * (square - sum * mean) ? mean : 0.0f;
+    }
+  };
+
+  template <int N, bool centers>
+  void add_some(const T* const* rows, const Least& least) {
+    if (held_ + N > in_floats) flush();
+    held_ += N;
+    const T* from[N + 1];
+    for (int n = 0; n < N; ++n) from[n] = rows[n] + first_;
+    float *sum = recent_.data(), *square = sum + size_;
+    const float *sum0 = flushed_.data(), *square0 = sum0 + size_;
     int64_t i = 0;
     for (; i + step <= size_; i += step) {
       Lanes low = Lanes::loadu(sum + i), high = Lanes::loadu(sum + i + lanes);
       Lanes low2 = Lanes::loadu(square + i), high2 = Lanes::loadu(square + i + lanes);
-      each<N>([&](auto n) {
-        const auto [a, b] = load_pair(from[n] + i);
-        low = low + a;
-        high = high + b;
-        low2 = at::vec::fmadd(a, a, low2);
-        high2 = at::vec::fmadd(b, b, high2);
-      });
-      low.store(sum + i);
-      high.store(sum + i + lanes);
-      low2.store(square + i);
-      high2.store(square + i + lanes);
+      if constexpr (N > 0) {
+        each<N>([&](auto n) {
+          const auto [a, b] = load_pair(from[n] + i);
+          low = low + a;
+          high = high + b;
+          low2 = at::vec::fmadd(a, a, low2);
+          high2 = at::vec::fmadd(b, b, high2);
+        });
+        low.store(sum + i);
+        high.store(sum + i + lanes);
+        low2.store(square + i);
+        high2.store(square + i + lanes);
+      }
+      if constexpr (centers) {
+        const auto find = [&](int64_t j, const Lanes& a, const Lanes& b) {
+          const Lanes whole = a + Lanes::loadu(sum0 + j), whole2 = b + Lanes::loadu(square0 + j);
+          least.center(whole, whole2).store(&center_[j]);
+        };
+        find(i, low, low2);
+        find(i + lanes, high, high2);
+      }
     }
     for (; i < size_; ++i) {
       for (int n = 0; n < N; ++n) {
@@ -244,75 +302,129 @@ class Measured {
         sum[i] += value;
         square[i] += value * value;
       }
+      if constexpr (centers) center_[i] = least.center(sum[i] + sum0[i], square[i] + square0[i]);
     }
   }
 
   void flush() {
-    for (int64_t i = 0; i < size_; ++i) {
-      sums_[i] += scratch_[i];
-      squares_[i] += scratch_[size_ + i];
+    for (int64_t i = 0; i < 2 * size_; ++i) {
+      sums_[i] += recent_[i];
+      flushed_[i] = static_cast<float>(sums_[i]);
+      recent_[i] = 0.0f;
     }
-    std::fill(scratch_.begin(), scratch_.end(), 0.0f);
+    held_ = 0;
   }
 
-  int64_t first_, size_;
-  std::vector<float> norm_, center_, scratch_;
+  int64_t first_, size_, held_ = 0;  // held_: tokens in recent_
+  std::vector<float> norm_, center_, flushed_, recent_;
   std::vector<int32_t> places_;
-  std::vector<double> sums_, squares_;
+  std::vector<double> sums_;
 };
 
-// One sequence: its moments [2K + 1] with those `known`, and its scores counted into [bins + 1].
+// For how many tokens the one with this number counts; 0 where it is not scored.
+int64_t times_of(int64_t number) {
+  int64_t every = 1;
+  while (number >= every * sample) every *= 2;
+  const uint64_t turn = static_cast<uint32_t>(number / every) * spread;  // of 2^32
+  return number % every == static_cast<int64_t>(turn * every >> 32) ? every : 0;
+}
+
+// What one thread counted: how often a score fell into each bin, and each token's sum of scores.
+struct Counted {
+  std::array<Counts, apart> tables{};
+  std::array<int64_t, bins> bins_{};
+  std::vector<float> totals;
+
+  // Empties the tables, whose tokens count so many times.
+  void fold(int64_t times) {
+    for (int64_t i = 0; i < bins; ++i) {
+      int32_t found = 0;
+      for (int64_t j = 0; j < apart; ++j) {
+        found += tables[j][i];
+        tables[j][i] = 0;
+      }
+      bins_[i] += found * times;
+    }
+  }
+};
+
+// Tokens measured as one sequence, by one thread: they count `times`, and `before` came before.
+template <typename T>
+void score(
+    const ValidTokens<T>& tokens, const std::vector<int64_t>& times, double before, Measured<T>& part,
+    Counted& counted) {
+  int64_t row = 0, added = 0, last = 1;
+  for (int64_t end : tokens.ends) {
+    const int64_t begin = row;
+    for (bool found = false; row < end; ++row) {
+      if (!times[row]) continue;
+      if (!found) {
+        part.add_and_center(&tokens.rows[added], begin - added, before + begin);
+        added = begin;
+        found = true;
+      }
+      if (times[row] != last) counted.fold(last), last = times[row];
+      counted.totals.push_back(part.count(tokens.rows[row], counted.tables.data()));
+    }
+  }
+  part.add(tokens.rows.data() + added, row - added);
+  counted.fold(last);
+}
+
+// Tokens measured as one sequence: moments [2K + 1] with those `known`, a histogram [bins + 1].
 template <typename T>
 void measure(
-    const std::vector<const T*>& rows, int64_t width, const float* norm, const double* known,
+    const ValidTokens<T>& tokens, int64_t width, const float* norm, const double* known,
     double* moments, double* histogram) {
-  const int64_t found = rows.size(), every = std::max<int64_t>(1, found / sample);
-  const int64_t counted = found / every, parts = parts_for(found * width);
-  std::vector<Counts> tables(parts * apart, Counts{});
-  std::vector<float> totals(parts * counted);
-  const double count = moments[2 * width] = known[2 * width] + found;
+  const double before = known[2 * width];
+  std::vector<int64_t> times(tokens.size());
+  for (int64_t i = 0; i < tokens.size(); ++i) times[i] = times_of(before + i);
+  const int64_t parts = parts_for(tokens.size() * width);
+  std::vector<Counted> counted(parts);
   in_parts(width, parts, [&](int64_t first, int64_t last, int64_t p) {
-    Measured<T> part(rows, known, count, norm, width, first, last - first);
+    Measured<T> part(known, norm, width, first, last - first);
+    score(tokens, times, before, part, counted[p]);
     part.write(moments, width);
-    for (int64_t j = 0; j < counted; ++j) {
-      totals[p * counted + j] = part.count(rows[(j + 1) * every - 1], &tables[p * apart]);
-    }
   });
+  moments[2 * width] = before + tokens.size();
   for (int64_t i = 0; i < bins; ++i) {
-    int64_t all = 0;
-    for (const Counts& table : tables) all += table[i];
-    histogram[i] = static_cast<double>(all * every);
+    histogram[i] = 0.0;
+    for (const Counted& part : counted) histogram[i] += part.bins_[i];
   }
   double& logs = histogram[bins] = 0.0;
-  for (int64_t j = 0; j < counted; ++j) {
+  int64_t j = 0;
+  for (int64_t weight : times) {
+    if (!weight) continue;
     float total = 0.0f;
-    for (int64_t p = 0; p < parts; ++p) total += totals[p * counted + j];
+    for (const Counted& part : counted) total += part.totals[j];
+    ++j;
     const double ln = std::log(std::max(total, std::numeric_limits<float>::min()));
-    if (std::isfinite(ln)) logs += ln * static_cast<double>(every);
+    if (std::isfinite(ln)) logs += ln * static_cast<double>(weight);
   }
 }
 
 std::tuple<Tensor, Tensor> measure_inputs(
     const Tensor& x, const Tensor& norm, const MaybeTensor& valid, const Tensor& known) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "popc::measure_inputs takes x [S, T, K], not ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 3, "popc::measure_inputs takes x [B, T, K], not ", x.sizes());
   check_measured(x, valid);
-  const int64_t sequences = x.size(0), width = x.size(2);
+  const int64_t width = x.size(2);
   TORCH_CHECK_VALUE(
       norm.scalar_type() == at::kFloat && norm.numel() == width,
       "popc::measure_inputs: norm must be float32 [K]");
   TORCH_CHECK_VALUE(
-      known.scalar_type() == at::kDouble && known.dim() == 2 && known.size(0) == sequences &&
-          known.size(1) == 2 * width + 1,
-      "popc::measure_inputs: known must be float64 [S, 2K + 1]");
+      known.scalar_type() == at::kDouble && known.dim() == 2 &&
+          (known.size(0) == 1 || known.size(0) == x.size(0)) && known.size(1) == 2 * width + 1,
+      "popc::measure_inputs: known must be float64 [1 or B, 2K + 1] for x ", x.sizes(), ", not ",
+      known.scalar_type(), " ", known.sizes());
   const Tensor scale = norm.contiguous(), before = known.contiguous();
   Tensor moments = at::empty(known.sizes(), known.options());
-  Tensor histogram = at::empty({sequences, bins + 1}, known.options());
+  Tensor histogram = at::empty({known.size(0), bins + 1}, known.options());
   by_sequence(
-      is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid,
-      [&](int64_t s, const auto& rows) {
+      is_served_type(x.scalar_type()) ? x : x.to(at::kFloat), valid, known.size(0) == 1,
+      [&](int64_t s, const auto& tokens) {
         const int64_t own = s * (2 * width + 1);
         measure(
-            rows, width, scale.const_data_ptr<float>(), before.const_data_ptr<double>() + own,
+            tokens, width, scale.const_data_ptr<float>(), before.const_data_ptr<double>() + own,
             moments.data_ptr<double>() + own, histogram.data_ptr<double>() + s * (bins + 1));
       });
   return {moments, histogram};
