@@ -21,3 +21,21 @@ class ModelError(PopcError):
 
 class GraphError(PopcError):
     """A graph could not be brought to popc's IR, or breaks a pass's contract."""
+
+
+class PassError(PopcError):
+    """A pass failed, by a fault of popc's: the backend leaves the graph dense, with a warning.
+
+    Raised by :func:`popc.passes.base.run_pass`, and never to the user. With the environment
+    variable ``POPC_RAISE=1`` the fault itself is raised to the user in its place.
+    """
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name
+        said = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+        super().__init__(f"the pass {name!r} failed: {what}")
+
+
+class PopcWarning(UserWarning):
+    """popc could not do what it was asked to, and does less: the results are right."""
