@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from popc.analysis.tokens import is_one_token, rows_of
 from popc.analysis.walk import shape
 from popc.analysis.writes import is_written
 from popc.config import Config
-from popc.errors import ConfigError, GraphError
+from popc.errors import ConfigError, GraphError, PassError, PopcWarning
 from popc.log import log_graph, logger
+from popc.passes.base import run_pass
 from popc.passes.experts import can_flatten
 from popc.passes.layout import lay_out
 from popc.passes.pack import has_kernel
@@ -85,73 +87,131 @@ def popc_backend(
             stacklevel=2,
         )
         return generate(gm, example_inputs)
-    try:
-        captured = capture_dynamo(gm, example_inputs)
-    except GraphError as error:
-        logger.warning("left dense: %s", error)
-        return generate(gm, example_inputs)
-    log_graph("captured", captured.gm)
-    plan = find_regions(captured)
+
+    def construct(captured: Captured, work: Work, config: Config) -> Compiled:
+        if work.measured or work.measured_inputs:
+            # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
+            inductor["triton.cudagraphs"] = False
+        measuring = functools.partial(
+            popc_backend,
+            config=config,
+            mode=mode,
+            measure_only=True,
+            has_calibration=has_calibration,
+        )
+        twin = None if measure_only else measuring
+        return CompiledGraph(gm, captured, work, example_inputs, config, generate, twin, on_plan)
+
+    job = _Job(gm, example_inputs, config, measure_only, generate, construct)
+    made, plan = job.run()
+    if on_plan is not None:
+        on_plan(plan)
+    return made
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A graph to compile.
+
+    ``generate`` makes code of a graph as it is; ``construct`` has the passes rewrite it first.
+    """
+
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    config: Config
+    measure_only: bool
+    generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
+    construct: Callable[[Captured, Work, Config], Compiled]
+
+    def run(self) -> tuple[Compiled, Plan]:
+        """What it was compiled to, and what of it is pruned: nothing, if a pass fails.
+
+        Passes work on a trace of their own, so the graph that Dynamo gave is as it was then.
+        """
+        made, failed, plan = None, None, Plan()
+        try:
+            while made is None:
+                plan = Plan()
+                made = self._attempt(plan)
+        except GraphError as error:
+            logger.warning("left dense: %s", error)
+            plan.leave(str(error), "capture")
+        except PassError as error:
+            failed = str(error)
+            plan.leave(failed, "failed")
+        if failed is not None:
+            warnings.warn(_FAILED.format(failed), PopcWarning, stacklevel=3)
+        return made or self.generate(self.gm, self.example_inputs), plan
+
+    def _attempt(self, plan: Plan) -> Compiled | None:
+        """None if weights were laid out otherwise: what was captured is out of date then.
+
+        ``plan`` gains what is found, as soon as it is.
+        """
+        captured = run_pass("capture", capture_dynamo, self.gm, self.example_inputs)
+        log_graph("captured", captured.gm)
+        config = _find(captured, self.config, plan)
+        rewritten = _laid_out(captured, plan, config)
+        if rewritten is None:
+            return None
+        work = run_pass("choose work", _work, *rewritten, config, self.measure_only)
+        logger.info(
+            "%d regions and %d inputs of linears: %d pruned here, %d measured; %d refusals",
+            len(plan.regions),
+            len(plan.inputs),
+            len(work.pruned) + len(work.contracted),
+            len(work.measured) + len(work.measured_inputs),
+            len(plan.skipped),
+        )
+        if work.device is not None:
+            return run_pass("construct", self.construct, captured, work, config)
+        if captured.runnable and quicken(captured, decodes=False):
+            return run_pass("generate code", self.generate, captured.gm, self.example_inputs)
+        return self.generate(self.gm, self.example_inputs)
+
+
+_FAILED = (
+    "popc: {}. This graph runs dense: what it gives is right, but nothing is saved. It is a fault "
+    "of popc's, please report it; with POPC_RAISE=1 in the environment the error itself is raised."
+)
+
+
+def _find(captured: Captured, config: Config, plan: Plan) -> Config:
+    """Regions and inputs of the graph, those that ``config`` has pruned: they go to ``plan``.
+
+    Returns:
+        ``config`` with a sparsity for this graph.
+    """
+    found = run_pass("find regions", find_regions, captured)
+    plan.extend(found)
     plan.regions = [_as_known(region, captured) for region in plan.regions]
     if not captured.runnable:
         reason = "the graph holds values that only its trace had, of a vmap or a loop"
         _leave(plan, lambda _: reason, "vmap")
     else:
-        plan.inputs = find_inputs(captured, plan.regions)
+        plan.inputs = run_pass("find inputs", find_inputs, captured, plan.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
-    config = resolve(config, sum(sizes.values()), plan)
-    plan.inputs = [g for g in plan.inputs if _contracts(g, config)]
+    config = run_pass("resolve budget", resolve, config, sum(sizes.values()), plan)
+    run_pass("choose regions", _choose, plan, config)
+    return config
+
+
+def _choose(plan: Plan, config: Config) -> None:
+    """Leave out of ``plan`` what ``config`` does not prune, or not with a gain."""
     _leave(plan, lambda region: _refused(region, config), "policy")
     _leave(plan, lambda region: _costs_more(region, config), "costs more")
-    rewritten = _laid_out(captured, plan, config)
-    if rewritten is None:  # what was captured is out of date: weights lie otherwise now
-        del captured, plan  # compilation is when memory peaks
-        return popc_backend(
-            gm,
-            example_inputs,
-            mode=mode,
-            config=given,
-            on_plan=on_plan,
-            measure_only=measure_only,
-            has_calibration=has_calibration,
-        )
-    regions, inputs = rewritten
-    if on_plan is not None:
-        on_plan(plan)
-    work = _work(regions, inputs, config, measure_only)
-    logger.info(
-        "%d regions and %d inputs of linears: %d pruned here, %d measured; %d refusals",
-        len(plan.regions),
-        len(plan.inputs),
-        len(work.pruned) + len(work.contracted),
-        len(work.measured) + len(work.measured_inputs),
-        len(plan.skipped),
-    )
-    if work.device is None:
-        if captured.runnable and quicken(captured, decodes=False):
-            return generate(captured.gm, example_inputs)
-        return generate(gm, example_inputs)
-    if work.measured or work.measured_inputs:
-        # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
-        inductor["triton.cudagraphs"] = False
-    measuring = functools.partial(
-        popc_backend, config=config, mode=mode, measure_only=True, has_calibration=has_calibration
-    )
-    try:
-        return CompiledGraph(
-            gm,
-            captured,
-            work,
-            example_inputs,
-            config,
-            generate,
-            None if measure_only else measuring,
-            on_plan,
-        )
-    except GraphError as error:
-        # The passes work on a re-trace: the graph that Dynamo gave is as it was.
-        logger.warning("left dense: %s", error)
-        return generate(gm, example_inputs)
+    by_units = {
+        linear.node
+        for region in plan.regions
+        if prunable(region, config)
+        for linear in region.linears
+    }
+    plan.inputs = [
+        group
+        for group in plan.inputs
+        # Between two regions, with nothing between them, a linear may be of both kinds.
+        if _contracts(group, config) and by_units.isdisjoint(n.node for n in group.linears)
+    ]
 
 
 _units = WeakTensorKeyDictionary()
@@ -203,7 +263,8 @@ def _laid_out(
     device = Work(measured=regions, measured_inputs=plan.inputs).device
     if device is None or not has_kernel(device):
         return regions, list(plan.inputs)
-    changed, refused = lay_out(captured, [*regions, *plan.inputs])
+    owners = [*regions, *plan.inputs]
+    changed, refused = run_pass("lay out weights", lay_out, captured, owners)
     if changed:
         compat.take_new_strides(changed)
         return None
@@ -237,9 +298,8 @@ def prunable(region: Region, config: Config) -> bool:
     """Whether ``config`` wants the region rewritten; with every unit active it stays dense."""
     if not region.by_units(config):
         return False
-    linears = [*(p.linear for p in region.producers), *region.consumers]
     if region.experts and (
-        region.one_pass or config.scope == "sequence" or not all(map(can_flatten, linears))
+        region.one_pass or config.scope == "sequence" or not all(map(can_flatten, region.linears))
     ):
         return False
     if config.scope == "sequence" and len(shape(region.hidden)) != 3:

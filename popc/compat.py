@@ -302,6 +302,12 @@ def is_trace_only(value: Any) -> bool:
     return isinstance(value, FakeTensor) or wrapped(value)
 
 
+def is_for_dynamo(error: Exception) -> bool:
+    """Whether ``error`` is no failure but asks Dynamo to trace anew, or not at all. Private because
+    Inductor and Dynamo speak to each other so, through whatever backend is between them."""
+    return isinstance(error, torch._dynamo.exc.RestartAnalysis | torch._dynamo.exc.SkipFrame)
+
+
 def graph_breaks() -> dict[str, int]:
     """Dynamo's count of graph breaks so far, by reason. Private because nothing public tells."""
     return dict(torch._dynamo.utils.counters["graph_break"])

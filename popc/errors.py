@@ -23,5 +23,19 @@ class GraphError(PopcError):
     """A graph could not be brought to popc's IR, or breaks a pass's contract."""
 
 
+class PassError(PopcError):
+    """A pass failed, by a fault of popc's: the backend leaves the graph dense, with a warning.
+
+    Raised by :func:`popc.passes.base.run_pass`, and never to the user. With the environment
+    variable ``POPC_RAISE=1`` the fault itself is raised to the user in its place.
+    """
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name
+        said = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+        super().__init__(f"the pass {name!r} failed: {what}")
+
+
 class PopcWarning(UserWarning):
-    """popc runs something dense that it was asked to prune, or does less than it was asked to."""
+    """popc could not do what it was asked to, and does less: the results are right."""

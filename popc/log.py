@@ -1,6 +1,7 @@
 """popc's logger: ``POPC_LOGS=popc`` or ``logging.getLogger("popc")`` shows what each pass did.
 
 ``POPC_LOGS=graphs`` prints also every graph before and after the passes, as a readable program.
+A pass that fails is a warning, and its graph runs dense; ``POPC_RAISE=1`` raises the error instead.
 """
 
 from __future__ import annotations

@@ -99,8 +99,10 @@ def _by_expert(sums: Tensor, region: RegionState) -> Tensor:
 def lost_of(sums: Tensor, region: RegionState, live: Tensor) -> Tensor:
     """h's mean at the columns of pruned units, 0 at others; float32 ``[S, K]``."""
     mean = region.policy.mean(*sums.chunk(region.policy.parts, dim=-1)).float()
-    kept = region.columns.to(mean.device)[live].flatten(1)
-    return mean.scatter(1, kept, 0.0)
+    columns = region.columns.to(mean.device)
+    own = columns.flatten()  # a linear may contract other channels too
+    lost = torch.zeros_like(mean).index_copy(1, own, mean.index_select(1, own))
+    return lost.scatter(1, columns[live].flatten(1), 0.0)
 
 
 def unseen(sums: Tensor, region: RegionState) -> Tensor:

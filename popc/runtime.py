@@ -27,9 +27,10 @@ from popc.errors import PopcWarning
 from popc.log import log_graph, logger
 from popc.ops import served, threshold_linear
 from popc.partition import InputsState, Limits, RegionState
+from popc.passes.base import run_pass
 from popc.passes.contract import add_measures, contract_inputs, stretches
 from popc.passes.decode import prune_regions
-from popc.passes.pack import has_kernel, pack_weights
+from popc.passes.pack import Packer, has_kernel, pack_weights
 from popc.passes.packing import Slot
 from popc.passes.prefill import add_statistics
 from popc.passes.quicken import quicken
@@ -170,22 +171,32 @@ class CompiledGraph:
         self.cached = any(region.cached for region in work.measured)
         self._dense: Compiled | None = None
         self._told = False
-        count = len(placeholders)
+        self.packer: Packer | None = None
+        self._rewrite(captured, work, config)
+        placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+        added = [n.meta["val"] for n in placeholders[len(example_inputs) :]]
+        inputs = [*example_inputs, *added]
+        self.run = run_pass("generate code", generate, captured.gm, inputs)
+
+    def _rewrite(self, captured: Captured, work: Work, config: Config) -> None:
+        """Run the passes, in the order in which :meth:`_run` has their inputs and outputs."""
+        scope = config.scope
         if work.contracted:
-            contract_inputs(captured, work.contracted, config.scope, config.count)
+            given: tuple[Any, ...] = (work.contracted, scope, config.count)
+            run_pass("contract inputs", contract_inputs, captured, *given)
         if work.measured_inputs:
-            add_measures(captured, work.measured_inputs, config.scope)
+            run_pass("measure inputs", add_measures, captured, work.measured_inputs, scope)
         if work.measured:
             policies = [config.unit_policy(region.kind) for region in work.measured]
-            add_statistics(captured, work.measured, policies, config.scope)
+            given = (work.measured, policies, scope)
+            run_pass("measure regions", add_statistics, captured, *given)
         if work.pruned:
-            self.packing = prune_regions(captured, work.pruned, config.scope)
+            self.packing = run_pass("prune regions", prune_regions, captured, work.pruned, scope)
         assert work.device is not None
-        self.packer = None if has_kernel(work.device) else pack_weights(captured)
+        if not has_kernel(work.device):
+            self.packer = run_pass("pack weights", pack_weights, captured)
         quicken(captured, decodes=self.decodes)
-        added = [n for n in captured.gm.graph.nodes if n.op == "placeholder"][count:]
         log_graph("rewritten", captured.gm)
-        self.run = generate(captured.gm, [*example_inputs, *(n.meta["val"] for n in added)])
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         session = state.named()

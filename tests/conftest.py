@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("POPC_RAISE", "1")  # a pass that fails must not pass for one that refuses
 # Tracing makes many small objects that live for long: a tenth of the time went to looking at them.
 gc.set_threshold(200_000, 20, 100)
 

@@ -6,7 +6,6 @@ life of a channel has to be followed for that, only what the linears of one inpu
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.linears import Linear, as_linear
+from popc.analysis.linears import Linear, as_linear, uses_of_weights
 from popc.analysis.places import common, source_of, where
 from popc.analysis.plan import Region
 from popc.analysis.walk import shape
@@ -100,13 +99,12 @@ def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
         is_last = linear.node not in inner and not captured.breaks_off
         last = "head" if is_last else "other"
         groups.setdefault((linear.x, kinds.get(linear.node, last)), []).append(linear)
-    uses: Counter[Any] = Counter()
+    uses = uses_of_weights(linears)
     found = []
     for (x, kind), members in groups.items():
         identities = tuple(linear.weight.identity for linear in members)
         name = common([where(linear.node) for linear in members])
-        key = (identities, uses[identities])
-        uses[identities] += 1
+        key = (identities, uses[members[0].node])
         found.append(Inputs(kind, name, x, tuple(members), key, source_of(members[0].node)))
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +153,16 @@ def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
     if node.target in (aten.bmm.default, aten.matmul.default):
         return _as_batched(node, captured)
     return None
+
+
+def uses_of_weights(linears: Iterable[Linear]) -> dict[fx.Node, int]:
+    """For each linear's node, how many before it have the same weight, in graph order."""
+    seen: Counter[tuple[Any, ...]] = Counter()
+    uses = {}
+    for linear in linears:
+        uses[linear.node] = seen[linear.weight.identity]
+        seen[linear.weight.identity] += 1
+    return uses
 
 
 def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:

@@ -51,10 +51,10 @@ class Region:
         columns: int64 ``[U, m]``, the positions of each unit along h's contracted dim.
         consumers: linears that contract h.
         cached: whether the units' keys or values are kept in a cache.
-        causal: False if the region surely runs in one forward pass, as encoders do.
         key: the same in every graph that this region is part of: the identities of the weights
-            that contract it, which use of them it is where they are shared, and its first column.
+            that contract it, which use of them in the graph it is, and its first column.
         source: file and line in the model's code.
+        one_pass: whether it surely runs in one forward pass, as in encoders.
     """
 
     kind: str
@@ -75,6 +75,11 @@ class Region:
         """E, the number of experts whose weights are stacked; 0 in other regions."""
         held = self.consumers[0].experts
         return held.count if held is not None else 0
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Those that write its channels, then those that contract them."""
+        return [*(producer.linear for producer in self.producers), *self.consumers]
 
     def by_units(self, config: Config) -> bool:
         """Whether ``config`` prunes its units, not its linears' inputs: see :mod:`popc.policies`.
@@ -150,6 +155,7 @@ class Skipped:
         op: what caused it; ``source`` is its file and line in the model's code.
         kind: the class of the reason; :func:`popc.report.remedy` has what helps against each.
         linear: None where no linear is meant.
+        key: of what would have been a region, or inputs, had no pass failed.
     """
 
     name: str
@@ -158,6 +164,7 @@ class Skipped:
     source: str = ""
     kind: str = ""
     linear: Linear | None = field(default=None, compare=False, repr=False)
+    key: Any = field(default=None, repr=False)
 
 
 @dataclass
@@ -177,13 +184,28 @@ class Plan:
     breaks: list[str] = field(default_factory=list)
 
     def extend(self, other: Plan) -> None:
-        """Add another graph's plan; what both hold is listed once."""
+        """Add another graph's plan; what both hold is listed once.
+
+        What a graph had to leave, since a pass failed, is not listed as pruned for another's sake:
+        a prompt's graph only measures what a decode step's is to prune.
+        """
         known = {region.key for region in self.regions}
         self.regions += [region for region in other.regions if region.key not in known]
         read = {group.key for group in self.inputs}
         self.inputs += [group for group in other.inputs if group.key not in read]
         self.skipped += [skip for skip in other.skipped if skip not in self.skipped]
         self.breaks += [reason for reason in other.breaks if reason not in self.breaks]
+        left = {skip.key for skip in self.skipped if skip.key is not None}
+        if left:
+            self.regions = [region for region in self.regions if region.key not in left]
+            self.inputs = [group for group in self.inputs if group.key not in left]
+
+    def leave(self, reason: str, kind: str) -> None:
+        """Make refusals of all that it lists as pruned; where that is nothing yet, of the graph."""
+        owners: list[Region | Inputs] = [*self.regions, *self.inputs]
+        left = [Skipped(o.name, reason, "", o.source, kind, key=o.key) for o in owners]
+        self.skipped += left or [Skipped("the graph", reason, kind=kind)]
+        self.regions, self.inputs = [], []
 
     def count(self, kind: str) -> int:
         """How many regions there are of a kind."""

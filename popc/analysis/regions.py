@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +11,7 @@ from torch import fx
 
 from popc.analysis.capture import Captured, may_alias
 from popc.analysis.labels import NONE, Carried, Event, Mixes
-from popc.analysis.linears import Linear, as_linear
+from popc.analysis.linears import Linear, as_linear, uses_of_weights
 from popc.analysis.places import common, source_of, where
 from popc.analysis.plan import Plan, Producer, Region, Skipped
 from popc.analysis.rules import rule_of
@@ -48,10 +46,12 @@ class _Analysis:
         self.walk = Walk(captured)
         self.producers: list[_Side] = []
         self.consumers: list[_Side] = []
+        self.linears: list[Linear] = []
         self.leaks: list[fx.Node] = []
         self.caches: set[fx.Node] = set()
         for node in self.graph.nodes:
             self._visit(node)
+        self.uses = uses_of_weights(self.linears)
         self.cached = self._judge_leaks()
         self.classes = self.walk.flow.classes()
 
@@ -66,6 +66,7 @@ class _Analysis:
             return
         linear = as_linear(node, walk.captured)
         if linear is not None:
+            self.linears.append(linear)
             try:
                 walk.carried[node] = self._through(linear)
             except Mixes as mixes:
@@ -216,7 +217,6 @@ class _Analysis:
                 pruned.update(producer.linear.node for producer in region.producers)
         plan.regions = self._with_bodies(plan.regions, groups)
         plan.regions.sort(key=lambda region: self.order[region.consumers[0].node])
-        plan.regions = _numbered(plan.regions)
         for side in self.producers:
             if side.linear.node not in pruned:
                 plan.skipped.append(self._refusal(side))
@@ -284,7 +284,7 @@ class _Analysis:
             columns=columns,
             consumers=tuple(linears),
             cached=bool(cached[group].any()),
-            key=(identities, 0, int(columns[0, 0])),
+            key=(identities, self.uses[linears[0].node], int(columns[0, 0])),
             source=source_of(linears[0].node),
             one_pass=runs_in_one_pass(
                 hidden, self.graph, self.caches, self.walk.captured.parameters
@@ -372,17 +372,6 @@ def _unsliced(node: fx.Node, kept: set[fx.Node]) -> fx.Node:
 
 
 _COPIES = (aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
-
-
-def _numbered(regions: list[Region]) -> list[Region]:
-    """The regions, in graph order, with the number of the use in their keys."""
-    uses: Counter[tuple[Any, int]] = Counter()
-    numbered = []
-    for region in regions:
-        identities, _, first = region.key
-        numbered.append(replace(region, key=(identities, uses[identities, first], first)))
-        uses[identities, first] += 1
-    return numbered
 
 
 def _consumers_differ(consumers: list[_Side]) -> bool:

@@ -13,6 +13,7 @@ from torch import fx
 from popc.analysis.labels import same_size
 from popc.analysis.linears import grouped_ops
 from popc.analysis.walk import argument, is_tensor, shape
+from popc.ops import LINEARS
 
 aten = torch.ops.aten
 
@@ -37,6 +38,7 @@ _ROWWISE = (
     aten.split_with_sizes.default,
     aten.slice.Tensor,
     operator.getitem,
+    *LINEARS,  # of a graph that a pass has rewritten
 )
 # The same, where the weight may stand first.
 _PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)

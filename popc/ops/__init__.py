@@ -20,6 +20,7 @@ from popc.ops.select import select_units
 from popc.ops.threshold import count_read, threshold_linear, threshold_linears
 
 __all__ = [
+    "LINEARS",
     "additive_mask",
     "attend",
     "centers",
@@ -48,3 +49,13 @@ def served(op: Any, x: Tensor, weight: Tensor) -> Any:
         gather_experts: ops.triton_gather_experts.default,
         threshold_linear: ops.triton_threshold_linear.default,
     }[op]
+
+
+_NAMES = (
+    *("gather_linear", "gather_experts", "threshold_linear", "threshold_linears"),
+    *("triton_gather_linear", "triton_gather_experts", "triton_threshold_linear"),
+)
+# What passes put in the place of linears; the first argument of each is x.
+LINEARS: tuple[Any, ...] = tuple(
+    getattr(torch.ops.popc, name).default for name in _NAMES if hasattr(torch.ops.popc, name)
+)

@@ -9,7 +9,7 @@ With a gate, ``active`` is chosen by ``f``'s first factor, and its second is com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ from popc.analysis.linears import Linear
 from popc.analysis.tokens import Mask
 from popc.analysis.walk import shape
 from popc.ops import gather_experts, gather_linear, select_units, served
-from popc.passes.emit import Emitter, add_input, finish
+from popc.passes.emit import Emitter, add_input, finish, replace
 from popc.passes.experts import expert_of_rows, flat_input, shaped_output
 from popc.passes.packing import Packing, Slot
 from popc.passes.validity import emit_valid_rows
@@ -57,18 +57,18 @@ class _Rewrite:
             norm = torch.empty((*self.lead, packing.norm_total), device=device)
         self.index = add_input(captured, "popc_index", index)
         self.norm = add_input(captured, "popc_norm", norm)
-        self.added: dict[fx.Node, tuple[int, int]] = {}
+        self.added: dict[fx.Node, list[tuple[int, int]]] = {}
         stop = 0
         for linear in (c for slot in packing.compensating for c in slot.region.consumers):
             start, stop = stop, stop + linear.outputs
-            self.added[linear.node] = start, stop
+            self.added.setdefault(linear.node, []).append((start, stop))
         if self.added:
             with captured.fake_mode:
                 value = torch.empty((*self.lead, stop), device=device)
             self.compensation = add_input(captured, "popc_compensation", value)
 
     def run(self) -> None:
-        """Linear by linear, in graph order: producers and consumers alike."""
+        """Linear by linear, in graph order: producers, consumers, and those that are both."""
         linears: dict[fx.Node, Linear] = {}
         rows: dict[fx.Node, list[int]] = {}
         columns: dict[fx.Node, list[int]] = {}
@@ -86,7 +86,6 @@ class _Rewrite:
                 linears[linear.node] = linear
                 columns.setdefault(linear.node, []).append(i)
         active: dict[int, fx.Node] = {}
-        done: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
             if node not in linears:
                 continue
@@ -94,31 +93,28 @@ class _Rewrite:
             if node in late:
                 gate = self.packing.slots[late[node]].gate
                 assert gate is not None
-                scored = done.get(gate.scored, gate.scored)
-                active[late[node]] = self._select(late[node], node, scored, linear)
+                active[late[node]] = self._select(late[node], node, gate.scored, linear)
             for i in columns.get(node, []):
                 if i not in active:
                     active[i] = self._select(i, node, linear.x, linear)
             with self.graph.inserting_before(node):
-                y = self._linear(
-                    linear,
-                    rows.get(node, []),
-                    active[late[node]] if node in late else None,
-                    [active[i] for i in columns.get(node, [])],
-                )
-                if node in self.added:
-                    y = self._compensated(y, node)
-            node.replace_all_uses_with(y)
-            self.graph.erase_node(node)
-            done[node] = y
+                chosen = {i: active[i] for i in columns.get(node, [])}
+                if linear.experts is not None:
+                    y = self._stack(linear, rows.get(node, []), chosen)
+                else:
+                    after_gate = active[late[node]] if node in late else None
+                    y = self._linear(linear, rows.get(node, []), after_gate, chosen)
+                for place in self.added.get(node, []):
+                    y = self._compensated(y, node, *place)
+            replace(node, y)
 
     def _list(self, emit: Emitter, *name: object) -> fx.Node | None:
         place = self.packing.place(*name)
         return None if place is None else emit.call(aten.slice.Tensor, self.index, -1, *place)
 
-    def _compensated(self, y: fx.Node, linear: fx.Node) -> fx.Node:
+    def _compensated(self, y: fx.Node, linear: fx.Node, start: int, stop: int) -> fx.Node:
         emit = Emitter(self.captured, linear)
-        part = emit.part(self.compensation, *self.added[linear], y)
+        part = emit.part(self.compensation, start, stop, y)
         return emit.call(aten.add.Tensor, y, part)
 
     def _select(self, i: int, at: fx.Node, h: fx.Node, linear: Linear) -> fx.Node:
@@ -160,38 +156,52 @@ class _Rewrite:
     def _linear(
         self,
         linear: Linear,
-        producing: list[int],
+        producing: Sequence[int],
         chosen_rows: fx.Node | None,
-        columns: list[fx.Node],
+        chosen: Mapping[int, fx.Node],
     ) -> fx.Node:
-        """The linear again, with its lists; ``chosen_rows`` where it comes after a gate."""
+        """The linear again, with its lists.
+
+        Args:
+            producing: slots of which it computes live units' rows.
+            chosen_rows: in place of those, where it comes after a gate.
+            chosen: the active units' columns of each slot that it contracts.
+        """
         emit = Emitter(self.captured, linear.node)
         weight = linear.weight
-        out_dim = weight.out_dim
-        experts = linear.experts
-        listed = []
-        for i in producing:
-            rows = self._list(emit, "rows", i, linear.node)
-            assert rows is not None
-            listed.append(
-                emit.call(aten.view.default, rows, [experts.count, -1]) if experts else rows
-            )
+        listed = [self._rows(emit, i, linear) for i in producing]
         rows = chosen_rows or self._joined(emit, listed, "fixed rows", linear)
-        chosen = self._joined(emit, columns, "fixed columns", linear)
-        held = linear.x.meta["val"], weight.node.meta["val"]
-        if experts is None:
-            op = served(gather_linear, *held)
-            return emit.call(op, linear.x, weight.node, linear.bias, rows, chosen, out_dim)
-        owner = next(
-            i
-            for i, slot in enumerate(self.packing.slots)
-            if linear in slot.region.consumers
-            or any(p.linear is linear for p in slot.region.producers)
-        )
+        columns = self._joined(emit, list(chosen.values()), "fixed columns", linear)
+        op = served(gather_linear, linear.x.meta["val"], weight.node.meta["val"])
+        return emit.call(op, linear.x, weight.node, linear.bias, rows, columns, weight.out_dim)
+
+    def _stack(
+        self, linear: Linear, producing: Sequence[int], chosen: Mapping[int, fx.Node]
+    ) -> fx.Node:
+        """The same for a stack of experts.
+
+        Which of them run dense is marked for each slot, and the op takes one mark: a linear of
+        several slots reads the columns of one by its lists, and computes all rows of the others.
+        """
+        emit = Emitter(self.captured, linear.node)
+        owner = next(iter([*chosen, *producing]))
+        listed = []
+        for i in producing if {*producing, *chosen} == {owner} else []:
+            sizes = [linear.experts.count, -1]  # type: ignore[union-attr]
+            listed.append(emit.call(aten.view.default, self._rows(emit, i, linear), sizes))
+        rows = self._joined(emit, listed, "fixed rows", linear)
+        columns = self._joined(emit, list(chosen.values()), "fixed columns", linear)
         full = self._list(emit, "full", owner)
         x, expert = flat_input(emit, linear), self._expert(emit, linear)
-        args = (x, weight.node, expert, full, rows, chosen, out_dim - 1)
-        return shaped_output(emit, linear, emit.call(served(gather_experts, *held), *args))
+        weight = linear.weight
+        op = served(gather_experts, linear.x.meta["val"], weight.node.meta["val"])
+        y = emit.call(op, x, weight.node, expert, full, rows, columns, weight.out_dim - 1)
+        return shaped_output(emit, linear, y)
+
+    def _rows(self, emit: Emitter, i: int, linear: Linear) -> fx.Node:
+        rows = self._list(emit, "rows", i, linear.node)
+        assert rows is not None
+        return rows
 
     def _joined(
         self, emit: Emitter, lists: list[fx.Node], rest: str, linear: Linear

@@ -1,4 +1,9 @@
-"""Write nodes whose ``meta["val"]`` is right from the start."""
+"""Write nodes whose ``meta["val"]`` is right from the start.
+
+A pass never puts another node in the place of one that it rewrites: it changes the node itself, by
+:func:`replace`. What the analysis found, as the ``x`` of a linear, is held by node, and one pass
+after another reads it: so whoever holds a node still holds its value, rewritten or not.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,6 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from popc.analysis.capture import Captured
-from popc.errors import GraphError
 
 aten = torch.ops.aten
 
@@ -26,33 +30,20 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node; module path and stack trace are those of ``like``.
 
-        Raises:
-            GraphError: the op refuses these arguments, so the rewrite is not valid.
+        What the op raises where it refuses these arguments comes through: the rewrite is not valid.
         """
         node = self.graph.call_function(target, args, kwargs)
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.like.meta:
                 node.meta[key] = self.like.meta[key]
-        node.meta["val"] = self._value(target, args, kwargs)
+        fake_args, fake_kwargs = map_arguments(args, kwargs, lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
     def change(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> None:
-        """Make ``node`` compute ``target(...)``: whoever holds the node still holds the value.
-
-        Raises:
-            GraphError: the op refuses these arguments.
-        """
-        value = self._value(target, args, kwargs)
-        node.target, node.args, node.kwargs = target, args, kwargs
-        node.meta["val"] = value
-
-    def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
-        fake_args, fake_kwargs = map_arguments(args, kwargs, lambda n: n.meta["val"])
-        try:
-            with self.mode:
-                return target(*fake_args, **fake_kwargs)
-        except Exception as error:
-            raise GraphError(f"{target} does not run on the pruned channels: {error}") from error
+        """Make ``node`` compute ``target(...)``."""
+        replace(node, self.call(target, *args, **kwargs))
 
     def splice(self, function: Callable[..., Any], *values: fx.Node) -> fx.Node:
         """``function`` of ``values`` as nodes: traced once on their fake values."""
@@ -82,6 +73,13 @@ class Emitter:
         """A size of ``value`` as an argument: a number, or a node where it is symbolic."""
         held = value.meta["val"].shape[dim]
         return held if isinstance(held, int) else self.call(aten.sym_size.int, value, dim)
+
+
+def replace(node: fx.Node, made: fx.Node) -> None:
+    """Make ``node`` compute what ``made`` does, a node written for this alone, which goes."""
+    node.target, node.args, node.kwargs = made.target, made.args, made.kwargs
+    node.meta["val"] = made.meta["val"]
+    made.graph.erase_node(made)
 
 
 def map_arguments(

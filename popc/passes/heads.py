@@ -56,7 +56,6 @@ def share_heads(captured: Captured) -> int:
             emit = Emitter(captured, node)
             if repeats is not None:
                 k, v = (repeat.unrepeated(emit) for repeat in repeats)
-        # In place: regions hold the node, and their cost is counted by it.
         if one:
             emit.change(node, attend, q, k, v, mask, scale)
         else:

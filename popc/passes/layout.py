@@ -35,12 +35,25 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[list[Tensor], 
         The parameters that changed, as graphs traced before are out of date then; and the owners
         that can't be read by channel, with the reason.
     """
+    turned: list[Tensor] = []
+    try:
+        return turned, _turn_all(captured, owners, turned)
+    except Exception:
+        if not turned:
+            raise
+        # Whatever comes now must know of these first. It runs again then, and fails again.
+        return turned, {}
+
+
+def _turn_all(
+    captured: Captured, owners: Sequence[Owner], turned: list[Tensor]
+) -> dict[Owner, str]:
+    """:func:`lay_out`; ``turned`` gains what changes, as soon as it does."""
     linears = {linear.node for owner in owners for linear, _ in _uses(owner)}
     roles: dict[fx.Node, list[tuple[Weight, int]]] = {}
     for owner in owners:
         for linear, dim in _uses(owner):
             roles.setdefault(linear.weight.parameter, []).append((linear.weight, dim))
-    turned: list[Tensor] = []
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         held = captured.parameters[parameter]
@@ -56,23 +69,22 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[list[Tensor], 
             # One parameter at a time: the peak is one weight above what the model holds.
             before = held.detach()
             held.data = turn(before)
+            turned.append(held)
             page_out(before)
             del before
             _claimed[held] = True
-            turned.append(held)
         else:
             refused[parameter] = reason
     if turned:
         logger.info("%d weights now lie by channel", len(turned))
     else:
         _collapse(captured.parameters[parameter] for parameter in roles)
-    without = {
+    return {
         owner: refused[linear.weight.parameter]
         for owner in owners
         for linear, _ in _uses(owner)
         if linear.weight.parameter in refused
     }
-    return turned, without
 
 
 _claimed = WeakTensorKeyDictionary()  # weights that lie as a compiled graph wants them

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from popc.analysis.capture import Captured
 from popc.analysis.walk import shape
 from popc.ops import gather_linear, native, select_units, triton_gather
-from popc.passes.emit import Emitter, add_input, finish
+from popc.passes.emit import Emitter, add_input, finish, replace
 
 aten = torch.ops.aten
 
@@ -57,8 +57,7 @@ def pack_weights(captured: Captured) -> Packer | None:
                 if columns is None
                 else _by_columns(emit, x, turned, bias, listed, columns)
             )
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
+        replace(node, y)
     if not recipe.outputs:
         return None
     packer = recipe.build()

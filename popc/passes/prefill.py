@@ -37,7 +37,7 @@ def add_statistics(
     output counts for nothing from then on.
     """
     graph = captured.gm.graph
-    hidden = _keep_living(captured, [r for r in regions if r.cached], scope)
+    _keep_living(captured, [r for r in regions if r.cached], scope)
     output = graph.output_node()
     memo: dict[Mask, fx.Node] = {}
     valid = [emit_valid_rows(captured, region.hidden, output, memo) for region in regions]
@@ -46,36 +46,31 @@ def add_statistics(
         sums = [
             _emit_sum(captured, region, value, mask, scope)
             for region, policy, mask in zip(regions, policies, valid, strict=True)
-            for value in policy.values(emit, hidden.get(region.hidden, region.hidden), region)
+            for value in policy.values(emit, region.hidden, region)
         ]
     append_output(captured, aten.cat.default, sums, -1)
     finish(captured)
 
 
-def _keep_living(
-    captured: Captured, regions: Sequence[Region], scope: str
-) -> dict[fx.Node, fx.Node]:
-    """Multiply the regions' h with ``popc_keep``; the new value for each h."""
+def _keep_living(captured: Captured, regions: Sequence[Region], scope: str) -> None:
+    """Multiply the regions' h with ``popc_keep``."""
     if not regions:
-        return {}
+        return
     graph = captured.gm.graph
     lead = 1 if scope == "batch" else shape(regions[0].hidden)[0]
     with captured.fake_mode:
         device = regions[0].hidden.meta["val"].device
         value = torch.empty((lead, sum(r.width for r in regions)), device=device)
     keep = add_input(captured, "popc_keep", value)
-    kept: dict[fx.Node, fx.Node] = {}
     start = 0
     for region in regions:
         h = region.hidden
-        with graph.inserting_before(h.next):
+        with graph.inserting_before(h):
             emit = Emitter(captured, h)
+            whole = emit.call(h.target, *h.args, **h.kwargs)
             part = emit.part(keep, start, start + region.width, h)
-            kept[h] = emit.call(aten.mul.Tensor, h, part)
-        for linear in region.consumers:
-            linear.node.replace_input_with(h, kept[h])
+            emit.change(h, aten.mul.Tensor, whole, part)
         start += region.width
-    return kept
 
 
 def _emit_sum(

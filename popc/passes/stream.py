@@ -30,8 +30,7 @@ def stream_linears(captured: Captured, decodes: bool) -> int:
         How many do.
     """
     count = 0
-    graph = captured.gm.graph
-    for node in list(graph.nodes):
+    for node in list(captured.gm.graph.nodes):
         linear = as_linear(node, captured) if node.op == "call_function" else None
         if linear is None or linear.experts is not None or linear.y_dim != len(shape(node)) - 1:
             continue
@@ -39,11 +38,8 @@ def stream_linears(captured: Captured, decodes: bool) -> int:
             continue
         if not _lies_across(linear) and not _has_few_rows(linear, decodes):
             continue
-        with graph.inserting_before(node):
-            args = (linear.x, linear.weight.node, linear.bias, None, None, linear.weight.out_dim)
-            y = Emitter(captured, node).call(gather_linear, *args)
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
+        args = (linear.x, linear.weight.node, linear.bias, None, None, linear.weight.out_dim)
+        Emitter(captured, node).change(node, gather_linear, *args)
         count += 1
     if count:
         finish(captured)
