@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from popc.passes.packing import slot_of
 from popc.passes.quicken import quicken
 from popc.resolve import resolve
 from popc.runtime import Compiled, CompiledGraph, Work
+from popc.templates import Spot, Template
 from popc.watch import Interpreted
 
 
@@ -47,6 +48,7 @@ def popc_backend(
     config: Config | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     measure_only: bool = False,
+    only: Collection[Spot] | None = None,
     has_calibration: bool = False,
 ) -> Compiled:
     """Compile one Dynamo graph; registered with ``torch.compile`` as ``"popc"``.
@@ -56,6 +58,7 @@ def popc_backend(
         mode: a mode of ``torch.compile``, turned into Inductor's options.
         on_plan: called with the plan of each graph; ``popc.compile`` collects them.
         measure_only: treat a decode graph as a prefill: dense, with statistics.
+        only: which regions are pruned by units; None: all that ``config`` has.
         has_calibration: whether a text given beforehand was, or will be, measured.
 
     Raises:
@@ -92,17 +95,14 @@ def popc_backend(
         if work.measured or work.measured_inputs:
             # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
             inductor["triton.cudagraphs"] = False
-        measuring = functools.partial(
-            popc_backend,
-            config=config,
-            mode=mode,
-            measure_only=True,
-            has_calibration=has_calibration,
-        )
-        twin = None if measure_only else measuring
-        return CompiledGraph(gm, captured, work, example_inputs, config, generate, twin, on_plan)
+        again = None
+        if not measure_only:
+            again = functools.partial(
+                popc_backend, config=config, mode=mode, has_calibration=has_calibration
+            )
+        return CompiledGraph(gm, captured, work, example_inputs, config, generate, again, on_plan)
 
-    job = _Job(gm, example_inputs, config, measure_only, generate, construct)
+    job = _Job(gm, example_inputs, config, measure_only, only, generate, construct)
     made, plan = job.run()
     if on_plan is not None:
         on_plan(plan)
@@ -120,6 +120,7 @@ class _Job:
     example_inputs: Sequence[Any]
     config: Config
     measure_only: bool
+    only: Collection[Spot] | None
     generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
     construct: Callable[[Captured, Work, Config], Compiled]
 
@@ -151,6 +152,7 @@ class _Job:
         captured = run_pass("capture", capture_dynamo, self.gm, self.example_inputs)
         log_graph("captured", captured.gm)
         config = _find(captured, self.config, plan)
+        _leave(plan, lambda region: self._unmeasured(region, captured, config), "unmeasured")
         rewritten = _laid_out(captured, plan, config)
         if rewritten is None:
             return None
@@ -169,7 +171,13 @@ class _Job:
             return run_pass("generate code", self.generate, captured.gm, self.example_inputs)
         return self.generate(self.gm, self.example_inputs)
 
+    def _unmeasured(self, region: Region, captured: Captured, config: Config) -> str | None:
+        if self.only is None or not region.by_units(config):
+            return None
+        return None if Template.of(region, captured).spot in self.only else _UNMEASURED
 
+
+_UNMEASURED = "its prompt was measured in a graph that splits the model otherwise"
 _FAILED = (
     "popc: {}. This graph runs dense: what it gives is right, but nothing is saved. It is a fault "
     "of popc's, please report it; with POPC_RAISE=1 in the environment the error itself is raised."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from popc.passes.prefill import add_statistics
 from popc.passes.quicken import quicken
 from popc.policies import Counts
 from popc.state import Session
-from popc.templates import InputsTemplate, Template, held
+from popc.templates import InputsTemplate, Spot, Template, held
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -119,8 +120,8 @@ class _Last:
 class CompiledGraph:
     """One compiled graph: finds the session, feeds the partition, takes the statistics.
 
-    A graph that prunes has a dense twin, compiled when a call first needs it, for tokens that come
-    without a partition.
+    A graph that prunes has variants, compiled when a call first needs them: a dense one, for tokens
+    that come without a partition, and such that prune those regions alone that prompts measured.
     """
 
     def __init__(
@@ -131,11 +132,12 @@ class CompiledGraph:
         example_inputs: Sequence[Any],
         config: Config,
         generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
-        measuring: Callable[..., Compiled] | None,
+        again: Callable[..., Compiled] | None,
         on_plan: Callable[[Plan], None] | None,
     ) -> None:
-        self.gm = gm if work.prunes else None  # for a dense twin
-        self.measuring = measuring
+        """``again``: the backend, for variants of a graph that prunes; a dense one has none."""
+        self.gm = gm if work.prunes else None  # for variants
+        self.again = again
         self.on_plan = on_plan
         self.scope, self.counting = config.scope, config.count
         self.budget = config.contraction_budget
@@ -169,7 +171,7 @@ class CompiledGraph:
         ]
         self.written = [i for i in self.activations if is_written(placeholders[i])]
         self.cached = any(region.cached for region in work.measured)
-        self._dense: Compiled | None = None
+        self._variants: dict[frozenset[Spot] | None, Compiled] = {}
         self._told = False
         self.packer: Packer | None = None
         self._rewrite(captured, work, config)
@@ -213,7 +215,7 @@ class CompiledGraph:
     def _run(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
         """Inputs and outputs in the order in which ``__init__`` has the passes add them."""
         instance = self._instance(args)
-        measures = self.measuring is not None or self._is_prompt(instance, session)
+        measures = self.again is not None or self._is_prompt(instance, session)
         if measures and self._has_changed(instance, args):
             logger.info("weights have changed: their norms are taken anew")
             weights.note_change(identity(args[i]) for i in self.weights)
@@ -243,7 +245,7 @@ class CompiledGraph:
                 instance.owner, instance.slots, self.packing, self.scope, batch
             )
             if partition is None:
-                return self._run_dense(args, session, instance)
+                return self._run_partly(args, session, instance, batch)
             inputs += [partition.index, partition.norm]
             if self.packing.compensating:
                 if partition.compensation is None:
@@ -293,7 +295,38 @@ class CompiledGraph:
         if not self._is_prompt(instance, session):
             self._tell("whole", _SPLIT if session.has_seen(instance.pruned) else _UNSEEN)
         with state.use(session):
-            return self.dense(*args)
+            return self._variant(None)(*args)
+
+    def _run_partly(
+        self, args: Sequence[Any], session: Session, instance: _Instance, batch: int | None
+    ) -> Sequence[Any]:
+        """Prune the regions that prompts have measured, where those are not all.
+
+        So it does not matter to a token in which graphs Dynamo has split its prompt, and it.
+        """
+        known = [
+            template.spot
+            for (template, _, _), region in zip(self.slots, instance.slots, strict=True)
+            if session.knows(region, self.scope, batch or 1)
+        ]
+        if not 0 < len(known) < len(self.slots):
+            return self._run_dense(args, session, instance)
+        count = len(self.slots)
+        self._tell(f"{count - len(known)} of {count} regions", _SPLIT)
+        with state.use(session):
+            return self._variant(frozenset(known))(*args)
+
+    def _variant(self, only: frozenset[Spot] | None) -> Compiled:
+        """The graph as Dynamo gave it, compiled on its own (with guards of its own).
+
+        Of regions, it prunes ``only`` those. With None it prunes nothing, and measures as a prefill
+        does: the first token of an empty cache is all the prompt there is.
+        """
+        if only not in self._variants:
+            assert self.gm is not None and self.again is not None  # what only measures has none
+            backend = functools.partial(self.again, only=only, measure_only=only is None)
+            self._variants[only] = torch.compile(self.gm, backend=backend)
+        return self._variants[only]
 
     def _tell(self, what: str, reason: str) -> None:
         """Warn once that a decode step leaves nothing out of ``what``."""
@@ -381,17 +414,6 @@ class CompiledGraph:
 
     def _sample(self, args: Sequence[Any]) -> torch.Tensor:
         return weights.sample([args[i] for i in self.weights])
-
-    @property
-    def dense(self) -> Compiled:
-        """The graph as Dynamo gave it, compiled on its own (with guards of its own).
-
-        It measures as a prefill does: the first token of an empty cache is all the prompt there is.
-        """
-        if self._dense is None:
-            assert self.gm is not None and self.measuring is not None  # what measures only is dense
-            self._dense = torch.compile(self.gm, backend=self.measuring)
-        return self._dense
 
     def _session_of(self, args: Sequence[Any]) -> Session:
         """The session of the cache tensors among ``args``; a new one where there is none."""

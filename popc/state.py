@@ -111,6 +111,10 @@ class Session:
         """Whether a prefill measured a weight of ``owners``, be it as part of others."""
         return any(not self._seen.isdisjoint(owner.weights) for owner in owners)
 
+    def knows(self, region: RegionState, scope: str, sequences: int) -> bool:
+        """Whether there are statistics for a partition of the region, or none are needed."""
+        return region.one_pass or self._measured(region, scope, sequences) is not None
+
     def rows_differ(self) -> bool:
         """Whether sequences have statistics of their own, so that their order counts."""
         held = (*self._sums.values(), *self._histograms.values())

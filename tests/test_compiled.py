@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 import popc
+from popc import state
+from popc.testing.oracle import MaskedAnywhere
 from tests.models import CACHE, Gated, tiny_llama
 from tests.oracle import relative
 from tests.test_stress import POLICIES, generated, prompt, twin_of
@@ -428,3 +430,41 @@ def test_one_row_that_is_repeated_keeps_its_statistics(policy: str, tail: int) -
     for row in range(3):
         assert relative(repeated[row], alone[0]) < 1e-4
         assert relative(from_start[row], alone[0]) < 1e-4
+
+
+class Pieces(nn.Module):
+    """Two MLPs. Dynamo breaks the graph of a prompt between the channels of the first, so that
+    nothing is known of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Gated(), Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.first.a(x)) * self.first.b(x)
+        if x.shape[1] > 1:
+            torch._dynamo.graph_break()
+        return self.second(self.first.c(h))
+
+
+@torch.no_grad()
+def test_what_no_prompt_measured_is_dense_and_the_rest_is_pruned() -> None:
+    model, x = Pieces().eval(), torch.randn(1, 9, 16)
+    options = {"policy": "pop", "sparsity": 0.5, "codegen": "eager"}
+    compiled, session = torch.compile(model, backend="popc", options=options), state.Session()
+    with state.use(session):
+        torch.testing.assert_close(compiled(x), model(x))
+        with pytest.warns(popc.PopcWarning, match="1 of 3 regions"):
+            got = compiled(x[:, :1])
+        again = compiled(x[:, :1])
+    regions = [r for r in popc.analyze(model, (x[:, :1],)).regions if r.key in session.regions]
+    assert len(regions) == 2  # the outputs of the first are the inputs of the second
+    oracle = MaskedAnywhere(model, popc.Plan(regions=regions), popc.Config(**options))
+    with oracle:
+        oracle.begin()
+        model(x)
+        oracle.begin(False)
+        expected = model(x[:, :1])
+    assert torch.equal(got, again) and relative(got, expected) < 1e-5
+    assert relative(expected, model(x[:, :1])) > 1e-2
