@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,6 @@ from popc.passes.packing import slot_of
 from popc.passes.quicken import quicken
 from popc.resolve import resolve
 from popc.runtime import Compiled, CompiledGraph, Work
-from popc.templates import Spot, Template
 from popc.watch import Interpreted
 
 
@@ -48,7 +47,7 @@ def popc_backend(
     config: Config | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     measure_only: bool = False,
-    only: Collection[Spot] | None = None,
+    only: Collection[Hashable] | None = None,
     has_calibration: bool = False,
 ) -> Compiled:
     """Compile one Dynamo graph; registered with ``torch.compile`` as ``"popc"``.
@@ -58,7 +57,7 @@ def popc_backend(
         mode: a mode of ``torch.compile``, turned into Inductor's options.
         on_plan: called with the plan of each graph; ``popc.compile`` collects them.
         measure_only: treat a decode graph as a prefill: dense, with statistics.
-        only: which regions are pruned by units; None: all that ``config`` has.
+        only: keys of the regions that are pruned by units; None: all that ``config`` has.
         has_calibration: whether a text given beforehand was, or will be, measured.
 
     Raises:
@@ -120,7 +119,7 @@ class _Job:
     example_inputs: Sequence[Any]
     config: Config
     measure_only: bool
-    only: Collection[Spot] | None
+    only: Collection[Hashable] | None
     generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
     construct: Callable[[Captured, Work, Config], Compiled]
 
@@ -152,7 +151,7 @@ class _Job:
         captured = run_pass("capture", capture_dynamo, self.gm, self.example_inputs)
         log_graph("captured", captured.gm)
         config = _find(captured, self.config, plan)
-        _leave(plan, lambda region: self._unmeasured(region, captured, config), "unmeasured")
+        _leave(plan, lambda region: self._unmeasured(region, config), "unmeasured")
         rewritten = _laid_out(captured, plan, config)
         if rewritten is None:
             return None
@@ -171,10 +170,10 @@ class _Job:
             return run_pass("generate code", self.generate, captured.gm, self.example_inputs)
         return self.generate(self.gm, self.example_inputs)
 
-    def _unmeasured(self, region: Region, captured: Captured, config: Config) -> str | None:
-        if self.only is None or not region.by_units(config):
+    def _unmeasured(self, region: Region, config: Config) -> str | None:
+        if self.only is None or not region.by_units(config) or region.key in self.only:
             return None
-        return None if Template.of(region, captured).spot in self.only else _UNMEASURED
+        return _UNMEASURED
 
 
 _UNMEASURED = "its prompt was measured in a graph that splits the model otherwise"

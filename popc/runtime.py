@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -37,10 +37,12 @@ from popc.passes.prefill import add_statistics
 from popc.passes.quicken import quicken
 from popc.policies import Counts
 from popc.state import Session
-from popc.templates import InputsTemplate, Spot, Template, held
+from popc.templates import InputsTemplate, Template, held
 
 Compiled = Callable[..., Sequence[Any]]
 
+# The keys of the regions that a variant prunes.
+_only: ContextVar[frozenset[Hashable] | None] = ContextVar("popc_only", default=None)
 _SPLIT = (
     "its prompt was measured at another batch size, or in a graph that splits the model otherwise"
 )
@@ -171,7 +173,7 @@ class CompiledGraph:
         ]
         self.written = [i for i in self.activations if is_written(placeholders[i])]
         self.cached = any(region.cached for region in work.measured)
-        self._variants: dict[frozenset[Spot] | None, Compiled] = {}
+        self._variants: dict[tuple[bool, ...], Compiled] = {}
         self._told = False
         self.packer: Packer | None = None
         self._rewrite(captured, work, config)
@@ -295,7 +297,7 @@ class CompiledGraph:
         if not self._is_prompt(instance, session):
             self._tell("whole", _SPLIT if session.has_seen(instance.pruned) else _UNSEEN)
         with state.use(session):
-            return self._variant(None)(*args)
+            return self._variant()(*args)
 
     def _run_partly(
         self, args: Sequence[Any], session: Session, instance: _Instance, batch: int | None
@@ -304,29 +306,37 @@ class CompiledGraph:
 
         So it does not matter to a token in which graphs Dynamo has split its prompt, and it.
         """
-        known = [
-            template.spot
-            for (template, _, _), region in zip(self.slots, instance.slots, strict=True)
-            if session.knows(region, self.scope, batch or 1)
-        ]
-        if not 0 < len(known) < len(self.slots):
+        known = tuple(session.knows(one, self.scope, batch or 1) for one in instance.slots)
+        if not 0 < sum(known) < len(known):
             return self._run_dense(args, session, instance)
-        count = len(self.slots)
-        self._tell(f"{count - len(known)} of {count} regions", _SPLIT)
-        with state.use(session):
-            return self._variant(frozenset(known))(*args)
+        self._tell(f"{len(known) - sum(known)} of {len(known)} regions", _SPLIT)
+        keys = frozenset(
+            one.key for one, is_known in zip(instance.slots, known, strict=True) if is_known
+        )
+        token = _only.set(keys)
+        try:
+            with state.use(session):
+                return self._variant(known)(*args)
+        finally:
+            _only.reset(token)
 
-    def _variant(self, only: frozenset[Spot] | None) -> Compiled:
+    def _variant(self, known: tuple[bool, ...] = ()) -> Compiled:
         """The graph as Dynamo gave it, compiled on its own (with guards of its own).
 
-        Of regions, it prunes ``only`` those. With None it prunes nothing, and measures as a prefill
-        does: the first token of an empty cache is all the prompt there is.
+        It prunes those of its regions that are ``known``. Without any it is dense, and measures as
+        a prefill does: the first token of an empty cache is all the prompt there is.
         """
-        if only not in self._variants:
-            assert self.gm is not None and self.again is not None  # what only measures has none
-            backend = functools.partial(self.again, only=only, measure_only=only is None)
-            self._variants[only] = torch.compile(self.gm, backend=backend)
-        return self._variants[only]
+        if known not in self._variants:
+            again = self.again
+            assert self.gm is not None and again is not None  # what only measures has none
+
+            def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+                # Of the call that has it compiled: it may be for another layer's parameters.
+                only = _only.get() if known else None
+                return again(gm, inputs, only=only, measure_only=not known)
+
+            self._variants[known] = torch.compile(self.gm, backend=backend)
+        return self._variants[known]
 
     def _tell(self, what: str, reason: str) -> None:
         """Warn once that a decode step leaves nothing out of ``what``."""

@@ -16,9 +16,6 @@ from popc.budget import Demand
 from popc.partition import InputsState, RegionState
 from popc.policies import Counts, Policy
 
-# Which region of a graph it is, whatever parameters the graph runs with.
-Spot = tuple[Any, ...]
-
 
 @dataclass(frozen=True, eq=False)
 class Template:
@@ -34,11 +31,6 @@ class Template:
     @classmethod
     def of(cls, region: Region, captured: Captured) -> Template:
         return cls(region, _places(region.consumers, captured))
-
-    @property
-    def spot(self) -> Spot:
-        """The same each time that the graph is analysed."""
-        return self.weights, *self.region.key[1:]
 
     def named(self, args: Sequence[Any]) -> Region:
         """The region as it is for the parameters among ``args``."""
