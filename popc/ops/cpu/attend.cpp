@@ -4,15 +4,20 @@
 // at all. Each thread takes the same number of keys, whichever heads and sequences they are of; a
 // softmax over some of the keys is a `Part`, and parts of the same keys' head add up.
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <vector>
 
 #include "lines.h"
 
-namespace popc {
+namespace popc::attention {
 namespace {
 
 constexpr int64_t keys_at_once = 64;  // their keys and values stay in the first cache
@@ -381,4 +386,4 @@ Tensor attend(
 
 TORCH_LIBRARY_IMPL(popc, CPU, m) { m.impl("attend", attend); }
 
-}  // namespace popc
+}  // namespace popc::attention

@@ -1,6 +1,8 @@
 // What reads the weights: a dot product per row, and a sum of scaled rows. Both stream each row once
 // for up to `most_tokens` tokens, in float32, by at::vec: AVX-512, AVX2, NEON or portable, as the
 // flags of the build say.
+#pragma once
+
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/core/ScalarType.h>

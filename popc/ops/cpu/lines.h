@@ -5,6 +5,8 @@
 // - by input channel, a sum of scaled rows of the transposed weight ("columns" lists save bytes).
 // A list along the other dim is honoured, but saves nothing.
 
+#pragma once
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -22,7 +24,6 @@
 #include "tiles.h"
 
 namespace popc {
-namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
@@ -71,7 +72,7 @@ void by_tokens(int64_t tokens, F&& run) {
   }
 }
 
-int64_t threads_for(int64_t lines, int64_t line_bytes) {
+inline int64_t threads_for(int64_t lines, int64_t line_bytes) {
   if (at::in_parallel_region()) return 1;
   const int64_t most = lines * line_bytes / grain_bytes;
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), most));
@@ -170,7 +171,7 @@ int64_t add_lines(
   return i;
 }
 
-void add(const float* __restrict from, int64_t n, float* __restrict to) {
+inline void add(const float* __restrict from, int64_t n, float* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
@@ -298,7 +299,7 @@ void block(
 }
 
 // The sizes of x with `outputs` in the last place.
-std::vector<int64_t> output_sizes(const Tensor& x, int64_t outputs) {
+inline std::vector<int64_t> output_sizes(const Tensor& x, int64_t outputs) {
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
   return sizes;
@@ -313,7 +314,7 @@ Lines<T> lines_of(const Tensor& weight, int64_t out_dim) {
   return {weight.const_data_ptr<T>(), weight.stride(across), weight.size(1 - across), by_output};
 }
 
-bool lies_in_lines(const Tensor& weight) {
+inline bool lies_in_lines(const Tensor& weight) {
   const int64_t rank = weight.dim();
   for (int64_t d : {rank - 1, rank - 2}) {
     if (weight.stride(d) == 1 || weight.size(d) == 1) return true;
@@ -321,11 +322,10 @@ bool lies_in_lines(const Tensor& weight) {
   return false;
 }
 
-bool is_served(const Tensor& x, const Tensor& weight) {
+inline bool is_served(const Tensor& x, const Tensor& weight) {
   const auto type = x.scalar_type();
   return weight.device().is_cpu() && lies_in_lines(weight) && weight.scalar_type() == type &&
       is_served_type(type);
 }
 
-}  // namespace
 }  // namespace popc

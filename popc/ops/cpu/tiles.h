@@ -1,6 +1,8 @@
 // What kernels.h does, for several tokens in bfloat16 by AMX, whose tiles hold 16 rows of 64 bytes.
 // With vectors the products of eight tokens take longer than their weights take to be read; with
 // tiles they do not.
+#pragma once
+
 #include <ATen/cpu/Utils.h>
 
 #include <cstring>
