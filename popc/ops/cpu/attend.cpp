@@ -206,7 +206,8 @@ void attend_keys(
   const auto score = [&](auto rows, int64_t i) {
     constexpr int R = decltype(rows)::value;
     float out[R][N];
-    dot<T, N, R>(q.wide, q.stored, sizes.inner, keys + i, values + i, out);
+    const Next<T> after{values + i, sizes.outer};
+    dot<T, N, R>(q.wide, q.stored, sizes.inner, keys + i, after, out);
     for (int r = 0; r < R; ++r) {
       for (int n = 0; n < N; ++n) scores[n][i + r] = by * out[r][n];
     }
@@ -225,10 +226,10 @@ void attend_keys(
   }
   constexpr int A = rows_added<N>;
   for (i = 0; i + A <= count; i += A) {
-    add_scaled<T, N, A>(values + i, next + i, weights + i, sizes.outer, part.sums);
+    add_scaled<T, N, A>(values + i, {next + i, sizes.inner}, weights + i, sizes.outer, part.sums);
   }
   for (; i < count; ++i) {
-    add_scaled<T, N, 1>(values + i, next + i, weights + i, sizes.outer, part.sums);
+    add_scaled<T, N, 1>(values + i, {next + i, sizes.inner}, weights + i, sizes.outer, part.sums);
   }
 }
 

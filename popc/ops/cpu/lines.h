@@ -112,7 +112,8 @@ int64_t dot_lines(
     if constexpr (is_tiled<T> && R == rows_dotted_tiled) {
       dot_tiles<N>(x.wide.data(), x.pairs.data(), weight.width, lines, next, out);
     } else {
-      dot<T, N, R>(x.wide.data(), x.stored, weight.width, lines, next, out);
+      const Next<T> after{next, weight.width};
+      dot<T, N, R>(x.wide.data(), x.stored, weight.width, lines, after, out);
     }
     for (int r = 0; r < R; ++r) {
       const int64_t row = rows[i + r];
@@ -165,7 +166,7 @@ int64_t add_lines(
     if constexpr (is_tiled<T> && R == rows_added_tiled) {
       add_tiles<N>(rows, next, scale, weight.width, acc);
     } else {
-      add_scaled<T, N, R>(rows, next, scale, weight.width, acc);
+      add_scaled<T, N, R>(rows, Next<T>{next, weight.width}, scale, weight.width, acc);
     }
   }
   return i;

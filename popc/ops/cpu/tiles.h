@@ -5,6 +5,7 @@
 
 #include <ATen/cpu/Utils.h>
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <tuple>
@@ -64,7 +65,7 @@ class Ahead {
   void at(int64_t k) {
     k += distance;
     from_ = k < end_ ? rows_ : next_;
-    k_ = k < end_ ? k : k - end_;
+    k_ = k < end_ ? k : std::min(k - end_, end_ - step);  // rows may be shorter than the distance
   }
   void prefetch(int r) const { __builtin_prefetch(from_[r] + k_); }
 
