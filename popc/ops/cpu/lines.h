@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "tiles.h"
@@ -46,6 +47,20 @@ struct List {
   int64_t operator[](int64_t i) const { return given ? at[i] : i; }
   bool all() const { return !given; }
 };
+
+// `rows` with each channel once, in `kept` if that is not what they are: threads share rows, and no
+// two of them may write to one output.
+inline List without_repeats(const List& rows, int64_t size, std::vector<int64_t>& kept) {
+  if (rows.all()) return rows;
+  std::vector<uint8_t> seen(size);
+  bool repeats = false;
+  for (int64_t i = 0; i < rows.count; ++i) repeats |= std::exchange(seen[rows[i]], 1);
+  if (!repeats) return rows;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (std::exchange(seen[rows[i]], 0)) kept.push_back(rows[i]);
+  }
+  return List(kept.data(), kept.size(), size, "rows");
+}
 
 // One weight as it lies in memory: `lines` lines of `width` values each.
 template <typename T>
@@ -279,14 +294,16 @@ void block(
     kept.assign(tokens * inputs, T(0));
     for (int64_t n = 0; n < tokens; ++n) {
       for (int64_t i = 0; i < columns.count; ++i) {
-        kept[n * inputs + columns[i]] = x[n * inputs + columns[i]];
+        kept[n * inputs + columns[i]] += x[n * inputs + columns[i]];
       }
     }
     stored = kept.data();
   }
   if (weight.by_output) {
     if (!rows.all()) std::fill_n(y, tokens * outputs, T(0));
-    return dots(Tokens<T>(stored, tokens, inputs), weight, rows, bias, y, outputs);
+    std::vector<int64_t> some;
+    const List once = without_repeats(rows, outputs, some);
+    return dots(Tokens<T>(stored, tokens, inputs), weight, once, bias, y, outputs);
   }
   if (rows.all()) return sums(x, inputs, tokens, weight, columns, bias, y);
   std::vector<T> whole(tokens * outputs);
