@@ -131,6 +131,25 @@ def test_the_answer_is_the_same_every_time() -> None:
     assert all(torch.equal(first, gather_linear(x, weight, None, None, columns, 0)) for _ in "abc")
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_channel_that_is_listed_twice(dtype, turned, tokens) -> None:
+    """Rows count once, whichever threads they fall to; columns twice, as the reference has it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, tokens, 521).to(dtype)
+    weight, bias = stored(torch.randn(257, 521).to(dtype), turned), torch.randn(257).to(dtype)
+    rows, columns = torch.randint(257, (700,)), torch.randint(521, (300,))
+    y = gather_linear(x, weight, bias, rows, None, 0)
+    close(y, reference(x, weight, bias, rows, None, 0), dtype)
+    torch.testing.assert_close(y, gather_linear(x, weight, bias, rows.unique(), None, 0))
+    close(
+        gather_linear(x, weight, bias, rows, columns, 0),
+        reference(x, weight, bias, rows, columns, 0),
+        dtype,
+    )
+
+
 WEIGHT, X = torch.randn(6, 4), torch.randn(1, 1, 4)
 BAD = {
     "rows out of range": (IndexError, (X, WEIGHT, None, torch.tensor([6]), None, 0), "6 of 6"),

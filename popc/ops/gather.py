@@ -9,6 +9,8 @@
 for nothing. Outputs keep their full width, so all that stands between two linears stays as it is.
 A list is None (all), int64 ``[n]`` (one for the batch) or ``[B, n]`` (one for each sequence; for
 experts: ``rows [E, n]``, ``columns [S, n]``). ``out_dim`` is the dim of N in a weight (without E).
+An output channel that is listed twice is as if it were listed once; an input channel that is listed
+twice counts twice.
 
 The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """

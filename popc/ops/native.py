@@ -13,22 +13,63 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from popc import compat
 from popc.files import write_whole
 from popc.log import logger
+from popc.ops import measure
 
 FOLDER = Path(__file__).parent / "cpu"
-_OWN = re.compile(r'#include "\w+\.h"\n')
+_OWN = re.compile(r'#include "(\w+\.h)"\n')
+# What C++ must know as Python has it, in the namespace popc::constants.
+_CONSTANTS = {
+    "steady": measure.STEADY,
+    "doubt": measure.DOUBT,
+    "shift": measure.SHIFT,
+    "bins": measure.BINS,
+    "sample": measure.SAMPLE,
+    "spread": measure.SPREAD,
+}
 
 
-def source() -> str:
-    """All of it as one translation unit."""
-    kernels = ("gather", "threshold", "select", "measure", "attend")
-    names = ("kernels.h", "tiles.h", "lines.h", *(f"{kernel}.cpp" for kernel in kernels))
-    parts = [(FOLDER / name).read_text(encoding="utf-8") for name in names]
-    return _OWN.sub("", "\n".join(parts))
+def constants() -> str:
+    """The text of ``constants.h``, which is in no file."""
+    types = {int: "int64_t", float: "double"}
+    lines = [f"constexpr {types[type(v)]} {name} = {v!r};" for name, v in _CONSTANTS.items()]
+    body = "\n".join(lines)
+    return f"#pragma once\n#include <cstdint>\nnamespace popc::constants {{\n{body}\n}}\n"
+
+
+def units() -> list[str]:
+    """The files that are translation units of their own, in any order."""
+    return sorted(path.name for path in FOLDER.glob("*.cpp"))
+
+
+def source(names: Sequence[str] | None = None) -> str:
+    """The text of ``units()`` as one unit, with each header of popc's once, before its first use.
+
+    One, as every unit takes Inductor's compiler seconds to read PyTorch's headers. Each file has a
+    namespace of its own, so they may come in any order.
+    """
+    seen: set[str] = set()
+
+    def with_headers(text: str) -> str:
+        return _OWN.sub(lambda found: header(found[1]), text)
+
+    def header(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = constants() if name == "constants.h" else _read(name)
+        return with_headers(text.replace("#pragma once\n", ""))
+
+    return "\n".join(with_headers(_read(name)) for name in names or units())
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 @functools.cache

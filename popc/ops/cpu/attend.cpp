@@ -4,15 +4,20 @@
 // at all. Each thread takes the same number of keys, whichever heads and sequences they are of; a
 // softmax over some of the keys is a `Part`, and parts of the same keys' head add up.
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <vector>
 
 #include "lines.h"
 
-namespace popc {
+namespace popc::attention {
 namespace {
 
 constexpr int64_t keys_at_once = 64;  // their keys and values stay in the first cache
@@ -201,7 +206,8 @@ void attend_keys(
   const auto score = [&](auto rows, int64_t i) {
     constexpr int R = decltype(rows)::value;
     float out[R][N];
-    dot<T, N, R>(q.wide, q.stored, sizes.inner, keys + i, values + i, out);
+    const Next<T> after{values + i, sizes.outer};
+    dot<T, N, R>(q.wide, q.stored, sizes.inner, keys + i, after, out);
     for (int r = 0; r < R; ++r) {
       for (int n = 0; n < N; ++n) scores[n][i + r] = by * out[r][n];
     }
@@ -220,10 +226,10 @@ void attend_keys(
   }
   constexpr int A = rows_added<N>;
   for (i = 0; i + A <= count; i += A) {
-    add_scaled<T, N, A>(values + i, next + i, weights + i, sizes.outer, part.sums);
+    add_scaled<T, N, A>(values + i, {next + i, sizes.inner}, weights + i, sizes.outer, part.sums);
   }
   for (; i < count; ++i) {
-    add_scaled<T, N, 1>(values + i, next + i, weights + i, sizes.outer, part.sums);
+    add_scaled<T, N, 1>(values + i, {next + i, sizes.inner}, weights + i, sizes.outer, part.sums);
   }
 }
 
@@ -381,4 +387,4 @@ Tensor attend(
 
 TORCH_LIBRARY_IMPL(popc, CPU, m) { m.impl("attend", attend); }
 
-}  // namespace popc
+}  // namespace popc::attention

@@ -2,9 +2,22 @@
 //
 // What lies by neither dim of the weight is left to the reference, popc::gather_linear_reference.
 
+#include "gather.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
 #include "lines.h"
 
 namespace popc {
+namespace gather {
 namespace {
 
 void check_list(const MaybeTensor& list, const char* name) {
@@ -98,9 +111,13 @@ Tensor packed_product(
   return at::zeros(output_sizes(x, weight.size(0)), x.options()).index_copy_(-1, *rows, y);
 }
 
+}  // namespace
+}  // namespace gather
+
 Tensor gather_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& rows,
     const MaybeTensor& columns, int64_t out_dim) {
+  using namespace gather;
   TORCH_CHECK_VALUE(
       weight.dim() == 2 && x.dim() >= 1 && (out_dim == 0 || out_dim == 1),
       "popc::gather_linear takes x [..., K] and a weight of two dims, not ", x.sizes(), " and ",
@@ -161,6 +178,9 @@ Tensor gather_linear(
   });
   return y;
 }
+
+namespace gather {
+namespace {
 
 Tensor gather_experts(
     const Tensor& x, const Tensor& weight, const Tensor& expert, const Tensor& full,
@@ -230,11 +250,11 @@ Tensor gather_experts(
   return y;
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(popc, CPU, m) {
   m.impl("gather_linear", gather_linear);
   m.impl("gather_experts", gather_experts);
 }
 
+}  // namespace
+}  // namespace gather
 }  // namespace popc

@@ -1,9 +1,12 @@
 // What reads the weights: a dot product per row, and a sum of scaled rows. Both stream each row once
 // for up to `most_tokens` tokens, in float32, by at::vec: AVX-512, AVX2, NEON or portable, as the
 // flags of the build say.
+#pragma once
+
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/core/ScalarType.h>
+#include <c10/macros/Macros.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Unroll.h>
 
@@ -115,12 +118,27 @@ inline float sum(const Lanes& values) {
 // many of this row are read. They come into the second cache, which has more requests under way than
 // the first; past both (as if not needed again) a core has half the bandwidth.
 template <typename T>
-inline void prefetch(const T* next, int64_t at) {
+C10_ALWAYS_INLINE void prefetch(const T* next, int64_t at) {
 #if defined(__GNUC__) || defined(__clang__)
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < step; i += line) __builtin_prefetch(next + at + i, 0, 2);
 #endif
 }
+
+// Rows that are read next, of `size` values: fewer, it may be, than those that are read now.
+template <typename T>
+struct Next {
+  const T* const* rows;
+  int64_t size;
+
+  // Asks for a step of R of them, unless it were past their ends. Always inline: to GCC a function
+  // that does nothing else has no effect, and a call of it may be left out.
+  template <int R>
+  C10_ALWAYS_INLINE void prefetch(int64_t at) const {
+    if (at + step > size) return;
+    for (int r = 0; r < R; ++r) popc::prefetch(rows[r], at);
+  }
+};
 
 // How many rows to read side by side for N tokens: as many sums as the registers hold, for several
 // streams of memory at once, and as each load of x then serves them all.
@@ -132,13 +150,13 @@ constexpr int rows_at_once = lanes == 16 ? (N <= 4 ? 4 : 3) : N <= 2 ? 4 : N <= 
 template <int N, int R>
 inline int64_t dot_bf16(
     const at::BFloat16* x, int64_t width, const at::BFloat16* const* rows,
-    const at::BFloat16* const* next, float (*out)[N]) {
+    Next<at::BFloat16> next, float (*out)[N]) {
   __m512 acc[R][N];
   each<R>([&](auto r) { each<N>([&](auto n) { acc[r][n] = _mm512_setzero_ps(); }); });
   int64_t k = 0;
   for (; k + 32 <= width; k += 32) {
+    next.template prefetch<R>(k);
     each<R>([&](auto r) {
-      prefetch(next[r], k);
       const __m512bh w = (__m512bh)_mm512_loadu_si512(rows[r] + k);
       each<N>([&](auto n) {
         const __m512bh token = (__m512bh)_mm512_loadu_si512(x + n * width + k);
@@ -166,7 +184,7 @@ inline void dot_rest(
 // out[r][n] = x[n] · rows[r]; x is [N, width] as widen() makes it of `stored`.
 template <typename T, int N, int R>
 inline void dot(
-    const float* x, const T* stored, int64_t width, const T* const* rows, const T* const* next,
+    const float* x, const T* stored, int64_t width, const T* const* rows, Next<T> next,
     float (*out)[N]) {
   int64_t k = 0;
   bool done = false;
@@ -183,8 +201,8 @@ inline void dot(
       each<N>([&](auto n) { each<halves>([&](auto h) { acc[r][n][h] = Lanes(0.0f); }); });
     });
     for (; k + step <= width; k += step) {
+      next.template prefetch<R>(k);
       each<R>([&](auto r) {
-        prefetch(next[r], k);
         const auto pair = load_pair(rows[r] + k);
         each<N>([&](auto n) {
           const float* token = x + n * width + k;
@@ -230,7 +248,7 @@ inline std::pair<__m512i, __m512i> interleaved(const at::BFloat16* one, const at
 // Rows two by two, and their scales as bfloat16, which they are: 32 products an instruction.
 template <int N, int R>
 inline int64_t add_scaled_bf16(
-    const at::BFloat16* const* rows, const at::BFloat16* const* next,
+    const at::BFloat16* const* rows, Next<at::BFloat16> next,
     const float (*scale)[most_tokens], int64_t width, float* acc) {
   static_assert(R % 2 == 0);
   constexpr int pairs = R / 2;
@@ -245,9 +263,8 @@ inline int64_t add_scaled_bf16(
   int64_t k = 0;
   for (; k + step <= width; k += step) {
     __m512bh even[pairs], odd[pairs];
+    next.template prefetch<R>(k);
     each<pairs>([&](auto p) {
-      prefetch(next[2 * p], k);
-      prefetch(next[2 * p + 1], k);
       const auto both = interleaved(rows[2 * p] + k, rows[2 * p + 1] + k);
       even[p] = (__m512bh)both.first;
       odd[p] = (__m512bh)both.second;
@@ -284,7 +301,7 @@ inline void add_rest(
 // load_pair.
 template <typename T, int N, int R>
 inline void add_scaled(
-    const T* const* rows, const T* const* next, const float (*scale)[most_tokens], int64_t width,
+    const T* const* rows, Next<T> next, const float (*scale)[most_tokens], int64_t width,
     float* acc) {
   int64_t k = 0;
 #ifdef POPC_ADDS_PAIRS
@@ -294,8 +311,8 @@ inline void add_scaled(
 #endif
   for (; k + step <= width; k += step) {
     Lanes low[R], high[R];
+    next.template prefetch<R>(k);
     each<R>([&](auto r) {
-      prefetch(next[r], k);
       std::tie(low[r], high[r]) = load_pair(rows[r] + k);
     });
     each<N>([&](auto n) {

@@ -5,6 +5,8 @@
 // - by input channel, a sum of scaled rows of the transposed weight ("columns" lists save bytes).
 // A list along the other dim is honoured, but saves nothing.
 
+#pragma once
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,12 +19,12 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "tiles.h"
 
 namespace popc {
-namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
@@ -45,6 +47,20 @@ struct List {
   int64_t operator[](int64_t i) const { return given ? at[i] : i; }
   bool all() const { return !given; }
 };
+
+// `rows` with each channel once, in `kept` if that is not what they are: threads share rows, and no
+// two of them may write to one output.
+inline List without_repeats(const List& rows, int64_t size, std::vector<int64_t>& kept) {
+  if (rows.all()) return rows;
+  std::vector<uint8_t> seen(size);
+  bool repeats = false;
+  for (int64_t i = 0; i < rows.count; ++i) repeats |= std::exchange(seen[rows[i]], 1);
+  if (!repeats) return rows;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (std::exchange(seen[rows[i]], 0)) kept.push_back(rows[i]);
+  }
+  return List(kept.data(), kept.size(), size, "rows");
+}
 
 // One weight as it lies in memory: `lines` lines of `width` values each.
 template <typename T>
@@ -71,7 +87,7 @@ void by_tokens(int64_t tokens, F&& run) {
   }
 }
 
-int64_t threads_for(int64_t lines, int64_t line_bytes) {
+inline int64_t threads_for(int64_t lines, int64_t line_bytes) {
   if (at::in_parallel_region()) return 1;
   const int64_t most = lines * line_bytes / grain_bytes;
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), most));
@@ -111,7 +127,8 @@ int64_t dot_lines(
     if constexpr (is_tiled<T> && R == rows_dotted_tiled) {
       dot_tiles<N>(x.wide.data(), x.pairs.data(), weight.width, lines, next, out);
     } else {
-      dot<T, N, R>(x.wide.data(), x.stored, weight.width, lines, next, out);
+      const Next<T> after{next, weight.width};
+      dot<T, N, R>(x.wide.data(), x.stored, weight.width, lines, after, out);
     }
     for (int r = 0; r < R; ++r) {
       const int64_t row = rows[i + r];
@@ -164,13 +181,13 @@ int64_t add_lines(
     if constexpr (is_tiled<T> && R == rows_added_tiled) {
       add_tiles<N>(rows, next, scale, weight.width, acc);
     } else {
-      add_scaled<T, N, R>(rows, next, scale, weight.width, acc);
+      add_scaled<T, N, R>(rows, Next<T>{next, weight.width}, scale, weight.width, acc);
     }
   }
   return i;
 }
 
-void add(const float* __restrict from, int64_t n, float* __restrict to) {
+inline void add(const float* __restrict from, int64_t n, float* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
@@ -277,14 +294,16 @@ void block(
     kept.assign(tokens * inputs, T(0));
     for (int64_t n = 0; n < tokens; ++n) {
       for (int64_t i = 0; i < columns.count; ++i) {
-        kept[n * inputs + columns[i]] = x[n * inputs + columns[i]];
+        kept[n * inputs + columns[i]] += x[n * inputs + columns[i]];
       }
     }
     stored = kept.data();
   }
   if (weight.by_output) {
     if (!rows.all()) std::fill_n(y, tokens * outputs, T(0));
-    return dots(Tokens<T>(stored, tokens, inputs), weight, rows, bias, y, outputs);
+    std::vector<int64_t> some;
+    const List once = without_repeats(rows, outputs, some);
+    return dots(Tokens<T>(stored, tokens, inputs), weight, once, bias, y, outputs);
   }
   if (rows.all()) return sums(x, inputs, tokens, weight, columns, bias, y);
   std::vector<T> whole(tokens * outputs);
@@ -298,7 +317,7 @@ void block(
 }
 
 // The sizes of x with `outputs` in the last place.
-std::vector<int64_t> output_sizes(const Tensor& x, int64_t outputs) {
+inline std::vector<int64_t> output_sizes(const Tensor& x, int64_t outputs) {
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
   return sizes;
@@ -313,7 +332,7 @@ Lines<T> lines_of(const Tensor& weight, int64_t out_dim) {
   return {weight.const_data_ptr<T>(), weight.stride(across), weight.size(1 - across), by_output};
 }
 
-bool lies_in_lines(const Tensor& weight) {
+inline bool lies_in_lines(const Tensor& weight) {
   const int64_t rank = weight.dim();
   for (int64_t d : {rank - 1, rank - 2}) {
     if (weight.stride(d) == 1 || weight.size(d) == 1) return true;
@@ -321,11 +340,10 @@ bool lies_in_lines(const Tensor& weight) {
   return false;
 }
 
-bool is_served(const Tensor& x, const Tensor& weight) {
+inline bool is_served(const Tensor& x, const Tensor& weight) {
   const auto type = x.scalar_type();
   return weight.device().is_cpu() && lies_in_lines(weight) && weight.scalar_type() == type &&
       is_served_type(type);
 }
 
-}  // namespace
 }  // namespace popc

@@ -1,126 +1,33 @@
-// popc::sum_squares, centers and measure_inputs on CPUs. See popc/ops/measure.py for what they mean.
+// popc::centers and popc::measure_inputs on CPUs. See popc/ops/measure.py for what they mean.
 
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
+#include <vector>
 
+#include "constants.h"
 #include "lines.h"
+#include "tokens.h"
 
-namespace popc {
+namespace popc::statistics {
 namespace {
 
-constexpr int shift = 21;
-constexpr int64_t bins = 1 << 10;
-constexpr double steady = 0.1;
-constexpr double doubt = 4.0;
-constexpr int64_t sample = 128;
-constexpr uint32_t spread = 2654435769;
+using constants::bins;
+using constants::doubt;
+using constants::shift;
+using constants::steady;
+
 constexpr int64_t apart = 4;       // tables of a histogram
 constexpr int64_t in_floats = 64;  // tokens added up in float32 before float64
 
 using Ints = at::vec::Vectorized<int32_t>;
 using Counts = std::array<int32_t, bins + 16>;  // tables are not a page apart
-
-void check_measured(const Tensor& x, const MaybeTensor& valid) {
-  TORCH_CHECK_VALUE(
-      !valid || (valid->scalar_type() == at::kBool && valid->sizes() == x.sizes().slice(0, 2)),
-      "popc: valid must be bool [B, T] for ", x.sizes());
-}
-
-// run(first, last, part) for `parts` shares of the channels, in parallel: no thread adds into
-// another's, and the order of a sum over tokens is always the same.
-template <typename F>
-void in_parts(int64_t width, int64_t parts, F&& run) {
-  const auto edge = [&](int64_t p) {
-    return p == parts ? width : width / lanes * p / parts * lanes;
-  };
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) run(edge(p), edge(p + 1), p);
-  });
-}
-
-int64_t parts_for(int64_t values) {
-  if (at::in_parallel_region()) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), values >> 14));
-}
-
-// The tokens that count, position by position.
-template <typename T>
-struct ValidTokens {
-  std::vector<const T*> rows;
-  std::vector<int64_t> ends;  // of each position: how many rows are of it and of earlier ones
-
-  int64_t size() const { return rows.size(); }
-};
-
-// Those of `sequences` sequences x [B, T, K] that are measured as one: all, or those marked.
-template <typename T>
-ValidTokens<T> valid_tokens(
-    const T* x, int64_t sequences, int64_t tokens, int64_t width, const bool* marks) {
-  ValidTokens<T> found;
-  found.rows.reserve(sequences * tokens);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t at = t; at < sequences * tokens; at += tokens) {
-      if (!marks || marks[at]) found.rows.push_back(x + at * width);
-    }
-    found.ends.push_back(found.size());
-  }
-  return found;
-}
-
-// run(N, t) for each N tokens from t on, then run(1, t) for each of the rest.
-template <int N, typename F>
-void in_blocks(int64_t tokens, F&& run) {
-  int64_t t = 0;
-  for (; t + N <= tokens; t += N) run(std::integral_constant<int, N>(), t);
-  for (; t < tokens; ++t) run(std::integral_constant<int, 1>(), t);
-}
-
-// run(s, tokens) for each of x [B, T, K]'s sequences, or once for all of them.
-template <typename F>
-void by_sequence(const Tensor& x, const MaybeTensor& valid, bool together, F&& run) {
-  const int64_t tokens = x.size(1), width = x.size(2);
-  const int64_t many = together ? 1 : x.size(0), each = together ? x.size(0) : 1;
-  const Tensor given = x.contiguous(), marks = valid ? valid->contiguous() : Tensor();
-  by_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t s = 0; s < many; ++s) {
-      const bool* of = valid ? marks.const_data_ptr<bool>() + s * tokens : nullptr;
-      const T* from = given.const_data_ptr<T>() + s * tokens * width;
-      run(s, valid_tokens(from, each, tokens, width, of));
-    }
-  });
-}
-
-Tensor sum_squares(const Tensor& h, const MaybeTensor& valid) {
-  TORCH_CHECK_VALUE(h.dim() == 3, "popc::sum_squares takes h [B, T, K], not ", h.sizes());
-  check_measured(h, valid);
-  if (!is_served_type(h.scalar_type())) {
-    Tensor squares = h.to(at::kDouble).square();
-    if (valid) squares.masked_fill_(valid->unsqueeze(-1).logical_not(), 0.0);
-    return squares.sum(1);
-  }
-  const int64_t width = h.size(2);
-  Tensor out = at::zeros({h.size(0), width}, h.options().dtype(at::kDouble));
-  by_sequence(h, valid, false, [&](int64_t b, const auto& tokens) {
-    double* to = out.data_ptr<double>() + b * width;
-    const int64_t found = tokens.size();
-    in_parts(width, parts_for(found * width), [&](int64_t first, int64_t last, int64_t) {
-      in_blocks<8>(found, [&](auto many, int64_t t) {
-        for (int64_t i = first; i < last; ++i) {
-          double squares = 0.0;
-          each<decltype(many)::value>([&](auto n) {
-            const double value = static_cast<float>(tokens.rows[t + n][i]);
-            squares += value * value;
-          });
-          to[i] += squares;
-        }
-      });
-    });
-  });
-  return out;
-}
 
 void compute_centers(
     const double* sums, const double* squares, double count, int64_t n, float* to) {
@@ -324,8 +231,8 @@ class Measured {
 // For how many tokens the one with this number counts; 0 where it is not scored.
 int64_t times_of(int64_t number) {
   int64_t every = 1;
-  while (number >= every * sample) every *= 2;
-  const uint64_t turn = static_cast<uint32_t>(number / every) * spread;  // of 2^32
+  while (number >= every * constants::sample) every *= 2;
+  const uint64_t turn = static_cast<uint32_t>(number / every * constants::spread);
   return number % every == static_cast<int64_t>(turn * every >> 32) ? every : 0;
 }
 
@@ -433,9 +340,8 @@ std::tuple<Tensor, Tensor> measure_inputs(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(popc, CPU, m) {
-  m.impl("sum_squares", sum_squares);
   m.impl("centers", centers);
   m.impl("measure_inputs", measure_inputs);
 }
 
-}  // namespace popc
+}  // namespace popc::statistics

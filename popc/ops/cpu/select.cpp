@@ -12,7 +12,7 @@
 
 #include "kernels.h"
 
-namespace popc {
+namespace popc::select {
 namespace {
 
 using at::Tensor;
@@ -114,4 +114,4 @@ Tensor select_units(
 
 TORCH_LIBRARY_IMPL(popc, CPU, m) { m.impl("select_units", select_units); }
 
-}  // namespace popc
+}  // namespace popc::select

@@ -1,11 +1,18 @@
 // popc::threshold_linear and popc::threshold_linears on CPUs. See popc/ops/threshold.py for what
 // they mean.
 
-#include <cmath>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
+#include <cmath>
+#include <vector>
+
+#include "gather.h"
 #include "lines.h"
 
-namespace popc {
+namespace popc::threshold {
 namespace {
 
 // A row of `width` values for each sequence, or one for all; nullptr where there are none. They stand
@@ -249,4 +256,4 @@ TORCH_LIBRARY_IMPL(popc, CPU, m) {
   m.impl("threshold_linears", threshold_linears);
 }
 
-}  // namespace popc
+}  // namespace popc::threshold

@@ -1,8 +1,11 @@
 // What kernels.h does, for several tokens in bfloat16 by AMX, whose tiles hold 16 rows of 64 bytes.
 // With vectors the products of eight tokens take longer than their weights take to be read; with
 // tiles they do not.
+#pragma once
+
 #include <ATen/cpu/Utils.h>
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <tuple>
@@ -62,7 +65,7 @@ class Ahead {
   void at(int64_t k) {
     k += distance;
     from_ = k < end_ ? rows_ : next_;
-    k_ = k < end_ ? k : k - end_;
+    k_ = k < end_ ? k : std::min(k - end_, end_ - step);  // rows may be shorter than the distance
   }
   void prefetch(int r) const { __builtin_prefetch(from_[r] + k_); }
 
