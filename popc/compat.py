@@ -20,6 +20,7 @@ from torch import fx
 from torch._guards import ChainedSource, Source, TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from popc.errors import PopcError
 
@@ -329,6 +330,39 @@ def breaks_since(before: Mapping[str, int]) -> list[str]:
         return []
     new = [reason for reason, count in after.items() if count > before.get(reason, 0)]
     return [reason.strip().splitlines()[0] for reason in new]
+
+
+def record_whole(node: fx.Node, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """``call(*args, **kwargs)`` within a ``make_fx``, recorded as the one node that ``node`` is.
+
+    Private because ``make_fx`` records the ops that a call comes down to, and nothing public the
+    call itself; on tensor subclasses these are ops on tensors that are no inputs of the graph.
+    """
+    from torch.fx.experimental import proxy_tensor
+
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None
+    tracer: Any = mode.tracer
+    proxies = pytree.tree_map(tracer.unwrap_proxy, (tuple(args), dict(kwargs)))
+    proxy = tracer.create_proxy(node.op, node.target, *proxies)
+    proxy.node.meta[_WHOLE] = True
+    with proxy_tensor.disable_proxy_modes_tracing():
+        value = call(*args, **kwargs)
+    return proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+
+def is_whole(node: fx.Node) -> bool:
+    """Whether :func:`record_whole` recorded it."""
+    return _WHOLE in node.meta
+
+
+_WHOLE = "popc_whole"
+
+
+def is_held_by_module(placeholder: fx.Node) -> bool:
+    """Whether an input of a Dynamo graph is a parameter or a buffer of the model. Private because
+    nothing public tells the two from inputs of a call."""
+    return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -43,6 +43,7 @@ _REMEDIES = {
     "costs more": "wider layers: a list costs the same for a long row as for a short one",
     "policy": "another policy for its kind, as in policy=dict(mlp=..., experts=...)",
     "layout": "give the linear a weight of its own, loaded where it runs",
+    "subclass": "plain weights, as before they were quantised or spread over devices",
     "failed": "nothing in the model: it is a fault of popc's. Please report it",
     "vmap": "make masks outside of the model, and hand them to it",
     "traced in pieces": "take the graph break out of the model: TORCH_LOGS=graph_breaks shows it",

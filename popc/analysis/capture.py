@@ -10,14 +10,15 @@ import itertools
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
@@ -43,7 +44,9 @@ def identity(parameter: torch.Tensor) -> int:
 class Captured:
     """An ATen graph and the real parameters behind its inputs.
 
-    ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation.
+    ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation. Of
+    these ``wrapped`` are no plain tensors: quantised, or spread over devices. Of a tensor subclass
+    what reads it is in the graph as the program has it, not as ATen ops: see :class:`_Program`.
     ``runnable`` is False where the graph can be read but not run: values of the trace are in it.
     ``breaks_off``: the model goes on in another graph, as Dynamo broke this one here.
     """
@@ -52,6 +55,7 @@ class Captured:
     parameters: dict[fx.Node, torch.Tensor]
     fake_mode: Any
     runnable: bool = True
+    wrapped: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     breaks_off: bool = False
 
 
@@ -60,7 +64,8 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture
     _intern_traces(gm.graph)
     mode = compat.dynamo_fake_mode()
     fakes = [compat.fakify(mode, value) for value in example_inputs]
-    captured = _trace(gm, fakes, example_inputs, mode)
+    known = map(compat.is_held_by_module, gm.graph.find_nodes(op="placeholder"))
+    captured = _trace(gm, fakes, example_inputs, mode, list(known))
     captured.breaks_off = compat.breaks_off(gm)
     return captured
 
@@ -91,17 +96,22 @@ def capture_module(
     mode = compat.new_fake_mode()
     inputs = [*state.values(), *flat]
     fakes = [compat.fakify(mode, value) for value in inputs]
-    return _trace(Lifted(), fakes, inputs, mode)
+    return _trace(Lifted(), fakes, inputs, mode, [True] * len(names) + [False] * len(flat))
 
 
 def _trace(
-    program: torch.nn.Module, fakes: Sequence[Any], reals: Sequence[Any], mode: Any
+    program: torch.nn.Module,
+    fakes: Sequence[Any],
+    reals: Sequence[Any],
+    mode: Any,
+    held: Sequence[bool],
 ) -> Captured:
+    """``held`` tells for each input whether it is the model's own."""
     # An Interpreter (not the module itself) carries each node's stack trace and module path over.
     if isinstance(program, fx.GraphModule):
 
         def run(*values: Any) -> Any:
-            return fx.Interpreter(program).run(*values)
+            return _Program(program).run(*values)
     else:
 
         def run(*values: Any) -> Any:
@@ -113,17 +123,56 @@ def _trace(
     except Exception as error:
         raise GraphError(f"the graph could not be traced to ATen ops: {error}") from error
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = list(zip(placeholders, reals, held, strict=True))
+    wrapped = {node: real for node, real, own in inputs if _is_wrapped(real, own)}
     parameters: dict[fx.Node, torch.Tensor] = {
-        node: real
-        for node, real in zip(placeholders, reals, strict=True)
-        if isinstance(real, torch.nn.Parameter)
+        node: real for node, real, _ in inputs if isinstance(real, torch.nn.Parameter)
     }
     # What nothing reads must not count against a channel: attention weights averaged in vain, say.
-    gm.graph.eliminate_dead_code()
+    drop_dead(gm.graph)
     _drop_inplace(gm)
     _slim(gm.graph)
-    held = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
-    return Captured(gm, parameters, mode, not any(map(compat.is_trace_only, held)))
+    constants = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
+    runnable = not any(map(compat.is_trace_only, constants))
+    return Captured(gm, parameters | wrapped, mode, runnable, wrapped)
+
+
+class _Program(fx.Interpreter):
+    """Runs a program within a trace, node by node.
+
+    What reads a tensor subclass is recorded as it is: what it comes down to are ops on tensors that
+    the subclass holds within, and those are no inputs of the graph.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if not any(map(is_traceable_wrapper_subclass, pytree.tree_leaves((args, kwargs)))):
+            return super().run_node(n)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+        with set_current_meta(n):
+            return compat.record_whole(n, call, args, kwargs)
+
+
+def _is_wrapped(value: Any, held: bool) -> bool:
+    """Whether an input is a weight that is no plain tensor; ``held``: it is the model's own."""
+    if is_traceable_wrapper_subclass(value):
+        return held or isinstance(value, torch.nn.Parameter)
+    is_parameter = isinstance(value, torch.nn.Parameter)
+    return is_parameter and type(value) is not torch.nn.Parameter
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Drop what nothing reads; of calls on tensor subclasses nothing tells what they write to."""
+
+    def has_effect(node: fx.Node) -> bool:
+        return node.is_impure() or compat.is_whole(node)
+
+    graph.eliminate_dead_code(has_effect)
 
 
 def _slim(graph: fx.Graph) -> None:

@@ -19,6 +19,7 @@ from popc.analysis.rules_join import unview
 from popc.analysis.rules_mix import CONTRACTIONS
 from popc.analysis.tokens import runs_in_one_pass
 from popc.analysis.walk import Walk, shape
+from popc.analysis.wrapped import op_name, refusal, why, wrapped_linears
 from popc.log import logger
 
 aten = torch.ops.aten
@@ -49,6 +50,7 @@ class _Analysis:
         self.linears: list[Linear] = []
         self.leaks: list[fx.Node] = []
         self.caches: set[fx.Node] = set()
+        self.wrapped = wrapped_linears(captured)
         for node in self.graph.nodes:
             self._visit(node)
         self.uses = uses_of_weights(self.linears)
@@ -62,7 +64,7 @@ class _Analysis:
         if node.op == "output":
             self.leaks += [n for n in node.all_input_nodes if walk.of(n) is not None]
             return
-        if node.op != "call_function":
+        if node.op not in ("call_function", "call_method"):
             return
         linear = as_linear(node, walk.captured)
         if linear is not None:
@@ -84,6 +86,8 @@ class _Analysis:
             return
         rule = rule_of(node.target)
         try:
+            if node in self.wrapped:
+                raise Mixes(f"reads them, and {why(self.wrapped[node])}", "subclass")
             if rule is None:
                 raise Mixes("mixes channels, as far as popc knows", "unknown op")
             walk.carried[node] = rule(walk, node)
@@ -91,11 +95,11 @@ class _Analysis:
                 # A product with values sums over the pairs; all else keeps them.
                 if rule not in CONTRACTIONS:
                     walk.scores.add(node)
-            if self._is_mutable(node):
+            if _is_mutable(node):
                 self._write_back(node, node.args[0])
         except Mixes as mixes:
             for held in incoming:
-                walk.flow.spoil(held.labels, f"{node.target} {mixes}", node, mixes.kind)
+                walk.flow.spoil(held.labels, f"{op_name(node)} {mixes}", node, mixes.kind)
         except Exception as error:
             # A form of the op that its rule does not foresee is refused, never guessed at.
             logger.info("%s: %s", node.format_node(), error)
@@ -130,10 +134,6 @@ class _Analysis:
                 walk.flow.spoil(labels, reason, linear.node, "heads")
         self.producers.append(_Side(linear, rows))
         return Carried.over(sizes, y, rows)
-
-    def _is_mutable(self, node: fx.Node) -> bool:
-        schema = getattr(node.target, "_schema", None)
-        return schema is not None and schema.is_mutable
 
     def _write_back(self, node: fx.Node, base: object) -> None:
         """``node`` wrote in place: what ``base`` is a view of holds its labels from now on."""
@@ -220,6 +220,7 @@ class _Analysis:
         for side in self.producers:
             if side.linear.node not in pruned:
                 plan.skipped.append(self._refusal(side))
+        plan.skipped += [refusal(node, kind) for node, kind in self.wrapped.items()]
         return plan
 
     def _marked(self, labels: list[np.ndarray]) -> np.ndarray:
@@ -362,6 +363,11 @@ class _Analysis:
             return Skipped(name, why, op, at, "different values", side.linear)
         why = "its units have different numbers of channels"
         return Skipped(name, why, "", at, "uneven units", side.linear)
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _unsliced(node: fx.Node, kept: set[fx.Node]) -> fx.Node:

@@ -270,7 +270,7 @@ def _evaluate_node(node: fx.Node, held: torch.Tensor, memo: dict[fx.Node, Any]) 
         "aten::baddbmm",
         "aten::einsum",
     )
-    if node.op != "call_function" and not _may_be_padding(held):
+    if node.op == "call_method" or (node.op != "call_function" and not _may_be_padding(held)):
         raise _Unknown
     if node.op != "call_function" or scores:
         if held.dtype.is_floating_point:

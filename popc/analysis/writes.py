@@ -14,13 +14,13 @@ from torch import fx
 def writes_first(node: fx.Node) -> bool:
     """Whether ``node`` writes to its first argument."""
     alias = _first_alias(node)
-    return alias is not None and alias.is_write
+    return _writes_by_name(node) if alias is None else alias.is_write
 
 
 def writes(node: fx.Node) -> bool:
     """Whether ``node`` may write to some argument; what tells nothing of that, as another graph,
     may."""
-    if node.op != "call_function" or node.target is getitem:
+    if node.op not in ("call_function", "call_method") or node.target is getitem:
         return False
     schema = getattr(node.target, "_schema", None)
     return bool(schema.is_mutable) if schema is not None else not _is_symbolic(node)
@@ -34,6 +34,15 @@ def is_written(node: fx.Node) -> bool:
         ):
             return True
     return False
+
+
+def _writes_by_name(node: fx.Node) -> bool:
+    """For what has no schema, as calls on tensor subclasses: ``add_``, ``setitem``, ``iadd``."""
+    if hasattr(node.target, "_schema") or node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target)).strip()
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or name.strip("_") in ("setitem", *(f"i{op}" for op in ("add", "sub", "mul")))
 
 
 def _is_symbolic(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from popc.analysis.capture import Captured
+from popc.analysis.capture import Captured, drop_dead
 
 aten = torch.ops.aten
 
@@ -112,6 +112,6 @@ def finish(captured: Captured) -> None:
     """Drop what the rewrite left dead, check the graph, and make it callable."""
     graph = captured.gm.graph
     # Keeps unused placeholders: the calling convention is not the pass's to change.
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     graph.lint()
     captured.gm.recompile()

@@ -148,7 +148,7 @@ def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> s
     others = [
         node
         for node, other in captured.parameters.items()
-        if other is not held and other.device == held.device
+        if other is not held and other.device == held.device and node not in captured.wrapped
         and other.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
     ]  # fmt: skip
     if others or compat.storage_users(held) > 1:
