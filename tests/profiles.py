@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 T = TypeVar("T")
 
@@ -14,8 +14,14 @@ THOROUGH = bool(os.environ.get("POPC_THOROUGH"))
 
 
 def examples(few: int, many: int) -> settings:
-    """``few`` as CI has it; ``many`` under ``make test-thorough``."""
+    """``few`` as CI has it; ``many`` under ``make test-thorough``.
+
+    Only the thorough run looks for a smaller example where one fails: each try compiles a model, so
+    that takes minutes, and the other run is to say in seconds that something is wrong.
+    """
+    quick = (Phase.explicit, Phase.reuse, Phase.generate)
     return settings(
+        phases=tuple(Phase) if THOROUGH else quick,
         max_examples=many if THOROUGH else few,
         derandomize=not THOROUGH,
         database=None,

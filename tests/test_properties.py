@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import popc
 from popc import testing
@@ -19,7 +20,7 @@ from popc.analysis.regions import find_regions
 from popc.passes.decode import prune_regions
 from popc.passes.packing import Slot
 from popc.policies import Counts
-from popc.testing import Layer, Prompt, Transformer
+from popc.testing import MLP, Attention, Decoding, Layer, Low, Prompt, Transformer
 from tests.passes.checks import checked
 from tests.profiles import examples
 
@@ -47,7 +48,7 @@ def captured_by(front_end: str, module: nn.Module, x: torch.Tensor) -> Captured:
 @st.composite
 def pruned_blocks(draw: st.DrawFn):
     """A block, and which of its units live."""
-    spec = draw(st.one_of(testing.mlps(), testing.decoys()))
+    spec = draw(st.one_of(testing.mlps(low=False), testing.decoys()))
     seed = draw(st.integers(0, 2**16))
     torch.manual_seed(seed)
     module = spec.make(WIDTH).double().eval()
@@ -102,7 +103,7 @@ def test_pruned_block_is_masked_dense(front_end: str, case) -> None:
     assert find_regions(captured).regions == []  # what is pruned is no region again
 
 
-@given(testing.mlps(), st.integers(0, 2**16), st.randoms(use_true_random=False))
+@given(testing.mlps(low=False), st.integers(0, 2**16), st.randoms(use_true_random=False))
 @examples(15, 300)
 def test_a_permutation_of_channels_leaves_the_output(spec, seed: int, shuffle) -> None:
     assume(spec.layout != "interleaved" or not spec.gated)
@@ -155,13 +156,136 @@ def test_sparsity_zero_is_dense(spec: Transformer, prompt: Prompt, policy: str) 
     assert result.masked == 0
 
 
+LOW = Transformer(
+    layers=(
+        Layer(
+            attention=Attention(kv_heads=2, low=(("q", Low()), ("o", Low(rank=3, beside=True)))),
+            block=MLP(channels=12, low=(("up", Low(rank=4, beside=True)), ("down", Low(rank=5)))),
+        ),
+    ),
+    low=(("head", Low(rank=3)),),
+)
+
+
+def test_chains_of_low_rank_are_regions_of_their_own() -> None:
+    """A channel between two linears is a unit like any other, and hides none around it."""
+    torch.compiler.reset()
+    plan = popc.analyze(LOW.make(), (), Prompt((4,)).inputs(LOW.vocabulary))
+    found = {kind: [r.units for r in plan.regions if r.kind == kind] for kind in LOW.units()}
+    assert {kind: sorted(units) for kind, units in found.items()} == {
+        "attention": [2],
+        "mlp": sorted([2, 3, 4, 5, 12, 3]),
+        "experts": [],
+    }
+    assert {kind: sorted(units) for kind, units in LOW.units().items()} == {
+        kind: sorted(units) for kind, units in found.items()
+    }
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("policy", ["pop", "contraction"])
+def test_chains_of_low_rank_are_the_oracle(policy: str, codegen: str) -> None:
+    inputs = Prompt((4,)).inputs(LOW.vocabulary)
+    options = {"policy": policy, "sparsity": 0.5, "candidate": 0.3, "codegen": codegen}
+    result = testing.assert_equivalent(LOW.make(), inputs, steps=2, **options)
+    assert result.decided and result.masked > 0
+
+
+@given(
+    testing.lows("up", "down", "o"), testing.lows("head"), st.sampled_from(["griffin", "staged"])
+)
+@examples(2, 40)
+def test_chains_of_low_rank_run_under_any_policy(low, head, policy: str) -> None:
+    """Of policies that the oracle does not know: with nothing left out they are dense."""
+    layer = Layer(attention=Attention(low=low), block=MLP(channels=12, low=low))
+    spec = Transformer(layers=(layer,), low=head)
+    ids = [torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5]]), torch.tensor([[6]])]
+    for sparsity in (0, 0.5):
+        torch.compiler.reset()
+        model = spec.make()
+        twin = popc.compile(model, policy=policy, sparsity=sparsity, codegen="eager")
+        got, dense = Decoding(model, twin), Decoding(model)
+        for token in ids:
+            error = testing.relative(got(token), dense(token))
+            assert error < (1e-9 if not sparsity or len(token[0]) > 1 else 4)
+
+
+def tokens_of(
+    decoding: Decoding, prompt: torch.Tensor, more: int
+) -> tuple[list[int], torch.Tensor]:
+    """The most likely tokens, and all their logits."""
+    rows, ids = [], prompt
+    for _ in range(more + 1):
+        rows.append(decoding(ids)[:, -1])
+        ids = rows[-1].argmax(-1, keepdim=True)
+    return torch.stack(rows).argmax(-1).flatten().tolist(), torch.stack(rows)
+
+
+PLAIN = Transformer(layers=(Layer(block=MLP(channels=12)), Layer(block=MLP(channels=16))))
+HALF = {"sparsity": 0.5, "candidate": 0.3, "codegen": "eager"}
+
+
+@pytest.mark.parametrize("kind", ["buffers", "tuples"])
+@pytest.mark.parametrize("entry", ["compile", "backend"])
+@given(testing.transformers(), testing.configs(codegen="eager", guards="token"), st.integers(1, 2))
+@example(PLAIN, popc.Config(**HALF, policy="pop"), 1)
+@example(PLAIN, popc.Config(**HALF, policy="contraction"), 1)
+@examples(1, 60)
+def test_where_a_cache_is_kept_changes_nothing(kind, entry, spec, config, batch) -> None:
+    """In buffers of the model, in tuples, or in an object: what is left out is the same."""
+    prompt = Prompt((4,) * batch).ids(spec.vocabulary)
+
+    def run(cache: str) -> torch.Tensor:
+        torch.compiler.reset()
+        model = replace(spec, cache=cache).make()
+        if entry == "compile" or cache == "object":
+            twin = popc.compile(model, config)
+        else:
+            options = {f.name: getattr(config, f.name) for f in fields(config)}
+            twin = torch.compile(model, backend="popc", options=options)
+        return tokens_of(Decoding(model, twin), prompt, 3)[1]
+
+    assert testing.relative(run(kind), run("object")) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["object", "static", "buffers", "tuples"])
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "in pieces"])
+@given(testing.transformers(most=1), testing.configs(codegen="eager"), testing.prompts(sequences=1))
+@examples(1, 40)
+def test_the_same_prompt_gives_the_same_tokens(kind, breaks, spec, config, prompt) -> None:
+    """The tenth time as the first, though calls before taught the compiler which sizes change."""
+    torch.compiler.reset()
+    static = kind == "static"
+    spec = replace(spec, cache="object" if static else kind, breaks=breaks)
+    model, ids = spec.make(), prompt.ids(spec.vocabulary)
+    twin = popc.compile(model, config)
+    first = None
+    for _ in range(10):
+        cache = static_cache(spec, ids) if static else None
+        said, logits = tokens_of(Decoding(model, twin, cache), ids, 4)
+        first = (said, logits) if first is None else first
+        assert said == first[0] and testing.relative(logits, first[1]) < 1e-6
+
+
+def static_cache(spec: Transformer, ids: torch.Tensor) -> StaticCache:
+    attention = spec.layers[0].attention
+    heads = attention.kv_heads * attention.group
+    config = LlamaConfig(
+        hidden_size=heads * attention.size,
+        num_attention_heads=heads,
+        num_key_value_heads=attention.kv_heads,
+        num_hidden_layers=len(spec.layers),
+    )
+    return StaticCache(config=config, max_cache_len=spec.longest)
+
+
 @given(testing.transformers(most=1), testing.prompts(sequences=2), testing.configs())
 @examples(2, 25)
 def test_compiled_is_the_oracle(spec: Transformer, prompt: Prompt, config: popc.Config) -> None:
     testing.assert_equivalent(spec.make(), prompt.inputs(spec.vocabulary), config, steps=2)
 
 
-@given(testing.mlps(), st.floats(0.1, 0.9), st.floats(0, 1), st.integers(0, 2**16))
+@given(testing.mlps(low=False), st.floats(0.1, 0.9), st.floats(0, 1), st.integers(0, 2**16))
 @examples(15, 500)
 def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float, seed: int):
     """The plan's bytes are the rows and columns that the decode graph's lists name."""
@@ -219,13 +343,33 @@ def test_what_is_not_finite_shows_and_is_forgotten(policy: str, value: float) ->
     assert torch.equal(run(twin, [clean, bad - 4]), expected)
 
 
-def machine(policy: str):
+def machine(policy: str, scope: str = "batch"):
     spec = Transformer(layers=(Layer(block=testing.MLP(channels=12, gated=policy == "pop")),))
-    config = popc.Config(policy=policy, sparsity=0.5, candidate=0.3, codegen="eager")
-    made = testing.session_machine(spec.make(), spec.vocabulary, config)
-    made.TestCase.settings = settings(examples(6, 400), stateful_step_count=12)
-    return made.TestCase
+    config = popc.Config(**HALF, policy=policy, scope=scope)
+    return testing.session_machine(spec.make(), spec.vocabulary, config)
 
 
-TestPopSessions = machine("pop")
-TestContractionSessions = machine("contraction")
+def cases(policy: str, scope: str = "batch"):
+    made = machine(policy, scope).TestCase
+    made.settings = settings(examples(6, 400), stateful_step_count=12)
+    return made
+
+
+TestPopSessions = cases("pop")
+TestContractionSessions = cases("contraction")
+TestPopSessionsBySequence = cases("pop", "sequence")
+TestContractionSessionsBySequence = cases("contraction", "sequence")
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("policy", ["pop", "contraction"])
+def test_a_prefix_of_one_row_serves_several(policy: str, scope: str) -> None:
+    """Each goes by what the one row left, and by its own tail from there on."""
+    torch.compiler.reset()
+    steps = machine(policy, scope)()
+    prefix = steps.start(batch=1, length=5, seed=1)
+    several = steps.repeat(held=steps.fork(held=prefix), times=2)
+    steps.decode(held=several, seed=2)
+    steps.turn(held=several, length=3, seed=3)
+    steps.decode(held=several, seed=4)
+    steps.decode(held=prefix, seed=5)

@@ -16,7 +16,8 @@ draw is plain data with ``make()``, and its ``repr`` is the code that makes it.
 
 from __future__ import annotations
 
-from popc.testing.blocks import MLP, Attention, Decoy, MoE
+from popc.testing.blocks import MLP, Attention, Decoy, Low, MoE
+from popc.testing.caches import Decoding
 from popc.testing.equivalence import Equivalence, EquivalenceError, assert_equivalent, relative
 from popc.testing.oracle import masked_dense
 from popc.testing.sessions import session_machine
@@ -25,6 +26,7 @@ from popc.testing.strategies import (
     blocks,
     configs,
     decoys,
+    lows,
     mlps,
     moes,
     prompts,
@@ -35,10 +37,12 @@ from popc.testing.transformer import Layer, Prompt, Transformer
 __all__ = [
     "MLP",
     "Attention",
+    "Decoding",
     "Decoy",
     "Equivalence",
     "EquivalenceError",
     "Layer",
+    "Low",
     "MoE",
     "Prompt",
     "Transformer",
@@ -47,6 +51,7 @@ __all__ = [
     "blocks",
     "configs",
     "decoys",
+    "lows",
     "masked_dense",
     "mlps",
     "moes",

@@ -8,7 +8,7 @@ weights from torch's generator.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,56 @@ class Linear(nn.Module):
 
 
 @dataclass(frozen=True)
+class Low:
+    """Two linears with nothing between them, ``b(a(x))``, of which ``a`` has ``rank`` outputs.
+
+    In the place of a linear, as factors of its SVD; or, ``beside``, added to it times ``scale``, as
+    LoRA does.
+    """
+
+    rank: int = 2
+    beside: bool = False
+    scale: float = 0.5
+
+
+Lows = tuple[tuple[str, Low], ...]  # by the name of the linear
+
+
+class _Chain(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool, given: Low) -> None:
+        super().__init__()
+        self.given = given
+        beside = given.beside
+        self.whole = Linear(inputs, outputs, bias, transposed) if beside else None
+        self.a = Linear(inputs, given.rank, False)
+        self.b = Linear(given.rank, outputs, bias and not beside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y if self.whole is None else self.whole(x) + y * self.given.scale
+
+
+def linear(
+    name: str, low: Lows, inputs: int, outputs: int, bias: bool = False, transposed: bool = False
+) -> nn.Module:
+    """The linear of a block that has this name, with what ``low`` says of it."""
+    given = dict(low).get(name)
+    if given is None:
+        return Linear(inputs, outputs, bias, transposed)
+    return _Chain(inputs, outputs, bias, transposed, given)
+
+
+def ranks(low: Lows, names: Sequence[str]) -> list[int]:
+    """The units of chains: every channel of ``a``'s outputs is one, as ``b`` alone contracts it."""
+    return [given.rank for name, given in low if name in names and given.rank > 1]
+
+
+@dataclass(frozen=True)
 class MLP:
     """``down(act(gate x) * up x)``, or without a gate ``down(act(up x))``.
 
-    ``layout``: gate and up are two linears, halves of one, or its even and odd channels.
+    ``layout``: gate and up are two linears, halves of one, or its even and odd channels. ``low``:
+    what is of low rank, of ``"gate"``, ``"up"`` and ``"down"``.
     """
 
     channels: int = 8
@@ -58,13 +104,15 @@ class MLP:
     layout: str = "split"
     bias: bool = False
     transposed: bool = False
+    low: Lows = ()
 
     def make(self, width: int) -> nn.Module:
         return _MLP(self, width)
 
     def units(self) -> dict[str, list[int]]:
         """How many units an expert would count, for each of its regions by kind."""
-        return {"mlp": [self.channels]}
+        split = self.gated and self.layout == "split"
+        return {"mlp": [self.channels, *ranks(self.low, ["up", "down", *["gate"] * split])]}
 
 
 class _MLP(nn.Module):
@@ -72,10 +120,11 @@ class _MLP(nn.Module):
         super().__init__()
         self.given, f = given, given.channels
         fused = given.gated and given.layout != "split"
-        self.up = Linear(width, 2 * f if fused else f, given.bias, given.transposed)
+        how = given.bias, given.transposed
+        self.up = linear("up", given.low, width, 2 * f if fused else f, *how)
         if given.gated and not fused:
-            self.gate = Linear(width, f, given.bias, given.transposed)
-        self.down = Linear(f, width, given.bias, given.transposed)
+            self.gate = linear("gate", given.low, width, f, *how)
+        self.down = linear("down", given.low, f, width, *how)
 
     def forward(self, x: Tensor) -> Tensor:
         act, up = ACTIVATIONS[self.given.act], self.up(x)
@@ -95,7 +144,8 @@ class Attention:
     """Causal attention of ``kv_heads`` times ``group`` query heads of ``size`` channels each.
 
     ``layout``: q, k and v are three linears, parts of one, or, interleaved, parts of each KV
-    group's part of one. ``written``: softmax written out, not SDPA.
+    group's part of one. ``written``: softmax written out, not SDPA. ``low``: what is of low rank,
+    of ``"q"``, ``"k"``, ``"v"`` or ``"qkv"``, and ``"o"``.
     """
 
     kv_heads: int = 2
@@ -105,26 +155,34 @@ class Attention:
     bias: bool = False
     rotary: bool = False
     written: bool = False
+    low: Lows = ()
 
     def make(self, width: int) -> nn.Module:
         return _Attention(self, width)
 
     def units(self) -> dict[str, list[int]]:
+        names = ["q", "k", "v", "o"] if self.layout == "split" else ["qkv", "o"]
         # A single KV group can't be pruned: no head would be left.
-        return {"attention": [self.kv_heads] if self.kv_heads > 1 else []}
+        heads = [self.kv_heads] if self.kv_heads > 1 else []
+        return {"attention": heads, "mlp": ranks(self.low, names)}
 
 
 class _Attention(nn.Module):
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    qkv: nn.Module
+
     def __init__(self, given: Attention, width: int) -> None:
         super().__init__()
         self.given = given
         kv = given.kv_heads * given.size
         self.sizes = (kv * given.group, kv, kv)
-        if given.layout == "split":
-            self.q, self.k, self.v = (Linear(width, n, given.bias) for n in self.sizes)
-        else:
-            self.qkv = Linear(width, sum(self.sizes), given.bias)
-        self.o = Linear(kv * given.group, width, given.bias)
+        split = given.layout == "split"
+        sizes = zip("qkv", self.sizes, strict=True) if split else [("qkv", sum(self.sizes))]
+        for name, size in sizes:
+            self.add_module(name, linear(name, given.low, width, size, given.bias))
+        self.o = linear("o", given.low, kv * given.group, width, given.bias)
 
     def forward(self, x: Tensor, cache: Any = None, layer: int = 0, mask: Any = None) -> Tensor:
         """``mask`` bool ``[B, 1, T, K]``; causal over ``x`` alone if not given."""

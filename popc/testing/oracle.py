@@ -126,6 +126,13 @@ class MaskedAnywhere(Watched):
         other.squares, other.living = dict(self.squares), dict(self.living)
         return other
 
+    def repeat(self, times: int) -> None:
+        """Each sequence is there so many times now, as one prefix is for several tails."""
+        if self.config.scope == "sequence":
+            for held in (self.squares, self.living):
+                for key, rows in held.items():
+                    held[key] = rows.repeat_interleave(times, 0)
+
     def begin(self, measuring: bool = True, valid: Tensor | None = None, batch: int = 1) -> None:
         """A new forward call.
 

@@ -21,6 +21,7 @@ from popc.testing.oracle import MaskedAnywhere, MaskedInputs
 
 _SEEDS = st.integers(0, 2**16)
 LONGEST = 40  # tokens; a generation that is longer is left alone
+MOST = 6  # sequences, likewise
 
 
 @dataclass
@@ -42,19 +43,22 @@ def session_machine(
 ) -> type[RuleBasedStateMachine]:
     """A hypothesis state machine: ``TestMine = session_machine(...).TestCase``.
 
-    It prefills, decodes, continues, copies, reorders, crops and drops caches in any order, and
-    compares every output with the masked dense model's.
+    It prefills, decodes, continues, copies, repeats, reorders, crops and drops caches in any order,
+    and compares every output with the masked dense model's.
 
     Args:
         model: causal, with ``forward(input_ids, <cache>, use_cache)``, in float64 for clear-cut
             choices. It is compiled once, and shares its weights with the twin.
-        config: ``policy`` ``"pop"`` or ``"contraction"``; ``scope="batch"``.
+        config: ``policy`` ``"pop"`` or ``"contraction"``. Under ``scope="sequence"`` only caches of
+            one sequence are repeated, reordered and cropped: whose row is whose can't be told of
+            others.
         tolerance: relative to an output's largest value.
     """
     keyword = cache_keyword(model.forward)
     dtype = next(model.parameters()).dtype
     allowed = tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     twin: Any = popc.compile(model, config)
+    contracted = config.policy == "contraction" and config.sparsity > 0
     plan = popc.analyze(model, (), {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
 
     class Sessions(RuleBasedStateMachine):
@@ -84,21 +88,36 @@ def session_machine(
                 held.batch,
             )
 
+        @rule(target=generations, held=consumes(generations), times=st.integers(1, 3))
+        def repeat(self, held: Generation, times: int) -> Generation:
+            """A prefix that several tails share."""
+            if self.movable(held) and held.batch * times <= MOST:
+                for cache in (held.cache, held.dense_cache):
+                    cache.batch_repeat_interleave(times)
+                held.units.repeat(times)
+                held.batch *= times
+            return held
+
         @rule(held=generations, seed=_SEEDS)
         def reorder(self, held: Generation, seed: int) -> None:
+            if not self.movable(held):
+                return
             order = torch.randperm(held.batch, generator=torch.Generator().manual_seed(seed))
             for cache in (held.cache, held.dense_cache):
                 cache.reorder_cache(order)
 
         @rule(held=generations, left=st.integers(1, LONGEST))
         def crop(self, held: Generation, left: int) -> None:
-            if left < held.length:
+            if left < held.length and self.movable(held):
                 for cache in (held.cache, held.dense_cache):
                     cache.crop(left - held.length)
 
         @rule(held=consumes(generations))
         def drop(self, held: Generation) -> None:
             del held
+
+        def movable(self, held: Generation) -> bool:
+            return config.scope == "batch" or held.batch == 1
 
         def call(self, held: Generation, length: int, seed: int) -> None:
             if held.length + length > LONGEST:
@@ -107,6 +126,8 @@ def session_machine(
             ids = torch.randint(1, vocabulary, (held.batch, length), generator=made)
             got = self.run(twin, held.cache, ids)
             session = state.of_cache(held.cache) or state.Session()
+            # A prompt came before, so what is decoded is contracted.
+            assert length > 1 or not contracted or session.thresholds
             inputs = MaskedInputs(model, plan, session.thresholds, session.centers)
             inputs.decoding = length == 1
             held.units.begin(length > 1, batch=held.batch)

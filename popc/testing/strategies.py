@@ -7,12 +7,30 @@ from typing import Any
 from hypothesis import strategies as st
 
 from popc.config import Config
-from popc.testing.blocks import ACTIVATIONS, DECOYS, LAYOUTS, MLP, Attention, Decoy, MoE
+from popc.testing.blocks import ACTIVATIONS, DECOYS, LAYOUTS, MLP, Attention, Decoy, Low, MoE
 from popc.testing.transformer import RESIDUALS, Layer, Prompt, Transformer
 
 
-def mlps() -> st.SearchStrategy[MLP]:
-    """Gated and plain, of 2 to 24 channels, with projections split, fused or interleaved."""
+def lows(*names: str) -> st.SearchStrategy[Any]:
+    """Chains of two linears in place of some of the linears of these names, or beside them; or
+    none, as most weights are of full rank."""
+    chains = st.builds(
+        Low,
+        rank=st.integers(1, 6),
+        beside=st.booleans(),
+        scale=st.sampled_from([0.5, 1.0, 2.0]),
+    )
+    pairs = st.lists(
+        st.tuples(st.sampled_from(names), chains), unique_by=lambda pair: pair[0], max_size=3
+    )
+    return st.just(()) | pairs.map(tuple)
+
+
+def mlps(low: bool = True) -> st.SearchStrategy[MLP]:
+    """Gated and plain, of 2 to 24 channels, with projections split, fused or interleaved.
+
+    ``low``: some with chains of low rank, which are regions of their own.
+    """
     return st.builds(
         MLP,
         channels=st.integers(2, 24),
@@ -21,6 +39,7 @@ def mlps() -> st.SearchStrategy[MLP]:
         layout=st.sampled_from(LAYOUTS),
         bias=st.booleans(),
         transposed=st.booleans(),
+        low=lows("gate", "up", "down") if low else st.just(()),
     )
 
 
@@ -35,6 +54,7 @@ def attentions() -> st.SearchStrategy[Attention]:
         bias=st.booleans(),
         rotary=st.booleans(),
         written=st.booleans(),
+        low=lows("q", "k", "v", "qkv", "o"),
     )
 
 
@@ -59,9 +79,14 @@ def blocks() -> st.SearchStrategy[Any]:
 
 
 def transformers(
-    dtypes: tuple[str, ...] = ("float64",), most: int = 2
+    dtypes: tuple[str, ...] = ("float64",),
+    most: int = 2,
+    caches: tuple[str, ...] = ("object",),
 ) -> st.SearchStrategy[Transformer]:
-    """One to ``most`` layers of any of these, tied or not, with norms anywhere."""
+    """One to ``most`` layers of any of these, tied or not, with norms anywhere.
+
+    ``caches``: where keys and values may be kept, of :data:`popc.testing.caches.CACHES`.
+    """
     layers = st.builds(
         Layer,
         attention=attentions(),
@@ -75,6 +100,8 @@ def transformers(
         width=st.sampled_from([8, 12, 16]),
         vocabulary=st.integers(5, 40),
         tied=st.booleans(),
+        low=lows("head"),
+        cache=st.sampled_from(caches),
         dtype=st.sampled_from(dtypes),
         seed=st.integers(0, 2**16),
     )

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from popc.testing.blocks import KINDS, Attention, Block, Linear
+from popc.testing.blocks import KINDS, Attention, Block, Linear, Lows, linear, ranks
+from popc.testing.caches import Buffers, InBuffers, InTuples, Pairs
 
 RESIDUALS = ("pre", "post", "parallel")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -32,6 +33,14 @@ class Transformer:
 
     Its ``forward(input_ids, attention_mask, cache, use_cache)`` is as transformers has it. The
     default dtype leaves no doubt which of two scores is larger.
+
+    Attributes:
+        cache: where keys and values are kept: in an ``"object"`` of the caller's; in ``"buffers"``
+            of ``longest`` tokens, which ``setup(batch)`` empties, with ``forward(input_ids,
+            positions)``; or in ``"tuples"``, with ``forward(input_ids, past)``. See
+            :class:`Decoding`, which calls any of them.
+        low: what is of low rank, of ``"head"``.
+        breaks: whether the trace ends before each layer.
     """
 
     layers: tuple[Layer, ...] = (Layer(),)
@@ -40,11 +49,15 @@ class Transformer:
     tied: bool = False
     dtype: str = "float64"
     seed: int = 0
+    low: Lows = ()
+    cache: str = "object"
+    longest: int = 16
+    breaks: bool = False
 
     def make(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return _Transformer(self).to(DTYPES[self.dtype]).eval()
+            return _MODELS[self.cache](self).to(DTYPES[self.dtype]).eval()
 
     def units(self) -> dict[str, list[int]]:
         """How many units an expert would count, for each region by kind."""
@@ -53,6 +66,7 @@ class Transformer:
             found = [layer.attention.units(), {} if layer.block is None else layer.block.units()]
             for kind in counted:
                 counted[kind] += [units for held in found for units in held.get(kind, [])]
+        counted["mlp"] += ranks(self.low, ["head"])
         return counted
 
 
@@ -69,10 +83,21 @@ class _Transformer(nn.Module):
         self.popc_spec = given
         self.embedding = nn.Embedding(given.vocabulary, given.width)
         self.layers = nn.ModuleList(_Layer(layer, given.width) for layer in given.layers)
-        self.head = Linear(given.width, given.vocabulary, False)
-        if given.tied:
+        self.head = linear("head", given.low, given.width, given.vocabulary)
+        if given.tied and isinstance(self.head, Linear):
             self.embedding.weight = self.head.weight
 
+    def run(self, input_ids: Tensor, cache: Any, mask: Tensor) -> Tensor:
+        """Logits."""
+        x = self.embedding(input_ids)
+        for number, layer in enumerate(self.layers):
+            if self.popc_spec.breaks:
+                torch._dynamo.graph_break()
+            x = layer(x, cache, number, mask)
+        return self.head(_normed(x, "rms"))
+
+
+class _WithObject(_Transformer):
     def forward(
         self,
         input_ids: Tensor,
@@ -82,11 +107,46 @@ class _Transformer(nn.Module):
     ) -> Output:
         if use_cache and cache is None:
             cache = DynamicCache()
-        x = self.embedding(input_ids)
-        mask = _mask(x, 0 if cache is None else cache.get_seq_length(), attention_mask)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, cache, number, mask)
-        return Output(self.head(_normed(x, "rms")), cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        # A static cache gives keys for all the tokens that it has room for.
+        static: Any = cache if isinstance(cache, StaticCache) else None
+        total = None if static is None else static.layers[0].max_cache_len
+        mask = _mask(input_ids, past, attention_mask, total)
+        return Output(self.run(input_ids, cache, mask), cache)
+
+
+class _WithBuffers(_Transformer):
+    def __init__(self, given: Transformer) -> None:
+        super().__init__(given)
+        self.setup(1)
+
+    def setup(self, batch: int) -> None:
+        """Empty the cache; new buffers only for another batch size, as static ones stay."""
+        given, held = self.popc_spec, getattr(self, "kept", None)
+        if held is not None and held.k0.shape[0] == batch:
+            held.reset()
+            return
+        sizes = [(layer.attention.kv_heads, layer.attention.size) for layer in given.layers]
+        self.kept = Buffers(sizes, batch, given.longest).to(self.embedding.weight.dtype)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Output:
+        keys = torch.arange(self.popc_spec.longest, device=positions.device)
+        mask = (keys <= positions[:, None])[None, None]
+        return Output(self.run(input_ids, InBuffers(self.kept, positions), mask), None)
+
+
+class _WithTuples(_Transformer):
+    def forward(self, input_ids: Tensor, past: Pairs | None = None) -> Output:
+        cache = InTuples(past)
+        mask = _mask(input_ids, cache.get_seq_length(), None)
+        return Output(self.run(input_ids, cache, mask), tuple(cache.now))
+
+
+_MODELS: dict[str, type[_Transformer]] = {
+    "object": _WithObject,
+    "buffers": _WithBuffers,
+    "tuples": _WithTuples,
+}
 
 
 class _Layer(nn.Module):
@@ -118,15 +178,16 @@ def _normed(x: Tensor, norm: str) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _mask(x: Tensor, past: Any, attention_mask: Tensor | None) -> Tensor:
+def _mask(ids: Tensor, past: Any, attention_mask: Tensor | None, total: Any = None) -> Tensor:
     """Bool ``[B, 1, T, K]``: causal, and padding is seen by none."""
-    length = x.shape[1]
-    at = torch.arange(length, device=x.device) + past
-    total = length + past
-    keys = torch.arange(total, device=x.device)
+    length = ids.shape[1]
+    at = torch.arange(length, device=ids.device) + past
+    total = length + past if total is None else total
+    keys = torch.arange(total, device=ids.device)
     mask = keys <= at[:, None]
     if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None].bool()
+        held = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
+        mask = mask & held[:, None, None].bool()
     else:
         mask = mask[None, None]
     return mask
