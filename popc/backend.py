@@ -19,6 +19,7 @@ from popc import compat, version
 from popc.analysis.capture import Captured, capture_dynamo
 from popc.analysis.cost import saves
 from popc.analysis.inputs import Inputs, find_inputs
+from popc.analysis.linears import all_linears
 from popc.analysis.plan import Plan, Region, Skipped
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
@@ -155,7 +156,7 @@ class _Job:
         rewritten = _laid_out(captured, plan, config)
         if rewritten is None:
             return None
-        work = run_pass("choose work", _work, *rewritten, config, self.measure_only)
+        work = run_pass("choose work", _work, captured, *rewritten, config, self.measure_only)
         logger.info(
             "%d regions and %d inputs of linears: %d pruned here, %d measured; %d refusals",
             len(plan.regions),
@@ -317,13 +318,21 @@ def prunable(region: Region, config: Config) -> bool:
 
 
 def _work(
-    regions: Sequence[Region], inputs: Sequence[Inputs], config: Config, measure_only: bool
+    captured: Captured,
+    regions: Sequence[Region],
+    inputs: Sequence[Inputs],
+    config: Config,
+    measure_only: bool,
 ) -> Work:
     """What to measure in a graph, and what to prune."""
     single: dict[Any, bool | None] = {r: is_one_token(r.hidden) for r in regions}
     single |= {group: is_one_token(group.x) for group in inputs}
-    # Where rows can't be told apart, they are of the tokens that the others are of.
-    default = any(single.values())
+    # Where rows can't be told apart, they are of the tokens that the others are of; where none of
+    # these can, as with stacked experts alone, of those of the graph's other linears.
+    told: Collection[bool | None] = single.values()
+    if all(one is None for one in told):
+        told = [is_one_token(linear.x) for linear in all_linears(captured)]
+    default = any(told)
 
     def prunes(owner: Region | Inputs) -> bool:
         one = single[owner]

@@ -20,7 +20,7 @@ from popc.analysis.regions import find_regions
 from popc.passes.decode import prune_regions
 from popc.passes.packing import Slot
 from popc.policies import Counts
-from popc.testing import MLP, Attention, Decoding, Layer, Low, Prompt, Transformer
+from popc.testing import MLP, Attention, Decoding, Layer, Low, MoE, Prompt, Transformer
 from tests.passes.checks import checked
 from tests.profiles import examples
 
@@ -373,3 +373,12 @@ def test_a_prefix_of_one_row_serves_several(policy: str, scope: str) -> None:
     steps.turn(held=several, length=3, seed=3)
     steps.decode(held=several, seed=4)
     steps.decode(held=prefix, seed=5)
+
+
+def test_stacked_experts_are_pruned_where_nothing_else_is() -> None:
+    """Their rows tell no token from a sequence: the graph's other linears do."""
+    block = MoE(experts=3, top=2, channels=8, picked=False)
+    model = Transformer(layers=(Layer(Attention(kv_heads=1), block),)).make()
+    ids = Prompt((5, 5)).ids(17)
+    options = {"policy": "pop", "sparsity": 0.5, "targets": ("experts",), "codegen": "eager"}
+    assert testing.assert_equivalent(model, ids, **options).masked

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.linears import Linear, as_linear, uses_of_weights
+from popc.analysis.linears import Linear, all_linears, uses_of_weights
 from popc.analysis.places import common, source_of, where
 from popc.analysis.plan import Region
 from popc.analysis.walk import shape
@@ -87,8 +87,7 @@ def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
             kinds.setdefault(linear.node, region.kind)
             if region.one_pass:
                 once.add(linear.node)
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    linears = list(filter(None, (as_linear(node, captured) for node in nodes)))
+    linears = all_linears(captured)
     inner = depends_on(graph, [linear.node for linear in linears])
     groups: dict[tuple[fx.Node, str], list[Linear]] = {}
     for linear in linears:

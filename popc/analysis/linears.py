@@ -165,6 +165,12 @@ def uses_of_weights(linears: Iterable[Linear]) -> dict[fx.Node, int]:
     return uses
 
 
+def all_linears(captured: Captured) -> list[Linear]:
+    """Every linear of a graph, in its order."""
+    nodes = [node for node in captured.gm.graph.nodes if node.op == "call_function"]
+    return list(filter(None, (as_linear(node, captured) for node in nodes)))
+
+
 def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:
     x, stored = node.args[form.x], node.args[form.weight]
     bias = node.args[form.bias] if form.bias is not None and len(node.args) > form.bias else None
