@@ -18,7 +18,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from popc.text import wikipedia_articles
+from popc.tools.text import wikipedia_articles
 
 HELD_OUT = 40  # articles, of which popc eval takes the first
 LENGTH = 256  # tokens

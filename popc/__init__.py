@@ -11,8 +11,8 @@ from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError, PopcWarning
 from popc.policies import Policy
 from popc.policies import register as register_policy
-from popc.report import Explanation, explain
-from popc.state import prefill
+from popc.report.explain import Explanation, explain
+from popc.runtime.sessions import prefill
 from popc.version import __version__
 
 __all__ = [

@@ -10,13 +10,13 @@ from torch import fx
 
 from popc import compat
 from popc.analysis.capture import Captured, capture_dynamo, capture_module
-from popc.analysis.inputs import find_inputs
+from popc.analysis.input_groups import find_inputs
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
-from popc.compiled import Compiled, dense
+from popc.compiled_model import Compiled, dense
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
-from popc.templates import InputsTemplate, Template
+from popc.runtime.binding import InputsTemplate, Template
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

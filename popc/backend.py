@@ -17,26 +17,26 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat, version
 from popc.analysis.capture import Captured, capture_dynamo
-from popc.analysis.cost import saves
-from popc.analysis.inputs import Inputs, find_inputs
+from popc.analysis.input_groups import Inputs, find_inputs
 from popc.analysis.linears import all_linears
+from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.propagation import shape
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
-from popc.analysis.walk import shape
-from popc.analysis.writes import is_written
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, PassError, PopcWarning
 from popc.log import log_graph, logger
 from popc.passes.base import run_pass
+from popc.passes.dense.pipeline import quicken
 from popc.passes.experts import can_flatten
-from popc.passes.layout import lay_out
 from popc.passes.pack import has_kernel
 from popc.passes.packing import slot_of
-from popc.passes.quicken import quicken
-from popc.resolve import resolve
-from popc.runtime import Compiled, CompiledGraph, Work
-from popc.watch import Interpreted
+from popc.passes.weight_layout import lay_out
+from popc.planning.budget_solver import resolve
+from popc.planning.cost import saves
+from popc.runtime.compiled_graph import Compiled, CompiledGraph, Work
+from popc.runtime.interpreter import Interpreted
 
 
 def popc_backend(

@@ -23,16 +23,16 @@ from popc import policies as known
 from popc.bench import Settings, decode_rates
 from popc.bench.models import SHAPES, default_dtype
 from popc.bench.settings import DTYPES
-from popc.drift import measure
 from popc.errors import PopcError
-from popc.evaluate import evaluate
-from popc.files import write_whole
-from popc.frontier import Figures
-from popc.frontier import report as frontier_report
 from popc.models import DEFAULT, load_model
-from popc.report import Explanation
-from popc.resolve import resolve
-from popc.tasks import TASKS, perform, tasks_of
+from popc.planning.budget_solver import resolve
+from popc.report.explain import Explanation
+from popc.report.pareto import Figures
+from popc.report.pareto import report as frontier_report
+from popc.report.stability import measure
+from popc.tools.evaluate import evaluate
+from popc.tools.files import write_whole
+from popc.tools.tasks import TASKS, perform, tasks_of
 
 app = typer.Typer(
     help="Decode faster without retraining.", no_args_is_help=True, add_completion=False
@@ -152,7 +152,7 @@ def report(
     dtype: Dtype = "float32",
 ) -> None:
     """Write a page: quality and speed against bytes, and what partitions of MODEL become."""
-    from popc import text
+    from popc.tools import text
 
     with _errors():
         config = popc.Config(sparsity=sparsity, candidate=candidate)
@@ -210,7 +210,7 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Perplexity and agreement with dense, in real compiled decode over Wikipedia text."""
-    from popc import text
+    from popc.tools import text
 
     with _errors():
         options = {"sparsity": sparsity, "candidate": candidate, "bytes": bytes, "mass": mass}
@@ -338,7 +338,7 @@ def _config(policy: str, targets: str | None, **options: Any) -> popc.Config:
 
 def _compile(loaded: Any, config: popc.Config, tokenizer: Any, count: int, skip: int = 0) -> Any:
     """The twin; ``count`` windows of text, after ``skip`` others, are shown to it if need be."""
-    from popc import text
+    from popc.tools import text
 
     if not config.calibrated:
         return popc.compile(loaded, config)

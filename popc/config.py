@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from popc import policies
-from popc.budget import LEAST, Budget
 from popc.errors import ConfigError
+from popc.planning.allocation import LEAST, Budget
 from popc.policies import Contraction, Counts, Dense, Policy
 
 TARGETS = ("mlp", "attention", "experts", "other", "head")

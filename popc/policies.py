@@ -71,7 +71,7 @@ class Policy:
         """The value whose squares are summed over the prompt's tokens, made of h ``[..., K]``.
 
         Args:
-            emit: a :class:`popc.passes.emit.Emitter`; ``emit.call(op, ...)`` adds a node.
+            emit: a :class:`popc.passes.builder.Emitter`; ``emit.call(op, ...)`` adds a node.
             h: the node of what the consumers read.
         """
         return h
@@ -228,8 +228,9 @@ class Contraction(Policy):
     The score ``|x_c - mean_c| · ‖W[:, c]‖`` is Wanda's (arXiv 2306.11695), on single tokens;
     thresholds are TEAL's idea (arXiv 2408.14690), and what is not read counts as its mean, SCAP's
     (arXiv 2412.07174); but both are taken from the prompt: no calibration. It has no units: see
-    ``popc/passes/contract.py`` and, for how a budget becomes thresholds, ``popc/budget.py``.
-    Experts, and encoders, whose one pass reads all weights anyway, are pruned by POP under it.
+    ``popc/passes/threshold_inputs.py`` and, for how a budget becomes thresholds,
+    ``popc/planning/allocation.py``. Experts, and encoders, whose one pass reads all weights
+    anyway, are pruned by POP under it.
     """
 
     name = "contraction"

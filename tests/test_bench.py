@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import popc
 from popc import cli
-from popc.analysis.cost import region_cost
 from popc.bench import Result, Run, Settings, command, extras, ffn, results
 from popc.bench.cold import cold_start, start
 from popc.bench.machine import Machine, copy_bandwidth, last_level_cache, machine, versions
@@ -24,7 +23,8 @@ from popc.bench.models import SHAPES, build, random_model
 from popc.bench.reads import channels_read
 from popc.bench.show import plot
 from popc.errors import ModelError
-from popc.state import Session
+from popc.planning.cost import region_cost
+from popc.runtime.sessions import Session
 from tests.models import tiny_llama
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -67,7 +67,7 @@ def result(settings: Settings) -> Result:
 
 
 def lists(regions: int, live: int, active: int, shape: tuple[int, int]) -> int:
-    """Bytes of popc's lists for gated MLPs of a shape, as popc.analysis.cost counts them."""
+    """Bytes of popc's lists for gated MLPs of a shape, as popc.planning.cost counts them."""
     d, f = shape
     module = ffn.Block(ffn.Shape(d, f)).eval()
     plan = popc.analyze(module, (torch.randn(1, 1, d),))

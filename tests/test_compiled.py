@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 import popc
-from popc import state
+from popc.runtime import sessions
 from popc.testing.oracle import MaskedAnywhere
 from tests.models import CACHE, Gated, tiny_llama
 from tests.oracle import relative
@@ -452,8 +452,8 @@ class Pieces(nn.Module):
 def test_what_no_prompt_measured_is_dense_and_the_rest_is_pruned() -> None:
     model, x = Pieces().eval(), torch.randn(1, 9, 16)
     options = {"policy": "pop", "sparsity": 0.5, "codegen": "eager"}
-    compiled, session = torch.compile(model, backend="popc", options=options), state.Session()
-    with state.use(session):
+    compiled, session = torch.compile(model, backend="popc", options=options), sessions.Session()
+    with sessions.use(session):
         torch.testing.assert_close(compiled(x), model(x))
         with pytest.warns(popc.PopcWarning, match="1 of 3 regions"):
             got = compiled(x[:, :1])

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
 
 import popc
-from popc import state
 from popc.models import cache_keyword
 from popc.ops import (
     native,
 )
+from popc.runtime import sessions
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
@@ -91,7 +91,7 @@ def decoded(model: nn.Module, ids: Tensor, prompt: int, cache: object) -> Tensor
     return torch.cat(logits, 1)
 
 
-def thresholds_of(session: state.Session) -> Tensor:
+def thresholds_of(session: sessions.Session) -> Tensor:
     """Of the first decode graph; a later one, with a symbolic length, has the same."""
     first, *rest = (limits.thresholds for limits in session._limits.values())
     assert all(torch.equal(first, limits) for limits in rest)
@@ -106,7 +106,7 @@ def test_is_the_oracle(codegen: str, scope: str) -> None:
     twin = popc.compile(model, **{**EAGER, "codegen": codegen, "scope": scope})
     cache = DynamicCache()
     got = decoded(twin, ids, 16, cache)
-    session = state.of_cache(cache)
+    session = sessions.of_cache(cache)
     limits = thresholds_of(session)
     assert limits.shape == (8, 1 if scope == "batch" else 2)
     masked = MaskedInputs(oracle, limits)
@@ -167,7 +167,7 @@ def test_budget_is_met_on_the_prompt() -> None:
         ids_twice = torch.cat((ids, ids), 1)
         decoded(twin, ids_twice, 64, cache)
         plan = popc.analyze(model)
-        read = plan.read_share(twin.popc_config, state.of_cache(cache).reads)
+        read = plan.read_share(twin.popc_config, sessions.of_cache(cache).reads)
         assert read == pytest.approx(share, abs=0.06)
         planned = popc.Config(sparsity=1 - share)
         assert plan.read_share(planned) == pytest.approx(share)
@@ -181,7 +181,7 @@ def test_elastic_reads_what_mass_needs() -> None:
         twin = popc.compile(model, codegen="eager", count=True, **options)
         cache = DynamicCache()
         decoded(twin, ids, 24, cache)
-        reads = state.of_cache(cache).reads
+        reads = sessions.of_cache(cache).reads
         shares.append(popc.analyze(model).read_share(twin.popc_config, reads))
     assert shares[0] < shares[1] < shares[2] <= 1
     with pytest.raises(popc.ConfigError, match="budget='elastic'"):
@@ -220,7 +220,7 @@ def test_policies_by_kind() -> None:
     cache = DynamicCache()
     decoded(twin, tokens(), 16, cache)
     assert {group.kind for group in twin.popc_plan.inputs} == {"attention"}
-    session = state.of_cache(cache)
+    session = sessions.of_cache(cache)
     for region in twin.popc_plan.regions:
         measured = session.statistics(region.key, "batch") is not None
         assert measured == (region.kind == "mlp")
@@ -290,8 +290,8 @@ def test_one_token_measures_nothing_after_a_prompt() -> None:
     model = SplitsOtherwise().eval()
     options = {"sparsity": 0.5, "codegen": "eager"}
     twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
-    x, session = torch.randn(1, 20, 32), state.Session()
-    with torch.no_grad(), state.use(session):
+    x, session = torch.randn(1, 20, 32), sessions.Session()
+    with torch.no_grad(), sessions.use(session):
         twin(x[:, :16])
         measured = dict(session._histograms)
         with pytest.warns(popc.PopcWarning, match=r"2 of 3 inputs of linears.*splits the model"):
@@ -316,6 +316,6 @@ def test_the_first_token_is_a_prompt() -> None:
     options = {"sparsity": 0.5, "codegen": "eager"}
     twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
     x = torch.randn(1, 2, 32)
-    with torch.no_grad(), state.use(state.Session()):
+    with torch.no_grad(), sessions.use(sessions.Session()):
         assert relative(twin(x[:, :1]), model(x[:, :1])) < 1e-5
         assert relative(twin(x[:, 1:]), model(x[:, 1:])) > 1e-3

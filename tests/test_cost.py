@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import popc
-from popc.analysis import cost
 from popc.analysis.capture import capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.heads import share_heads
+from popc.passes.dense.fold_repeat_kv import share_heads
+from popc.planning import cost
 from tests.forms import ATTENTIONS, D, Experts, heads, merged
 from tests.models import CACHE, Gated, Plain, tiny_llama
 

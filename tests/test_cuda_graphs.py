@@ -25,7 +25,8 @@ from torch._inductor.compile_fx import compile_fx
 from transformers import StaticCache
 
 import popc
-from popc import compat, state
+from popc import compat
+from popc.runtime import sessions
 from tests.models import CACHE, tiny_llama
 
 OPTIONS = {"sparsity": 0.4, "inductor": {"triton.cudagraphs": True}}
@@ -99,7 +100,7 @@ def test_a_step_does_not_read_the_caches_length(monkeypatch: pytest.MonkeyPatch)
     twin(prompt(8), **called)
     twin(prompt(1), **called)
     twin(prompt(1), **called)
-    first = state.of_cache(cache)
+    first = sessions.of_cache(cache)
     reads: list[Tensor] = []
 
     def read(tensor: Tensor) -> int:
@@ -110,16 +111,16 @@ def test_a_step_does_not_read_the_caches_length(monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         twin(prompt(1), **called)
     assert not reads
-    assert state.of_cache(cache) is first
+    assert sessions.of_cache(cache) is first
     # Whoever empties it writes to its length; a prompt of one token then has a session of its own.
     cache.reset()
     twin(prompt(1), **called)
     assert len(reads) == 1
-    second = state.of_cache(cache)
+    second = sessions.of_cache(cache)
     assert second is not first
     cache.reset()
     twin(prompt(8, seed=1), **called)
-    assert state.of_cache(cache) not in (first, second)
+    assert sessions.of_cache(cache) not in (first, second)
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def test_a_call_that_leaves_the_cache_empty_tells_nothing() -> None:
     sessions = []
     for writes in (False, False, True, True, False, True):
         twin(x, cache, writes)
-        sessions.append(state.of_cache(cache))
+        sessions.append(sessions.of_cache(cache))
     assert len({id(session) for session in sessions[:3]}) == 3
     assert all(session is sessions[2] for session in sessions[3:])
 

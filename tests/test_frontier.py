@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import popc
 from popc import cli
-from popc.drift import Drift, Reads, RegionDrift, measure
-from popc.frontier import Figures, report
+from popc.report.pareto import Figures, report
+from popc.report.stability import Drift, Reads, RegionDrift, measure
 from tests.models import tiny_llama
 
 CONFIG = popc.Config(sparsity=0.5, candidate=0.2, codegen="eager")
@@ -132,7 +132,9 @@ def test_partitions_and_their_drift() -> None:
 
 def test_a_text_like_its_prompt_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = ids(16)
-    monkeypatch.setattr("popc.drift._generated", lambda twin, given, tokens: prompt.repeat(1, 2))
+    monkeypatch.setattr(
+        "popc.report.stability._generated", lambda twin, given, tokens: prompt.repeat(1, 2)
+    )
     drift = measure(tiny_llama(), prompt, CONFIG, tokens=32, chunk=16)
     assert all(region.overlap == (1.0, 1.0) for region in drift.regions)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import popc
-from popc import state
+from popc.runtime import sessions
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 from tests.profiles import few
@@ -34,7 +34,7 @@ def prompt(length: int = 9, batch: int = 1, seed: int = 3) -> Tensor:
 
 def index_of(cache: object) -> Tensor:
     """The packed channel lists of a cache's partition, after a decoded token."""
-    (partition,) = state.of_cache(cache)._partitions.values()
+    (partition,) = sessions.of_cache(cache)._partitions.values()
     return partition.index
 
 
@@ -144,13 +144,13 @@ def test_a_later_turn_adds_to_the_statistics() -> None:
     with torch.no_grad():
         run = Stepper(twin, ids[:, :8])
         run.step()
-        session = state.of_cache(run.cache)
+        session = sessions.of_cache(run.cache)
         key = next(r.key for r in twin.popc_plan.regions if r.kind == "mlp")
         first, before = index_of(run.cache), session.statistics(key, "batch").clone()
         run.feed(ids[:, 8:])
         run.step()
     after = session.statistics(key, "batch")
-    assert state.of_cache(run.cache) is session
+    assert sessions.of_cache(run.cache) is session
     assert (after >= before).all()
     assert (after > before).any()
     assert not torch.equal(first, index_of(run.cache))
@@ -204,10 +204,10 @@ def test_an_emptied_cache_starts_anew() -> None:
     twin = popc.compile(tiny_llama(), **OPTIONS)
     with torch.no_grad():
         run = Stepper(twin, prompt())
-        first = state.of_cache(run.cache)
+        first = sessions.of_cache(run.cache)
         run.cache.crop(-prompt().shape[1])
         run.feed(prompt(seed=5))
-    assert state.of_cache(run.cache) is not first
+    assert sessions.of_cache(run.cache) is not first
 
 
 def test_a_dropped_cache_frees_its_session() -> None:
@@ -215,7 +215,7 @@ def test_a_dropped_cache_frees_its_session() -> None:
     with torch.no_grad():
         run = Stepper(twin, prompt())
         run.step()
-    session = weakref.ref(state.of_cache(run.cache))
+    session = weakref.ref(sessions.of_cache(run.cache))
     del run
     gc.collect()
     assert session() is None

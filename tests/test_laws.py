@@ -13,8 +13,8 @@ from torch import Tensor
 import popc
 from popc import ops
 from popc.ops.measure import BINS, SAMPLE
-from popc.partition import RegionState, split
 from popc.policies import Counts
+from popc.runtime.partition import RegionState, split
 from tests.profiles import examples
 
 SHARES = st.floats(0, 0.95)

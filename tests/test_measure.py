@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from popc.budget import LEAST, Budget, Demand, allocate
 from popc.ops import centers, measure_inputs, sum_squares
 from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares, _times
+from popc.planning.allocation import LEAST, Budget, Demand, allocate
 
 
 def nothing_known(sequences: int, width: int) -> Tensor:

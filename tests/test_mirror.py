@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popc.mirror import Mirror
+from popc.runtime.mirror import Mirror
 from tests.models import Plain, tiny_llama
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 import popc
-from popc import policies, state
-from popc.analysis.cost import B, T, region_cost
+from popc import policies
 from popc.models import cache_keyword
+from popc.planning.cost import B, T, region_cost
+from popc.runtime import sessions
 from tests.models import tiny_llama
 from tests.oracle import relative
 from tests.profiles import few
@@ -178,7 +179,7 @@ def test_the_factor_with_the_activation_is_the_gate() -> None:
     model, x = Swapped().eval(), torch.randn(1, 12, 16)
     options = {"policy": "staged", "sparsity": 0.5, "codegen": "eager"}
     twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
-    with torch.no_grad(), state.use(state.Session()):
+    with torch.no_grad(), sessions.use(sessions.Session()):
         twin(x[:, :8])
         got = [twin(x[:, at : at + 1]) for at in range(8, 12)]
         norm, rms = model.down.weight.norm(dim=0), model.one(x[:, :8]).norm(dim=1)

@@ -17,8 +17,8 @@ import popc
 from popc import testing
 from popc.analysis.capture import Captured, capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.decode import prune_regions
 from popc.passes.packing import Slot
+from popc.passes.prune_units import prune_regions
 from popc.policies import Counts
 from popc.testing import MLP, Attention, Decoding, Layer, Low, MoE, Prompt, Transformer
 from tests.passes.checks import checked

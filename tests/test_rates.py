@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import popc
-from popc import state
 from popc.bench import Settings, decode, extras
 from popc.bench.rates import WARMING, Context, Spread, Stopwatch, decode_rates, interleaved
 from popc.errors import ModelError
+from popc.runtime import sessions
 from tests.models import tiny_llama
 
 KV, HEAD, ROOM = 2, 16, 12  # of tiny_llama, and tokens that a cache has room for
@@ -64,7 +64,7 @@ def test_a_step_without_partition_is_no_result(twin: Twin) -> None:
     context = twin.context(twin.model.forward)  # popc never saw it
     context.decode(twin.way.forward, 2)
     with pytest.raises(ModelError, match="was not pruned"):
-        decode.check_pruned(twin.way.plan, twin.way.config, state.of_cache(context.cache))
+        decode.check_pruned(twin.way.plan, twin.way.config, sessions.of_cache(context.cache))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_host_time_is_popcs_own(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> 
     context = twin.context(twin.way.forward)
     usual = extras.host_seconds(twin.way, context, settings).low
     assert 0 < usual < min(0.01, context.decode(twin.way.forward, 1)[0])
-    for owner, name in ((state.Session, "partition"), (state, "of_cache")):
+    for owner, name in ((sessions.Session, "partition"), (sessions, "of_cache")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, slow(getattr(owner, name)))
             slept = 0

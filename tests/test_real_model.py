@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import popc
-from popc import text
 from popc.models import load_model
+from popc.tools import text
 from tests.oracle import relative
 from tests.profiles import THOROUGH, few
 from tests.test_oracle import oracle_run, run

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import popc
 from popc import cli, models
 from popc.analysis.plan import Plan, Skipped
-from popc.picture import Box, layers, picture
-from popc.report import _REMEDIES, Explanation, explain, remedy
+from popc.report.explain import _REMEDIES, Explanation, explain, remedy
+from popc.report.svg import Box, layers, picture
 from tests.models import InnerNorm, Leaks, Plain, Softmaxed, TwoValues, tiny_llama
 
 IDS = torch.arange(6)[None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import popc
-from popc import state
+from popc.runtime import sessions
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
@@ -73,13 +73,13 @@ def test_dropped_caches_leave_nothing(policy: str) -> None:
     """200 generations in any order, most of them dropped half way."""
     twin = twin_of(tiny_llama(), policy)
     expected = generated(twin, prompt(0))
-    sessions: list[weakref.ref[state.Session]] = []
+    sessions: list[weakref.ref[sessions.Session]] = []
     held: dict[int, DynamicCache] = {}
     make = torch.Generator().manual_seed(0)
     for number in range(200):
         cache = DynamicCache()
         step(twin, cache, prompt(number))
-        found = state.of_cache(cache)
+        found = sessions.of_cache(cache)
         assert found is not None
         sessions.append(weakref.ref(found))
         held[number] = cache
@@ -100,11 +100,11 @@ def test_tensors_that_are_gone_leave_nothing() -> None:
     model.compile(backend="popc", options={"sparsity": 0.5, "codegen": "eager"})
     generated(model, prompt(0))
     gc.collect()
-    before = len(state._by_tensor)
+    before = len(sessions._by_tensor)
     for seed in range(20):
         generated(model, prompt(seed))
     gc.collect()
-    assert len(state._by_tensor) <= before
+    assert len(sessions._by_tensor) <= before
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -158,13 +158,13 @@ def test_beams_are_reordered_with_their_cache() -> None:
 def test_turns_go_on() -> None:
     twin, cache = twin_of(tiny_llama(), "pop"), DynamicCache()
     generated(twin, prompt(0), cache=cache)
-    session = state.of_cache(cache)
+    session = sessions.of_cache(cache)
     assert session is not None
     (key, *_) = session.regions
     before = session.statistics(key, "batch")
     generated(twin, prompt(1, 5), cache=cache)
     after = session.statistics(key, "batch")
-    assert state.of_cache(cache) is session
+    assert sessions.of_cache(cache) is session
     assert bool((after >= before).all()) and bool((after > before).any())
 
 

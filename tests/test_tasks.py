@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import popc
-from popc.tasks import (
+from popc.tools.tasks import (
     CITIES,
     TASKS,
     contains,

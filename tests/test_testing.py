@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import popc
-from popc import partition, runtime, state, testing
+from popc import testing
+from popc.runtime import compiled_graph, partition, sessions
 from popc.testing import MLP, Attention, EquivalenceError, Layer, Prompt, Transformer
 
 SPEC = Transformer(
@@ -42,7 +43,7 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
             index = (15 - index.flip(-1)).contiguous()
         return index, norm
 
-    monkeypatch.setattr(state, "split", wrong)
+    monkeypatch.setattr(sessions, "split", wrong)
     with pytest.raises(EquivalenceError, match=r"the output differs by") as caught:
         check()
     said = str(caught.value)
@@ -51,20 +52,20 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
     held: dict[str, object] = {}
     with pytest.raises(EquivalenceError):
         exec(script, held)
-    monkeypatch.setattr(state, "split", right)
+    monkeypatch.setattr(sessions, "split", right)
     torch.compiler.reset()
     exec(script, held)
 
 
 def test_a_wrong_threshold_is_named(monkeypatch) -> None:
     """One linear's norms are another's."""
-    right = runtime.InputsTemplate.norm
+    right = compiled_graph.InputsTemplate.norm
 
     def wrong(self, args):
         norm = right(self, args)
         return norm.flip(0) if self.group.width == 16 else norm
 
-    monkeypatch.setattr(runtime.InputsTemplate, "norm", wrong)
+    monkeypatch.setattr(compiled_graph.InputsTemplate, "norm", wrong)
     with pytest.raises(EquivalenceError, match=r"layers\.1\.block"):
         check(policy="contraction")
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from popc import compat, weights
+from popc import compat
 from popc.analysis import capture
-from popc.guards import PromptGuards
-from popc.runtime import _Last
+from popc.runtime import weight_watch
+from popc.runtime.compiled_graph import _Last
+from popc.runtime.guards import PromptGuards
 from tests.models import tiny_llama
 from tests.oracle import relative
 from tests.test_stress import generated, prompt, twin_of
@@ -137,7 +138,7 @@ def test_the_instance_of_the_last_call_goes_with_its_weights() -> None:
 
 
 def test_a_changed_weight_leaves_other_models_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from popc.runtime import CompiledGraph
+    from popc.runtime.compiled_graph import CompiledGraph
 
     one, other = tiny_llama(), tiny_llama(seed=1)
     first, second = twin_of(one), twin_of(other)
@@ -151,11 +152,11 @@ def test_a_changed_weight_leaves_other_models_as_they_are(monkeypatch: pytest.Mo
         return make(self, args)
 
     monkeypatch.setattr(CompiledGraph, "_new_instance", counted)
-    number = weights.changes()
+    number = weight_watch.changes()
     with torch.no_grad():
         one.model.layers[0].mlp.up_proj.weight.mul_(2)
     generated(first, prompt(0))
-    assert weights.changes() > number and made
+    assert weight_watch.changes() > number and made
     made.clear()
     assert torch.equal(generated(second, prompt(0)), before)
     assert not made

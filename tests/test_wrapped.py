@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import popc
-from popc import state
 from popc.ops import gather_linear
+from popc.runtime import sessions
 from tests.models import Gated, tiny_llama
 from tests.oracle import relative
 from tests.profiles import few
@@ -174,7 +174,7 @@ def test_wherever_the_weight_comes_from(how: str) -> None:
     expected = model(x).detach()
     options = {"sparsity": 0.5, "policy": "pop", "codegen": "eager"}
     compiled = torch.compile(model, backend="popc", options=options)
-    with torch.no_grad(), state.use(state.Session()):
+    with torch.no_grad(), sessions.use(sessions.Session()):
         assert relative(compiled(x), expected) < 1e-5
         assert relative(compiled(x[:, :1]), expected[:, :1]) > 1e-3  # a decode step
 
@@ -186,7 +186,7 @@ def test_channels_that_such_a_linear_reads_are_not_pruned() -> None:
     assert not plan.regions
     why = "linear reads them, and its weight is a Halved: popc reads plain tensors alone yet"
     assert [skip.reason for skip in plan.skipped].count(why) == 2
-    assert all(popc.report.remedy(skip) for skip in plan.skipped if skip.kind == "subclass")
+    assert all(popc.report.explain.remedy(skip) for skip in plan.skipped if skip.kind == "subclass")
 
 
 class Packed(nn.Parameter):

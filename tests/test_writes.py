@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from popc.analysis.capture import Captured, capture_dynamo
-from popc.analysis.inputs import find_inputs
-from popc.analysis.writes import depends_on
+from popc.analysis.input_groups import find_inputs
+from popc.analysis.mutation import depends_on
 
 
 class State(nn.Module):

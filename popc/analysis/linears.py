@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.walk import argument, is_tensor, shape
+from popc.analysis.propagation import argument, is_tensor, shape
 
 aten = torch.ops.aten
 

@@ -19,8 +19,8 @@ from popc.analysis.linears import Linear
 from popc.config import Config
 
 if TYPE_CHECKING:
-    from popc.analysis.cost import PlanCost
-    from popc.analysis.inputs import Inputs
+    from popc.analysis.input_groups import Inputs
+    from popc.planning.cost import PlanCost
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ class Skipped:
 
     Attributes:
         op: what caused it; ``source`` is its file and line in the model's code.
-        kind: the class of the reason; :func:`popc.report.remedy` has what helps against each.
+        kind: the class of the reason; what helps against each: :func:`popc.report.explain.remedy`.
         linear: None where no linear is meant.
         key: of what would have been a region, or inputs, had no pass failed.
     """
@@ -269,7 +269,7 @@ class Plan:
             B: sequences. T: new tokens of each. S: keys that they attend to, their own included.
             config: the default one if not given; a ``model_sparsity`` in it must be resolved.
         """
-        from popc.analysis.cost import plan_cost  # which imports this module
+        from popc.planning.cost import plan_cost  # which imports this module
 
         return plan_cost(self, B, T, S, config or Config())
 

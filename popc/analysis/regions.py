@@ -12,13 +12,13 @@ from torch import fx
 from popc.analysis.capture import Captured, may_alias
 from popc.analysis.labels import NONE, Carried, Event, Mixes
 from popc.analysis.linears import Linear, as_linear, uses_of_weights
-from popc.analysis.places import common, source_of, where
 from popc.analysis.plan import Plan, Producer, Region, Skipped
-from popc.analysis.rules import rule_of
-from popc.analysis.rules_join import unview
-from popc.analysis.rules_mix import CONTRACTIONS
+from popc.analysis.propagation import Walk, shape
+from popc.analysis.provenance import common, source_of, where
+from popc.analysis.rules.joins import unview
+from popc.analysis.rules.reductions import CONTRACTIONS
+from popc.analysis.rules.table import rule_of
 from popc.analysis.tokens import runs_in_one_pass
-from popc.analysis.walk import Walk, shape
 from popc.analysis.wrapped import op_name, refusal, why, wrapped_linears
 from popc.log import logger
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from popc.analysis.labels import same_size
 from popc.analysis.linears import grouped_ops
-from popc.analysis.walk import argument, is_tensor, shape
+from popc.analysis.propagation import argument, is_tensor, shape
 from popc.ops import LINEARS
 
 aten = torch.ops.aten

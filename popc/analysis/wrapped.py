@@ -13,9 +13,9 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.linears import as_linear
-from popc.analysis.places import source_of, where
 from popc.analysis.plan import Skipped
-from popc.analysis.walk import is_tensor
+from popc.analysis.propagation import is_tensor
+from popc.analysis.provenance import source_of, where
 
 
 def wrapped_linears(captured: Captured) -> dict[fx.Node, str]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import popc
-from popc import state
 from popc.analysis.plan import Plan
 from popc.bench.rates import WARMING, Context, Progress, interleaved
 from popc.bench.reads import channels_read, counting
@@ -20,6 +19,7 @@ from popc.bench.results import Run, Spread, runs_of, step_bytes
 from popc.bench.settings import Settings
 from popc.config import Config
 from popc.errors import ModelError
+from popc.runtime import sessions
 
 EAGER, COMPILED = "dense, eager", "dense, compiled"
 
@@ -114,7 +114,7 @@ def _decode_at(
         seconds(way, min(WARMING, settings.tokens))
         if way.config is not None and way.plan is not None:
             held = contexts[way.config.policy_name]
-            session = state.of_cache(held.cache)
+            session = sessions.of_cache(held.cache)
             check_pruned(way.plan, way.config, session)
             twin = pruned_way(owners[name], counting(way.config))
             steps = held.decode, twin.forward, settings.tokens
@@ -158,7 +158,7 @@ def _contexts(
     return contexts
 
 
-def check_pruned(plan: Plan, config: Config, session: state.Session | None) -> None:
+def check_pruned(plan: Plan, config: Config, session: sessions.Session | None) -> None:
     """That decode steps had a partition: without one popc is right, but dense.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from transformers import DynamicCache
 
-from popc import backend, compat, compiled, runtime
+from popc import backend, compat, compiled_model
 from popc.backend import popc_backend
 from popc.bench.cold import WAYS, cold_start
 from popc.bench.decode import COMPILED, Way, dense_ways, pruned_way, random_prompt
@@ -22,6 +22,7 @@ from popc.bench.results import Extras, Start
 from popc.bench.settings import Settings
 from popc.config import Config
 from popc.models import cache_keyword
+from popc.runtime import compiled_graph
 
 PREFILL = 512  # tokens
 PROMPTS = 40
@@ -135,7 +136,7 @@ def host_seconds(way: Way, context: Context, settings: Settings) -> Spread:
 def _watched() -> Iterator[Stopwatch]:
     """Meanwhile popc's runner of graphs is timed, and what it and the session wrap is not."""
     watch = Stopwatch()
-    in_session, call_graph = compiled.in_session, runtime.CompiledGraph.__call__
+    in_session, call_graph = compiled_model.in_session, compiled_graph.CompiledGraph.__call__
 
     def session(call: Callable[..., Any], *rest: Any) -> Any:
         return in_session(watch.untimed(call), *rest)
@@ -148,8 +149,8 @@ def _watched() -> Iterator[Stopwatch]:
         finally:
             self.run = run
 
-    with mock.patch.object(compiled, "in_session", session):
-        with mock.patch.object(runtime.CompiledGraph, "__call__", graph):
+    with mock.patch.object(compiled_model, "in_session", session):
+        with mock.patch.object(compiled_graph.CompiledGraph, "__call__", graph):
             yield watch
 
 
@@ -197,6 +198,6 @@ class _Counter:
 def _counting(settings: Settings) -> Iterator[_Counter]:
     """Meanwhile popc's backend counts: called by Dynamo, and by popc for a graph's dense twin."""
     counter = _Counter(settings)
-    with mock.patch.object(compiled, "popc_backend", counter.popc):
+    with mock.patch.object(compiled_model, "popc_backend", counter.popc):
         with mock.patch.object(backend, "popc_backend", counter.popc):
             yield counter

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from popc import compat, state
+from popc import compat
 from popc.analysis.plan import Plan
 from popc.backend import popc_backend
 from popc.bench.decode import COMPILED, EAGER, check_pruned, name_of
@@ -26,6 +26,7 @@ from popc.bench.reads import channels_read, counting
 from popc.bench.results import Run, Spread, runs_of, step_bytes
 from popc.bench.settings import DTYPES, Settings
 from popc.config import Config
+from popc.runtime import sessions
 
 PROMPT = 64  # tokens that the partition is made from
 WEIGHTS = 512 << 20  # bytes of all blocks, at least
@@ -116,13 +117,13 @@ def _ffn_at(
         )
         for name, config in configs.items()
     }
-    sessions = {}
+    by_policy = {}
     for policy in settings.policies:
         progress(f"batch {batch}: compiling the prefill")
         ours = [name for name, config in configs.items() if config.policy_name == policy]
         most = max(ours, key=lambda name: configs[name].sparsity)
-        sessions[policy] = state.Session()
-        with state.use(sessions[policy]):
+        by_policy[policy] = sessions.Session()
+        with sessions.use(by_policy[policy]):
             twins[most](prompt)
     forwards: dict[str, Callable[[Tensor], Tensor]] = {
         EAGER: dense.forward,
@@ -133,8 +134,8 @@ def _ffn_at(
     def seconds(name: str, times: int) -> float:
         """Of one block."""
         forward = forwards[name]
-        with state.use(
-            sessions[configs[name].policy_name if name in configs else settings.policies[0]]
+        with sessions.use(
+            by_policy[configs[name].policy_name if name in configs else settings.policies[0]]
         ):
             wait(x.device)
             start = time.perf_counter()
@@ -149,11 +150,11 @@ def _ffn_at(
         seconds(name, WARMING)
         if name in configs:
             config, plan = configs[name], plans[name]
-            session = sessions[config.policy_name]
+            session = by_policy[config.policy_name]
             check_pruned(plan, config, session)
             backend = functools.partial(popc_backend, config=counting(config))
             forward = compat.compile_alone(owners[name].forward, backend)
-            with state.use(session):
+            with sessions.use(session):
                 reads[name] = channels_read(plan, config, session, forward, x)
     turns = {name: lambda name=name: seconds(name, settings.tokens) for name in forwards}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(f"batch {batch}: {name}"))

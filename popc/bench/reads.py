@@ -9,7 +9,7 @@ from typing import Any
 from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.errors import ModelError
-from popc.state import Session
+from popc.runtime.sessions import Session
 
 
 def counting(config: Config) -> Config:

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from popc.analysis.cost import region_cost
 from popc.analysis.plan import Plan, share_read
 from popc.bench.machine import Machine, commit, versions
 from popc.bench.rates import Spread
 from popc.bench.settings import Settings
 from popc.config import Config
+from popc.planning.cost import region_cost
 
 SCHEMA = 2
 

@@ -1,7 +1,5 @@
 """Passes: each takes a captured graph and the regions of a plan, and rewrites the graph in place.
 
 A pass keeps ``meta["val"]`` right and the graph lint-clean, and changes a node in place: see
-:func:`popc.passes.emit.replace`. All are run by :func:`popc.passes.base.run_pass`: ``layout`` by
-``popc.backend``; then those of ``CompiledGraph._rewrite`` in :mod:`popc.runtime`, in the order that
-stands there; and last those of ``quicken``, which prune nothing.
+:func:`popc.passes.builder.replace`. All are run by :func:`popc.passes.base.run_pass`.
 """

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from popc.analysis.linears import Linear
-from popc.analysis.walk import shape
-from popc.passes.emit import Emitter
+from popc.analysis.propagation import shape
+from popc.passes.builder import Emitter
 
 aten = torch.ops.aten
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.walk import shape
+from popc.analysis.propagation import shape
 from popc.ops import gather_linear, native, select_units, triton_gather
-from popc.passes.emit import Emitter, add_input, finish, replace
+from popc.passes.builder import Emitter, add_input, finish, replace
 
 aten = torch.ops.aten
 

@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import popc
-from popc import state, watch
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.plan import Plan, Region
 from popc.backend import prunable
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
-from popc.resolve import resolve
+from popc.planning.budget_solver import resolve
+from popc.runtime import interpreter, sessions
 from popc.testing.feed import Feed, result
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs
 from popc.testing.products import Observer, Uses
@@ -151,17 +151,17 @@ class _Check:
             said = (str(error).strip().splitlines() or [""])[0]
             raise ModelError(f"the model fails on the inputs: {said}") from error
 
-    def pruned(self) -> tuple[Any, list[Tensor], state.Session | None]:
+    def pruned(self) -> tuple[Any, list[Tensor], sessions.Session | None]:
         """The twin, its outputs, and its session."""
         torch.compiler.reset()
         twin: Any = popc.compile(self.model, self.config)
         outputs = self.calls(twin, lambda number: None)
-        session = state.of_cache(self.cache) if self.feed.cache else None
+        session = sessions.of_cache(self.cache) if self.feed.cache else None
         return twin, outputs, session
 
     @contextlib.contextmanager
     def oracle(
-        self, plan: Plan, session: state.Session | None, observer: Observer | None = None
+        self, plan: Plan, session: sessions.Session | None, observer: Observer | None = None
     ) -> Iterator[tuple[MaskedAnywhere, MaskedInputs, Callable[[int], None]]]:
         """Both oracles, one around the other, and what begins a call of theirs."""
         config = resolve(self.config, self.parameters, plan)
@@ -171,7 +171,7 @@ class _Check:
         ]
         traced, kept = self.traced, Plan(regions=regions)
         units = MaskedAnywhere(self.model, kept, config, observer, traced)
-        held = state.Session() if session is None else session
+        held = sessions.Session() if session is None else session
         inputs = MaskedInputs(self.model, plan, held.thresholds, held.centers, observer, traced)
 
         def begin(number: int) -> None:
@@ -205,9 +205,9 @@ class _Check:
         twin: Any = popc.compile(self.model, self.config, codegen="eager")
         owners: list[Region | Inputs] = [*self.traced.regions, *self.traced.inputs]
         watcher = _Products(Uses(self.model, owners, self.traced), seen)
-        with watch.watching(watcher.see):
+        with interpreter.watching(watcher.see):
             self.calls(twin, watcher.begin)
-        session = state.of_cache(self.cache) if self.feed.cache else None
+        session = sessions.of_cache(self.cache) if self.feed.cache else None
 
         def observe(key: Hashable, out: Tensor) -> None:
             expected[-1].setdefault(key, out.detach().clone())

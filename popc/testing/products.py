@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.linears import Linear, as_linear
 from popc.analysis.plan import Plan, Region
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import popc
-from popc import state
 from popc.config import Config
 from popc.models import cache_keyword
+from popc.runtime import sessions
 from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs
 
@@ -125,7 +125,7 @@ def session_machine(
             made = torch.Generator().manual_seed(seed)
             ids = torch.randint(1, vocabulary, (held.batch, length), generator=made)
             got = self.run(twin, held.cache, ids)
-            session = state.of_cache(held.cache) or state.Session()
+            session = sessions.of_cache(held.cache) or sessions.Session()
             # A prompt came before, so what is decoded is contracted.
             assert length > 1 or not contracted or session.thresholds
             inputs = MaskedInputs(model, plan, session.thresholds, session.centers)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from popc.analysis.capture import capture_module
-from popc.analysis.inputs import find_inputs
+from popc.analysis.input_groups import find_inputs
 from popc.ops import measure_inputs, threshold_linear, threshold_linears
 from popc.ops.measure import BINS
-from popc.passes.contract import add_measures, contract_inputs, stretches
+from popc.passes.threshold_inputs import add_measures, contract_inputs, stretches
 from tests.passes.checks import assert_meta_is_true
 
 

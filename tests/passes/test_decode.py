@@ -9,8 +9,8 @@ from torch import nn
 import popc
 from popc.analysis.capture import capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.decode import prune_regions
 from popc.passes.packing import Slot
+from popc.passes.prune_units import prune_regions
 from tests import models
 from tests.passes.checks import assert_meta_is_true
 

@@ -24,17 +24,17 @@ PASSES = {
     "popc.backend.find_inputs": ("find inputs", "contraction"),
     "popc.backend.lay_out": ("lay out weights", "pop"),
     "popc.backend._work": ("choose work", "pop"),
-    "popc.runtime.contract_inputs": ("contract inputs", "contraction"),
-    "popc.runtime.add_measures": ("measure inputs", "contraction"),
-    "popc.runtime.add_statistics": ("measure regions", "pop"),
-    "popc.runtime.prune_regions": ("prune regions", "pop"),
-    "popc.runtime.pack_weights": ("pack weights", "pop"),
-    "popc.runtime.Template.of": ("construct", "pop"),
-    "popc.runtime._batch_of": ("construct", "pop"),
-    "popc.passes.quicken.share_heads": ("share heads", "pop"),
-    "popc.passes.quicken.share_masks": ("share masks", "pop"),
-    "popc.passes.quicken.stream_linears": ("stream linears", "contraction"),
-    "popc.passes.quicken.stream_linears ": ("stream linears", "dense"),
+    "popc.runtime.compiled_graph.contract_inputs": ("contract inputs", "contraction"),
+    "popc.runtime.compiled_graph.add_measures": ("measure inputs", "contraction"),
+    "popc.runtime.compiled_graph.add_statistics": ("measure regions", "pop"),
+    "popc.runtime.compiled_graph.prune_regions": ("prune regions", "pop"),
+    "popc.runtime.compiled_graph.pack_weights": ("pack weights", "pop"),
+    "popc.runtime.compiled_graph.Template.of": ("construct", "pop"),
+    "popc.runtime.compiled_graph._batch_of": ("construct", "pop"),
+    "popc.passes.dense.pipeline.share_heads": ("share heads", "pop"),
+    "popc.passes.dense.pipeline.share_masks": ("share masks", "pop"),
+    "popc.passes.dense.pipeline.stream_linears": ("stream linears", "contraction"),
+    "popc.passes.dense.pipeline.stream_linears ": ("stream linears", "dense"),
 }
 
 
@@ -66,7 +66,9 @@ def test_the_graph_runs_dense_and_the_warning_names_the_pass(name: str, monkeypa
     plan = twin.popc_plan
     assert not plan.regions and not plan.inputs
     assert any(skip.kind == "failed" and called in skip.reason for skip in plan.skipped)
-    assert "report" in popc.report.remedy(next(s for s in plan.skipped if s.kind == "failed"))
+    assert "report" in popc.report.explain.remedy(
+        next(s for s in plan.skipped if s.kind == "failed")
+    )
 
 
 @pytest.mark.parametrize("name", few(list(PASSES)[1:], 3))
@@ -84,7 +86,9 @@ def test_what_is_raised_on_purpose_reaches_the_user() -> None:
         run(twin, tokens(), 10)
 
 
-@pytest.mark.parametrize("name", ["popc.runtime.prune_regions", "popc.runtime.quicken"])
+@pytest.mark.parametrize(
+    "name", ["popc.runtime.compiled_graph.prune_regions", "popc.runtime.compiled_graph.quicken"]
+)
 def test_weights_that_were_laid_out_are_read_right(name: str, monkeypatch) -> None:
     """Generated code goes by strides, and these are others than the first trace saw."""
     model, x = Plain().eval(), torch.randn(1, 1, 16)
@@ -98,9 +102,9 @@ def test_weights_that_were_laid_out_are_read_right(name: str, monkeypatch) -> No
 
 def test_a_layout_that_fails_half_way(monkeypatch) -> None:
     """What has changed by then is known to what comes after."""
-    from popc.passes import layout
+    from popc.passes import weight_layout
 
-    turn, turned = layout.turn, []
+    turn, turned = weight_layout.turn, []
 
     def failing(value: Tensor) -> Tensor:
         if value.device.type != "meta":
@@ -109,7 +113,7 @@ def test_a_layout_that_fails_half_way(monkeypatch) -> None:
                 raise MemoryError("no room")
         return turn(value)
 
-    monkeypatch.setattr(layout, "turn", failing)
+    monkeypatch.setattr(weight_layout, "turn", failing)
     model = nn.Sequential(Plain(), nn.LayerNorm(16), Plain()).eval()
     x = torch.randn(1, 1, 16)
     expected = model(x).detach()
@@ -146,7 +150,7 @@ def test_the_plan_is_told_once_the_graph_is_made(monkeypatch) -> None:
         listed = {region.key for region in twin.popc_plan.regions}
         assert listed and not any(s.kind == "failed" for s in twin.popc_plan.skipped)
         with monkeypatch.context() as patched:
-            fail(patched, "popc.runtime.prune_regions")
+            fail(patched, "popc.runtime.compiled_graph.prune_regions")
             with pytest.warns(PopcWarning, match="prune regions"):
                 run(twin, ids, 10)
         assert not twin.popc_plan.regions

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import popc
 from popc.analysis.capture import capture_module
 from popc.ops import attend, native
-from popc.passes.heads import share_heads
-from popc.watch import Interpreted
+from popc.passes.dense.fold_repeat_kv import share_heads
+from popc.runtime.interpreter import Interpreted
 from tests.models import tiny_llama
 from tests.oracle import relative
 from tests.passes.checks import assert_meta_is_true

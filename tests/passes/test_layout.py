@@ -12,8 +12,8 @@ from torch import nn
 
 import popc
 from popc.ops.pages import collapse
-from popc.passes.layout import turn
-from popc.state import Session, use
+from popc.passes.weight_layout import turn
+from popc.runtime.sessions import Session, use
 from tests.models import AddmmMLP, Gated, tiny_llama
 
 IDS = torch.arange(3, 20)[None]

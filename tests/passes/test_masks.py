@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import popc
 from popc.analysis.capture import capture_module
 from popc.ops import additive_mask
-from popc.passes.masks import share_masks
-from popc.watch import Interpreted
+from popc.passes.dense.hoist_masks import share_masks
+from popc.runtime.interpreter import Interpreted
 from tests.models import tiny_llama
 from tests.oracle import relative
 from tests.passes.checks import assert_meta_is_true

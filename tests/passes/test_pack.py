@@ -7,7 +7,7 @@ import torch
 
 import popc
 from popc.ops import native
-from popc.state import Session, use
+from popc.runtime.sessions import Session, use
 from tests.models import AddmmMLP, Gated, Parallel, Plain, tiny_llama
 
 IDS = torch.arange(3, 20)[None]

@@ -7,7 +7,7 @@ import torch
 
 from popc.analysis.capture import capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.prefill import add_statistics
+from popc.passes.statistics import add_statistics
 from popc.policies import get
 from tests import models
 from tests.passes.checks import assert_meta_is_true

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 import popc
 from popc.analysis.capture import capture_module
 from popc.ops import gather_linear, native
-from popc.passes.stream import stream_linears
-from popc.watch import Interpreted
+from popc.passes.dense.gemv_kernels import stream_linears
+from popc.runtime.interpreter import Interpreted
 from tests.models import tiny_llama
 from tests.oracle import relative
 from tests.passes.checks import assert_meta_is_true

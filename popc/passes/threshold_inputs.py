@@ -17,11 +17,11 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.linears import Linear
+from popc.analysis.mutation import writes_first
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask, rows_of
-from popc.analysis.walk import shape
-from popc.analysis.writes import writes_first
 from popc.ops import (
     count_read,
     measure_inputs,
@@ -29,8 +29,8 @@ from popc.ops import (
     threshold_linear,
     threshold_linears,
 )
-from popc.passes.emit import Emitter, add_input, append_output, finish
-from popc.passes.validity import emit_valid_rows
+from popc.passes.builder import Emitter, add_input, append_output, finish
+from popc.passes.padding import emit_valid_rows
 
 aten = torch.ops.aten
 

@@ -15,10 +15,10 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear, all_linears, uses_of_weights
-from popc.analysis.places import common, source_of, where
+from popc.analysis.mutation import depends_on
 from popc.analysis.plan import Region
-from popc.analysis.walk import shape
-from popc.analysis.writes import depends_on
+from popc.analysis.propagation import shape
+from popc.analysis.provenance import common, source_of, where
 
 aten = torch.ops.aten
 

@@ -14,11 +14,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from popc.analysis import rules_join as join
-from popc.analysis import rules_mix as mix
-from popc.analysis import rules_shape as to
 from popc.analysis.labels import Mixes
-from popc.analysis.walk import (
+from popc.analysis.propagation import (
     Labels,
     Rule,
     Walk,
@@ -27,6 +24,9 @@ from popc.analysis.walk import (
     only_input,
     shape,
 )
+from popc.analysis.rules import joins as join
+from popc.analysis.rules import reductions as mix
+from popc.analysis.rules import views as to
 
 aten = torch.ops.aten
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Region
-from popc.budget import Demand
-from popc.partition import InputsState, RegionState
+from popc.planning.allocation import Demand
 from popc.policies import Counts, Policy
+from popc.runtime.partition import InputsState, RegionState
 
 
 @dataclass(frozen=True, eq=False)

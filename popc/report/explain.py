@@ -14,14 +14,14 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 from torch import fx
 
-from popc.analysis.cost import region_cost, saves
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region, Skipped, generic
 from popc.api import analyze
 from popc.config import Config
-from popc.page import CSS, Sheet, page
-from popc.picture import Box, layers, legend, picture
-from popc.resolve import resolve
+from popc.planning.budget_solver import resolve
+from popc.planning.cost import region_cost, saves
+from popc.report.html import CSS, Sheet, page
+from popc.report.svg import Box, layers, legend, picture
 
 # What helps against each kind of refusal; {op} is the op that caused it.
 _REMEDIES = {
@@ -29,8 +29,8 @@ _REMEDIES = {
     "channels; a value that all layers read, as a residual stream, stays whole",
     "attention": "more heads of keys and values: all that attend with one of them are one unit",
     "heads": "mix heads once their values are read, not before",
-    "unknown op": "a rule for {op} in popc.analysis.rules, if it acts on each channel alone; or "
-    "write it with ops that have one",
+    "unknown op": "a rule for {op} in popc.analysis.rules.table, if it acts on each channel alone; "
+    "or write it with ops that have one",
     "not followed": "write {op} so that each channel stays at a place known when it is traced",
     "training": "call model.eval() first",
     "shared": "give each unit channels of its own: those that all units read are always computed",

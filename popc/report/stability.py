@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import popc
-from popc import state
 from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.errors import ConfigError
 from popc.models import cache_keyword
-from popc.partition import RegionState, split
-from popc.state import Session
+from popc.runtime import sessions
+from popc.runtime.partition import RegionState, split
+from popc.runtime.sessions import Session
 
 PRUNED, CANDIDATE, RETAINED = 0, 1, 2
 
@@ -110,7 +110,7 @@ def _session(twin: Any, prompt: Tensor, text: Tensor | None = None) -> Session:
     twin(prompt, **given)
     for token in () if text is None else text.split(1, dim=1):
         twin(token, **given)
-    session = state.of_cache(cache)
+    session = sessions.of_cache(cache)
     assert session is not None
     return session
 

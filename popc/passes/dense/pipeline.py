@@ -5,13 +5,13 @@ from __future__ import annotations
 from popc.analysis.capture import Captured
 from popc.log import logger
 from popc.passes.base import run_pass
-from popc.passes.heads import share_heads
-from popc.passes.masks import share_masks
-from popc.passes.stream import stream_linears
+from popc.passes.dense.fold_repeat_kv import share_heads
+from popc.passes.dense.gemv_kernels import stream_linears
+from popc.passes.dense.hoist_masks import share_masks
 
 
 def quicken(captured: Captured, decodes: bool) -> bool:
-    """Run the passes; ``decodes`` as in :func:`popc.passes.stream.stream_linears`.
+    """Run the passes; ``decodes`` as in :func:`popc.passes.dense.gemv_kernels.stream_linears`.
 
     Returns:
         Whether the graph changed.

@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from popc import plots
 from popc.bench.show import sized
-from popc.drift import Drift
 from popc.errors import ConfigError
-from popc.page import CSS, Sheet, page
+from popc.report import plots
+from popc.report.html import CSS, Sheet, page
+from popc.report.stability import Drift
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,29 +15,29 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdRef
 
-from popc import state, weights
 from popc.analysis.capture import Captured, identity
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.labels import same_size
+from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan, Region
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import rows_of
-from popc.analysis.walk import shape
-from popc.analysis.writes import is_written
 from popc.config import Config
 from popc.errors import PopcWarning
 from popc.log import log_graph, logger
 from popc.ops import served, threshold_linear
-from popc.partition import InputsState, Limits, RegionState
 from popc.passes.base import run_pass
-from popc.passes.contract import add_measures, contract_inputs, stretches
-from popc.passes.decode import prune_regions
+from popc.passes.dense.pipeline import quicken
 from popc.passes.pack import Packer, has_kernel, pack_weights
 from popc.passes.packing import Slot
-from popc.passes.prefill import add_statistics
-from popc.passes.quicken import quicken
+from popc.passes.prune_units import prune_regions
+from popc.passes.statistics import add_statistics
+from popc.passes.threshold_inputs import add_measures, contract_inputs, stretches
 from popc.policies import Counts
-from popc.state import Session
-from popc.templates import InputsTemplate, Template, held
+from popc.runtime import sessions, weight_watch
+from popc.runtime.binding import InputsTemplate, Template, held
+from popc.runtime.partition import InputsState, Limits, RegionState
+from popc.runtime.sessions import Session
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -78,8 +78,9 @@ class Work:
 class _Instance:
     """The states of a graph's regions for the parameters of one layer, or of one model.
 
-    ``scale`` and ``measured_scale`` are norms, as :mod:`popc.passes.contract` takes them;
-    ``sample`` and ``changes`` tell whether they are still right: see :mod:`popc.weights`.
+    ``scale`` and ``measured_scale`` are norms, as :mod:`popc.passes.threshold_inputs` takes them;
+    ``sample`` and ``changes`` tell whether they are still right, by
+    :mod:`popc.runtime.weight_watch`.
     """
 
     owner: object
@@ -163,7 +164,7 @@ class CompiledGraph:
         self._weights_of = itemgetter(*self.weights, self.weights[0])
         self._instances: dict[tuple[int, ...], _Instance] = {}
         self._last: _Last | None = None
-        self._changes = weights.changes()
+        self._changes = weight_watch.changes()
         self._lock = threading.Lock()
         self.batch = _batch_of(work, placeholders, config.scope)
         self.activations = [
@@ -203,7 +204,7 @@ class CompiledGraph:
         log_graph("rewritten", captured.gm)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        session = state.named()
+        session = sessions.named()
         by_tensors = session is None
         if session is None:
             session = self._session_of(args)
@@ -220,11 +221,11 @@ class CompiledGraph:
         measures = self.again is not None or self._is_prompt(instance, session)
         if measures and self._has_changed(instance, args):
             logger.info("weights have changed: their norms are taken anew")
-            weights.note_change(identity(args[i]) for i in self.weights)
+            weight_watch.note_change(identity(args[i]) for i in self.weights)
             instance = self._instance(args)
         batch = self.batch(args)
         inputs = list(args)
-        if self.decodes and state.is_prefill():
+        if self.decodes and sessions.is_prefill():
             return self._run_dense(args, session, instance)
         if self.contracted:
             limits = self._limits(instance, session, batch)
@@ -277,7 +278,7 @@ class CompiledGraph:
 
         It is, if it is said to be, and if it is the first there is.
         """
-        return state.is_prefill() or (session.whole and not session.has_seen(instance.measured))
+        return sessions.is_prefill() or (session.whole and not session.has_seen(instance.measured))
 
     def _compensation(self, args: Sequence[Any], lost: Sequence[torch.Tensor]) -> torch.Tensor:
         """``W`` times the means of pruned units, consumer after consumer, float32."""
@@ -296,7 +297,7 @@ class CompiledGraph:
     ) -> Sequence[Any]:
         if not self._is_prompt(instance, session):
             self._tell("whole", _SPLIT if session.has_seen(instance.pruned) else _UNSEEN)
-        with state.use(session):
+        with sessions.use(session):
             return self._variant()(*args)
 
     def _run_partly(
@@ -315,7 +316,7 @@ class CompiledGraph:
         )
         token = _only.set(keys)
         try:
-            with state.use(session):
+            with sessions.use(session):
                 return self._variant(known)(*args)
         finally:
             _only.reset(token)
@@ -369,7 +370,7 @@ class CompiledGraph:
 
     def _instance(self, args: Sequence[Any]) -> _Instance:
         """The states for the parameters among ``args``."""
-        if self._changes != weights.changes():
+        if self._changes != weight_watch.changes():
             self._drop_changed()
         parameters = self._weights_of(args)
         last = self._last
@@ -388,13 +389,13 @@ class CompiledGraph:
     def _drop_changed(self) -> None:
         """Forget the states of weights that have changed since they were made."""
         with self._lock:
-            self._changes, self._last = weights.changes(), None
+            self._changes, self._last = weight_watch.changes(), None
             for key, instance in list(self._instances.items()):
-                if weights.have_changed(key, instance.changes):
+                if weight_watch.have_changed(key, instance.changes):
                     del self._instances[key]
 
     def _new_instance(self, args: Sequence[Any]) -> _Instance:
-        changes = weights.changes()  # before norms are taken: a change meanwhile counts
+        changes = weight_watch.changes()  # before norms are taken: a change meanwhile counts
 
         def states(held: Sequence[tuple[Template, Counts, Config]]) -> list[RegionState]:
             return [t.state(args, n, config.unit_policy(t.region.kind)) for t, n, config in held]
@@ -423,27 +424,27 @@ class CompiledGraph:
         return instance.sample is not None and not torch.equal(instance.sample, self._sample(args))
 
     def _sample(self, args: Sequence[Any]) -> torch.Tensor:
-        return weights.sample([args[i] for i in self.weights])
+        return weight_watch.sample([args[i] for i in self.weights])
 
     def _session_of(self, args: Sequence[Any]) -> Session:
         """The session of the cache tensors among ``args``; a new one where there is none."""
-        session = state.of_tensors(args[i] for i in self.activations)
+        session = sessions.of_tensors(args[i] for i in self.activations)
         if session is None:
             if self.activations and (self.slots or self.contracted):
-                return Session(whole=False, base=state.offered().base)
-            return state.offered()
+                return Session(whole=False, base=sessions.offered().base)
+            return sessions.offered()
         if (
             (self.prefill or self.measured_inputs)
             and self.written
             and not any(bool(args[i].any()) for i in self.written[:1])
         ):
             # A static cache that was reset holds zeros: a new generation begins in it.
-            return state.offered()
+            return sessions.offered()
         return session
 
     def _touch(self, session: Session, args: Sequence[Any], outputs: Sequence[Any]) -> None:
         written = [args[i] for i in self.written]
-        state.touch([*written, *(t for t in outputs if _is_cache_like(t))], session)
+        sessions.touch([*written, *(t for t in outputs if _is_cache_like(t))], session)
 
 
 def _is_cache_like(value: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.capture import Captured
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.linears import Linear, Weight, is_view_of_weight
 from popc.analysis.plan import Region
 from popc.log import logger

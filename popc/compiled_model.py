@@ -16,15 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from popc import compat, state
+from popc import compat
 from popc.analysis.plan import Plan
 from popc.backend import popc_backend
-from popc.caches import in_session
 from popc.config import Config
 from popc.errors import ModelError, PopcWarning
-from popc.guards import PromptGuards
-from popc.mirror import Mirror, replace
-from popc.runtime import CompiledGraph
+from popc.runtime import sessions
+from popc.runtime.caches import in_session
+from popc.runtime.compiled_graph import CompiledGraph
+from popc.runtime.guards import PromptGuards
+from popc.runtime.mirror import Mirror, replace
 
 Model = TypeVar("Model", bound=nn.Module)
 _NOTHING = "popc found nothing to prune in this model; it runs dense. popc.analyze(model) says why."
@@ -46,7 +47,7 @@ class Compiled:
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.config, self.plan = config, Plan()
-        self.base: state.Session | None = None
+        self.base: sessions.Session | None = None
         self.calls = 0
         self.is_own_trace = compat.traces_for(self)
         self._warned = False
@@ -75,13 +76,13 @@ class Compiled:
 
     def measure(self, calibration: Iterable[Any]) -> None:
         """Run the batches of a text given beforehand through the model, dense."""
-        session = state.Session()
+        session = sessions.Session()
         compiled = self.forwards[0].frame
 
         def run(batch: Any) -> None:
             compiled(**batch) if isinstance(batch, Mapping) else compiled(batch)
 
-        with torch.no_grad(), state.use(session), compat.running(self):
+        with torch.no_grad(), sessions.use(session), compat.running(self):
             for batch in calibration:
                 compat.call_compiled(run, batch)
         self.base = session
@@ -99,7 +100,7 @@ class Compiled:
         if hasattr(module, "get_compiled_call"):
             # transformers' generate would compile the call once more.
             held["get_compiled_call"] = lambda *_: module.__call__
-        return held | compat.marked_prefill(module, state.prefill)
+        return held | compat.marked_prefill(module, sessions.prefill)
 
     def _generate(self, dense: Callable[..., Any]) -> Callable[..., Any]:
         """``generate`` of the model, which says so if it ran dense."""

@@ -20,10 +20,18 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from popc import compat
-from popc.budget import READ_ALL, Budget, Demand, allocate
 from popc.ops.measure import centers
-from popc.partition import InputsState, Limits, Partition, RegionState, lost_of, split, unseen
 from popc.passes.packing import Packing
+from popc.planning.allocation import READ_ALL, Budget, Demand, allocate
+from popc.runtime.partition import (
+    InputsState,
+    Limits,
+    Partition,
+    RegionState,
+    lost_of,
+    split,
+    unseen,
+)
 
 T = TypeVar("T")
 
@@ -52,7 +60,7 @@ class Session:
         base: what policies that are calibrated take their statistics from, if not from here.
         regions: those that were measured, by key.
         told: whether Dynamo was told which sizes grow with each token.
-        left: a tensor of the cache, as the last call left it: see :mod:`popc.caches`.
+        left: a tensor of the cache, as the last call left it: see :mod:`popc.runtime.caches`.
         lengths: those that caches hold in a tensor, likewise.
         reads: with ``count``, the channels that each group of inputs read, step by step.
     """
@@ -141,7 +149,7 @@ class Session:
     def moments(
         self, groups: Sequence[InputsState], scope: str, sequences: int, like: Tensor
     ) -> Tensor:
-        """``popc_moments`` of :func:`popc.passes.contract.add_measures`: 0 before a prefill."""
+        """``popc_moments``, see :mod:`popc.passes.threshold_inputs`: 0 before a prefill."""
         sizes = [2 * group.demand.width + 1 for group in groups]
         total = torch.zeros((sequences, sum(sizes)), dtype=torch.float64, device=like.device)
         for group, part in zip(groups, total.split(sizes, 1), strict=True):
@@ -255,7 +263,7 @@ class Session:
             self.reads.setdefault(group.key, []).append(channels)
 
     def keep(self, regions: Sequence[RegionState], scope: str, batch: int) -> Tensor:
-        """``popc_keep`` of :func:`popc.passes.prefill.add_statistics` for cached regions."""
+        """``popc_keep`` of :func:`popc.passes.statistics.add_statistics` for cached regions."""
         parts = []
         for region in regions:
             living = for_rows(self._living.get((region.key, scope)), batch)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from popc import compat, state
+from popc import compat
 from popc.log import logger
+from popc.runtime import sessions
 
 _DEPTH = 3  # a cache's layers, one of them, and its keys
 
@@ -18,7 +19,7 @@ def in_session(
     call: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    base: state.Session | None,
+    base: sessions.Session | None,
     by_sequence: bool,
     begin: Callable[[], None],
 ) -> Any:
@@ -35,12 +36,12 @@ def in_session(
     caches = list(_caches((*args, *kwargs.values())))
     if not caches:
         begin()
-        session = state.Session(True, base)
-        with state.offer(session):
+        session = sessions.Session(True, base)
+        with sessions.offer(session):
             out = call(*args, **kwargs)
         _leave(session, list(_caches(_values(out))), by_sequence)
         return out
-    known = next((s for s in map(state.of_cache, caches) if s is not None), None)
+    known = next((s for s in map(sessions.of_cache, caches) if s is not None), None)
     lengths = [_length(cache) for cache in caches]
     empty = all(_is_zero(length, known) for length in lengths)
     if known is None or empty or not _is_one_token((*args, *kwargs.values())):
@@ -51,12 +52,12 @@ def in_session(
         _tell_what_grows(caches, [*args, *kwargs.values()])
     held = [length for length in lengths if isinstance(length, Tensor)]
     writes = [compat.writes_to(tensor) for tensor in held]
-    with state.use(session):
+    with sessions.use(session):
         out = call(*args, **kwargs)
     made = [cache for cache in _caches(_values(out)) if not any(cache is c for c in caches)]
     _leave(session, [*caches, *made], by_sequence)
     session.lengths = [
-        state.Left(TensorWeakRef(tensor), now)
+        sessions.Left(TensorWeakRef(tensor), now)
         for tensor, before in zip(held, writes, strict=True)
         if (now := compat.writes_to(tensor)) != before
     ]
@@ -64,29 +65,29 @@ def in_session(
 
 
 def _continued(
-    known: state.Session | None,
+    known: sessions.Session | None,
     empty: bool,
     caches: Sequence[Any],
-    base: state.Session | None,
+    base: sessions.Session | None,
     by_sequence: bool,
-) -> state.Session:
+) -> sessions.Session:
     """The session that a call on ``caches`` goes on with, or begins."""
     if known is None or empty:
-        return state.Session(empty, base)
+        return sessions.Session(empty, base)
     if by_sequence and not _is_as_left(caches, known) and known.rows_differ():
         logger.warning(
             "a cache was reordered or cropped since its last call: its sequences can't be told "
             "apart any more, and decode dense until their next prompt"
         )
-        return state.Session(False, base)
+        return sessions.Session(False, base)
     return known
 
 
-def _leave(session: state.Session, caches: Sequence[Any], by_sequence: bool) -> None:
+def _leave(session: sessions.Session, caches: Sequence[Any], by_sequence: bool) -> None:
     """Note that ``caches`` are the session's, and how it leaves them."""
     for cache in caches:
-        if state.of_cache(cache) is not session:
-            state.bind(cache, session)
+        if sessions.of_cache(cache) is not session:
+            sessions.bind(cache, session)
     if by_sequence:
         left = _tensor_of(caches)
         session.left = None if left is None else TensorWeakRef(left)
@@ -123,7 +124,7 @@ def _length(cache: Any) -> int | Tensor | None:
     return length if isinstance(length, Tensor) else int(length)
 
 
-def _is_zero(length: int | Tensor | None, session: state.Session | None) -> bool:
+def _is_zero(length: int | Tensor | None, session: sessions.Session | None) -> bool:
     """Whether a cache is empty. A tensor is not read that the last call wrote to and nobody since:
     it holds what that put in."""
     if isinstance(length, Tensor) and session is not None:
@@ -150,7 +151,7 @@ def _tell_what_grows(caches: Sequence[Any], given: Sequence[Any]) -> None:
                     compat.mark_dynamic(value, (length, length + 1))
 
 
-def _is_as_left(caches: Sequence[Any], session: state.Session) -> bool:
+def _is_as_left(caches: Sequence[Any], session: sessions.Session) -> bool:
     """Whether the first tensor held is the one that the last call left there."""
     held = _tensor_of(caches)
     return held is None or (session.left is not None and session.left() is held)

@@ -16,13 +16,13 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask
-from popc.analysis.walk import shape
 from popc.ops import gather_experts, gather_linear, select_units, served
-from popc.passes.emit import Emitter, add_input, finish, replace
+from popc.passes.builder import Emitter, add_input, finish, replace
 from popc.passes.experts import expert_of_rows, flat_input, shaped_output
 from popc.passes.packing import Packing, Slot
-from popc.passes.validity import emit_valid_rows
+from popc.passes.padding import emit_valid_rows
 
 aten = torch.ops.aten
 

@@ -9,11 +9,11 @@ import torch
 
 from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear, as_linear
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import is_one_token
-from popc.analysis.walk import shape
 from popc.ops import gather_linear, native
-from popc.passes.emit import Emitter, finish
-from popc.passes.layout import lies_by
+from popc.passes.builder import Emitter, finish
+from popc.passes.weight_layout import lies_by
 
 _FEW = 8  # rows of x that the kernel takes in one reading of the weight
 _SERVED = {torch.float32, torch.bfloat16, torch.float16}

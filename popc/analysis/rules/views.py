@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from popc.analysis.labels import NONE, Carried, Mixes, free, same_size
-from popc.analysis.walk import (
+from popc.analysis.propagation import (
     Labels,
     Rule,
     Walk,

@@ -9,9 +9,9 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import VIEWS, Mask, mask_of, rows_of, valid_tokens
-from popc.analysis.walk import shape
-from popc.passes.emit import Emitter
+from popc.passes.builder import Emitter
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from popc.analysis.labels import Atom, Carried, Mixes, same_size
-from popc.analysis.walk import (
+from popc.analysis.propagation import (
     Labels,
     Walk,
     argument,

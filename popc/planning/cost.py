@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from popc.analysis.inputs import Inputs
+from popc.analysis.input_groups import Inputs
 from popc.analysis.labels import same_size
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import VIEWS, rows_of
-from popc.analysis.walk import shape
 from popc.config import Config
 from popc.ops import attend
 

@@ -13,10 +13,10 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
-from popc.analysis.walk import argument, shape
-from popc.analysis.writes import Written, writes_first
+from popc.analysis.mutation import Written, writes_first
+from popc.analysis.propagation import argument, shape
 from popc.ops import additive_mask
-from popc.passes.emit import Emitter, finish
+from popc.passes.builder import Emitter, finish
 
 aten = torch.ops.aten
 

@@ -13,12 +13,12 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.plan import Region
+from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask, rows_of
-from popc.analysis.walk import shape
 from popc.ops import sum_squares
-from popc.passes.emit import Emitter, add_input, append_output, finish
+from popc.passes.builder import Emitter, add_input, append_output, finish
 from popc.passes.experts import expert_of_rows, flat_input
-from popc.passes.validity import emit_valid_rows
+from popc.passes.padding import emit_valid_rows
 from popc.policies import Policy
 
 aten = torch.ops.aten

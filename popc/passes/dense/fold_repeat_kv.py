@@ -15,11 +15,11 @@ from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
+from popc.analysis.mutation import Written, writes
+from popc.analysis.propagation import argument, order_of, shape
 from popc.analysis.tokens import VIEWS
-from popc.analysis.walk import argument, order_of, shape
-from popc.analysis.writes import Written, writes
 from popc.ops import attend, native
-from popc.passes.emit import Emitter, finish
+from popc.passes.builder import Emitter, finish
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popc.budget import Demand
+from popc.planning.allocation import Demand
 from popc.policies import Counts, Policy
 
 
@@ -64,7 +64,7 @@ class InputsState:
 
 @dataclass
 class Partition:
-    """Inputs of a decode graph: see :func:`popc.passes.decode.prune_regions`.
+    """Inputs of a decode graph: see :func:`popc.passes.prune_units.prune_regions`.
 
     ``lost`` are float32 ``[S, K]``: h's mean at pruned units and 0 elsewhere, for each region that
     compensates; ``compensation`` is what their weights make of it. ``weights`` are copies of live
@@ -80,7 +80,7 @@ class Partition:
 
 @dataclass
 class Limits:
-    """Inputs of a decode graph, for ``groups``: see :mod:`popc.passes.contract`.
+    """Inputs of a decode graph, for ``groups``: see :mod:`popc.passes.threshold_inputs`.
 
     ``missing``: how many of the groups no prompt has measured; they read all their channels.
     """

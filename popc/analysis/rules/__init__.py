@@ -1,0 +1,1 @@
+"""The transfer table: what each op does to the labels of channels."""

@@ -1,0 +1,1 @@
+"""What popc found and did, for people: tables, pages, figures."""

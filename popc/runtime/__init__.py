@@ -1,0 +1,1 @@
+"""What runs around a compiled graph: its session, partition and statistics."""
