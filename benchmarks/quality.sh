@@ -14,7 +14,7 @@ measure() { # POLICY SPARSITY [CANDIDATE]
 }
 
 more="$*"
-for r in 0.25 0.37 0.5; do measure contraction $r; done
+for r in 0.25 0.37 0.5; do measure threshold $r; done
 for r in 0.4 0.6; do measure staged $r; done
 measure staged_pruned 0.6
 measure pop 0.4 0.1

@@ -10,13 +10,13 @@ from torch import fx
 
 from popc import compat
 from popc.analysis.capture import Captured, capture_dynamo, capture_module
-from popc.analysis.input_groups import find_inputs
+from popc.analysis.input_groups import find_input_groups
 from popc.analysis.plan import Plan
 from popc.analysis.regions import find_regions
 from popc.compiled_model import Compiled, dense
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
-from popc.runtime.binding import InputsTemplate, Template
+from popc.runtime.binding import InputGroupBinding, RegionBinding
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -109,7 +109,7 @@ def analyze(
 
 def _found(captured: Captured) -> Plan:
     plan = find_regions(captured)
-    plan.inputs = find_inputs(captured, plan.regions)
+    plan.inputs = find_input_groups(captured, plan.regions)
     return plan
 
 
@@ -124,8 +124,8 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
             return gm.forward
         found = _found(captured)
         plan.extend(found)
-        templates = [Template.of(region, captured) for region in found.regions]
-        inputs = [InputsTemplate.of(group, captured) for group in found.inputs]
+        templates = [RegionBinding.of(region, captured) for region in found.regions]
+        inputs = [InputGroupBinding.of(group, captured) for group in found.inputs]
 
         def run(*args: Any) -> Any:
             # One graph may serve several layers.

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat, version
 from popc.analysis.capture import Captured, capture_dynamo
-from popc.analysis.input_groups import Inputs, find_inputs
+from popc.analysis.input_groups import InputGroup, find_input_groups
 from popc.analysis.linears import all_linears
 from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan, Region, Skipped
@@ -28,14 +28,14 @@ from popc.config import Config
 from popc.errors import ConfigError, GraphError, PassError, PopcWarning
 from popc.log import log_graph, logger
 from popc.passes.base import run_pass
-from popc.passes.dense.pipeline import quicken
+from popc.passes.dense.pipeline import run_dense_passes
 from popc.passes.experts import can_flatten
 from popc.passes.pack import has_kernel
 from popc.passes.packing import slot_of
-from popc.passes.weight_layout import lay_out
+from popc.passes.weight_layout import store_channel_major
 from popc.planning.budget_solver import resolve
 from popc.planning.cost import saves
-from popc.runtime.compiled_graph import Compiled, CompiledGraph, Work
+from popc.runtime.compiled_graph import Compiled, CompiledGraph, RewritePlan
 from popc.runtime.interpreter import Interpreted
 
 
@@ -91,7 +91,7 @@ def popc_backend(
         )
         return generate(gm, example_inputs)
 
-    def construct(captured: Captured, work: Work, config: Config) -> Compiled:
+    def construct(captured: Captured, work: RewritePlan, config: Config) -> Compiled:
         if work.measured or work.measured_inputs:
             # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
             inductor["triton.cudagraphs"] = False
@@ -122,7 +122,7 @@ class _Job:
     measure_only: bool
     only: Collection[Hashable] | None
     generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
-    construct: Callable[[Captured, Work, Config], Compiled]
+    construct: Callable[[Captured, RewritePlan, Config], Compiled]
 
     def run(self) -> tuple[Compiled, Plan]:
         """What it was compiled to, and what of it is pruned: nothing, if a pass fails.
@@ -167,7 +167,7 @@ class _Job:
         )
         if work.device is not None:
             return run_pass("construct", self.construct, captured, work, config)
-        if captured.runnable and quicken(captured, decodes=False):
+        if captured.runnable and run_dense_passes(captured, decodes=False):
             return run_pass("generate code", self.generate, captured.gm, self.example_inputs)
         return self.generate(self.gm, self.example_inputs)
 
@@ -197,7 +197,7 @@ def _find(captured: Captured, config: Config, plan: Plan) -> Config:
         reason = "the graph holds values that only its trace had, of a vmap or a loop"
         _leave(plan, lambda _: reason, "vmap")
     else:
-        plan.inputs = run_pass("find inputs", find_inputs, captured, plan.regions)
+        plan.inputs = run_pass("find inputs", find_input_groups, captured, plan.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
     config = run_pass("resolve budget", resolve, config, sum(sizes.values()), plan)
     run_pass("choose regions", _choose, plan, config)
@@ -265,14 +265,14 @@ def _costs_more(region: Region, config: Config) -> str | None:
 
 def _laid_out(
     captured: Captured, plan: Plan, config: Config
-) -> tuple[list[Region], list[Inputs]] | None:
+) -> tuple[list[Region], list[InputGroup]] | None:
     """What to rewrite, its weights laid out by channel; None if that moved some."""
     regions = [r for r in plan.regions if prunable(r, config)]
-    device = Work(measured=regions, measured_inputs=plan.inputs).device
+    device = RewritePlan(measured=regions, measured_inputs=plan.inputs).device
     if device is None or not has_kernel(device):
         return regions, list(plan.inputs)
     owners = [*regions, *plan.inputs]
-    changed, refused = run_pass("lay out weights", lay_out, captured, owners)
+    changed, refused = run_pass("lay out weights", store_channel_major, captured, owners)
     if changed:
         compat.take_new_strides(changed)
         return None
@@ -283,8 +283,8 @@ def _laid_out(
     return [region for region in regions if region not in refused], list(plan.inputs)
 
 
-def _contracts(group: Inputs, config: Config) -> bool:
-    if config.policy_of(group.kind) != "contraction" or config.contraction_budget.share >= 1:
+def _contracts(group: InputGroup, config: Config) -> bool:
+    if not config.prunes_inputs(group.kind) or config.input_budget.share >= 1:
         return False
     if config.scope == "batch" or len(shape(group.x)) == 3:
         return True
@@ -320,10 +320,10 @@ def prunable(region: Region, config: Config) -> bool:
 def _work(
     captured: Captured,
     regions: Sequence[Region],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[InputGroup],
     config: Config,
     measure_only: bool,
-) -> Work:
+) -> RewritePlan:
     """What to measure in a graph, and what to prune."""
     single: dict[Any, bool | None] = {r: is_one_token(r.hidden) for r in regions}
     single |= {group: is_one_token(group.x) for group in inputs}
@@ -334,13 +334,13 @@ def _work(
         told = [is_one_token(linear.x) for linear in all_linears(captured)]
     default = any(told)
 
-    def prunes(owner: Region | Inputs) -> bool:
+    def prunes(owner: Region | InputGroup) -> bool:
         one = single[owner]
         return (default if one is None else one) and not measure_only
 
     slots = [r for r in regions if r.one_pass or prunes(r)]
     contracted = [group for group in inputs if prunes(group)]
-    return Work(
+    return RewritePlan(
         measured=[r for r in regions if r not in slots],
         pruned=[slot_of(r, config) for r in slots],
         # What runs on many tokens in a decode step, as on a whole cache, is never contracted.

@@ -120,7 +120,7 @@ def analyze(model: Model = DEFAULT, dtype: Dtype = "float32") -> None:
 def explain(
     model: Model = DEFAULT,
     html: Annotated[Path | None, typer.Option(help="Write a page with a picture.")] = None,
-    policy: Policy = "contraction",
+    policy: Policy = "threshold",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
     dtype: Dtype = "float32",
@@ -173,7 +173,7 @@ def report(
 def generate(
     model: Model = DEFAULT,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")] = DEMO_PROMPT,
-    policy: Policy = "contraction",
+    policy: Policy = "threshold",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
     targets: Targets = None,
@@ -194,7 +194,7 @@ def generate(
 @app.command(name="eval")
 def evaluate_command(
     model: Model = DEFAULT,
-    policy: Policy = "contraction",
+    policy: Policy = "threshold",
     sparsity: Sparsity = 0.2,
     candidate: Candidate = 0.1,
     bytes: Bytes = None,
@@ -267,7 +267,7 @@ def bench(
     prefill: Annotated[int, typer.Option(min=0, help="Of those prefilled, at most; 0: all.")] = 512,
     sparsity: Annotated[str, typer.Option(help="r: one or more.")] = "0,0.2,0.4,0.5",
     candidate: Candidate = 0.1,
-    policies: Annotated[str, typer.Option(help="One or more.")] = "contraction,pop",
+    policies: Annotated[str, typer.Option(help="One or more.")] = "threshold,pop",
     targets: Targets = None,
     tokens: Annotated[int, typer.Option(min=1, help="Steps in a round of each.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which all take turns.")] = 5,

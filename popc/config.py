@@ -10,7 +10,7 @@ from typing import Any
 from popc import policies
 from popc.errors import ConfigError
 from popc.planning.allocation import LEAST, Budget
-from popc.policies import Contraction, Counts, Dense, Policy
+from popc.policies import Counts, Dense, InputPolicy, Policy, UnitPolicy
 
 TARGETS = ("mlp", "attention", "experts", "other", "head")
 GUARDS = ("token", "prompt")
@@ -30,21 +30,21 @@ class Config:
             Given, it replaces ``sparsity``: r of the targeted regions is raised until it holds,
             in each graph on the parameters which that graph uses.
         policy: how channels are chosen: a name, or one for each kind of target.
-            ``"contraction"``: every linear reads the input channels that matter to the token;
+            ``"threshold"``: every linear reads the input channels that matter to the token;
             ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"staged"``: channels by
             their gate, ``"staged_pruned"`` without the tenth that matters least to the prompt;
             ``"wanda_sp"``, ``"flap"``: fixed by a text given beforehand; ``"dense"``: nothing is
-            pruned. Under ``"contraction"``, experts and encoders are pruned by ``"pop"``.
-        targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by contraction alone also
-            ``"other"`` linears, and ``"head"``, the last ones. None: the policy's usual ones, or
-            the kinds that ``policy`` names.
+            pruned. Under ``"threshold"``, experts and encoders are pruned by ``"pop"``.
+        targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by policies of
+            inputs alone also ``"other"`` linears, and ``"head"``, the last ones. None: the policy's
+            usual ones, or the kinds that ``policy`` names.
         bytes: share of the weight bytes of all linears but the last that a decode step reads.
             Given, it replaces ``sparsity``: r of what is targeted is raised until it holds, in each
             graph on the linears of that graph.
         budget: ``"fixed"``, or ``"elastic"``: each prompt reads what it needs to keep ``mass``, but
-            no less than half of what ``sparsity`` leaves; contraction only.
+            no less than half of what ``sparsity`` leaves; policies of inputs only.
         mass: share of the squared scores of a typical token that ``"elastic"`` keeps.
-        count: decode graphs also count what contraction reads: see :meth:`popc.Plan.read_share`.
+        count: decode graphs also count what is read: see :meth:`popc.Plan.read_share`.
         scope: ``"batch"`` has one partition for the batch (statistics are added over it),
             ``"sequence"`` one for each sequence.
         guards: when Dynamo looks whether the model is as it was compiled, its modules' attributes
@@ -61,7 +61,7 @@ class Config:
 
     sparsity: float = 0.2
     candidate: float = 0.1
-    policy: str | Mapping[str, str] = "contraction"
+    policy: str | Mapping[str, str] = "threshold"
     targets: tuple[str, ...] | None = None
     model_sparsity: float | None = None
     bytes: float | None = None
@@ -97,20 +97,27 @@ class Config:
     def _check_policy(self) -> None:
         if isinstance(self.policy, Mapping):
             # A copy, as of all that a caller could change later.
-            object.__setattr__(self, "policy", dict(self.policy))
-            for kind, name in self.policy.items():
+            held = {kind: policies.current_name(name) for kind, name in self.policy.items()}
+            object.__setattr__(self, "policy", held)
+            for kind, name in held.items():
                 _check_choice("policy", kind, TARGETS)
                 _check_choice("policy", name, policies.names())
         else:
+            object.__setattr__(self, "policy", policies.current_name(self.policy))
             _check_choice("policy", self.policy, policies.names())
-        if self.budget == "elastic" and set(self._policies()) - {"contraction", "dense"}:
-            raise ConfigError("budget", self.budget, "'fixed' with any policy but 'contraction'")
+        units = any(isinstance(policies.get(name), UnitPolicy) for name in self._policies())
+        if self.budget == "elastic" and units:
+            raise ConfigError("budget", self.budget, "'fixed' with a policy that prunes units")
 
     def _check_targets(self) -> None:
         given = self.targets
         if given is None:
             if isinstance(self.policy, Mapping):
-                given = tuple(kind for kind, name in self.policy.items() if name != "dense")
+                given = tuple(
+                    kind
+                    for kind, name in self.policy.items()
+                    if not isinstance(policies.get(name), Dense)
+                )
             else:
                 given = policies.get(self.policy).targets
         given = (given,) if isinstance(given, str) else given
@@ -175,17 +182,38 @@ class Config:
         return self.unit_policy(kind).counts(units, self.sparsity, self.candidate)
 
     @property
-    def contraction_budget(self) -> Budget:
-        """What the linears that contraction prunes may read."""
+    def input_budget(self) -> Budget:
+        """What the linears whose inputs are pruned may read."""
         share = 1 - self.sparsity
         if self.budget == "elastic":
             return Budget(share, 1 - self.mass, max(LEAST, share / 2))
         return Budget(share)
 
-    def unit_policy(self, kind: str) -> Policy:
-        """What prunes the units of a region of ``kind``; POP, where its policy has no units."""
-        policy = policies.get(self.policy_of(kind))
-        return policies.get("pop") if isinstance(policy, Contraction | Dense) else policy
+    def prunes(self, kind: str) -> bool:
+        """Whether what is of ``kind`` is pruned at all."""
+        return not isinstance(self.policy_for(kind), Dense)
+
+    def prunes_inputs(self, kind: str) -> bool:
+        """Whether input channels of linears of ``kind`` are pruned."""
+        return self.policy_for(kind).prunes_inputs
+
+    def policy_for(self, kind: str) -> Policy:
+        """The policy for a kind of target."""
+        return policies.get(self.policy_of(kind))
+
+    def unit_policy(self, kind: str) -> UnitPolicy:
+        """What prunes the units of a region of ``kind``, where its own policy has none, too."""
+        policy = self.policy_for(kind)
+        if not isinstance(policy, UnitPolicy):
+            policy = policies.get(policy.units)
+        assert isinstance(policy, UnitPolicy)
+        return policy
+
+    def input_policy(self, kind: str) -> InputPolicy:
+        """What prunes the inputs of linears of ``kind``, of which :meth:`prunes_inputs` holds."""
+        policy = self.policy_for(kind)
+        assert isinstance(policy, InputPolicy)
+        return policy
 
     def resolved(self, parameters: int, prunable: int) -> Config:
         """With ``model_sparsity`` turned into ``sparsity``, as the paper does.

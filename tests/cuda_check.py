@@ -24,7 +24,7 @@ from popc.bench.rates import Context
 from popc.testing import assert_equivalent
 from tests.models import tiny_llama
 
-POLICIES = ("contraction", "pop")
+POLICIES = ("threshold", "pop")
 PROMPT, TOKENS = 24, 12
 
 

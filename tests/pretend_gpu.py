@@ -110,7 +110,7 @@ def capture_code() -> list[str]:
 def one_mode_for_all() -> None:
     """popc takes real tensors or fakes of Dynamo's: here the real ones are fakes too, and lie as
     popc would have laid them out."""
-    backend.lay_out = lambda *_: ([], {})  # type: ignore[assignment]
+    backend.store_channel_major = lambda *_: ([], {})  # type: ignore[assignment]
     fakify, inductor, known = compat.fakify, compat.inductor, {}
 
     def as_known(mode: FakeTensorMode, value: Any) -> Any:
@@ -134,7 +134,7 @@ def model_on_gpu(policy: str) -> tuple[nn.Module, StaticCache]:
     model = tiny_llama(hidden_size=HIDDEN, intermediate_size=CHANNELS, vocab_size=1000)
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):
-            turned = value.dim() == 2 and (policy == "contraction" or value.shape[1] == CHANNELS)
+            turned = value.dim() == 2 and (policy == "threshold" or value.shape[1] == CHANNELS)
             size = value.shape[::-1] if turned else value.shape
             held = torch.empty(size, dtype=torch.bfloat16, device=GPU)
             held = nn.Parameter(held.t() if turned else held, requires_grad=False)

@@ -30,7 +30,7 @@ def resident() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--policy", default="contraction")
+    parser.add_argument("--policy", default="threshold")
     given = parser.parse_args()
     torch.set_num_threads(1)
     twin = popc.compile(tiny_llama(), policy=given.policy, sparsity=0.5)

@@ -163,7 +163,7 @@ def test_one_ffn(tmp_path: Path) -> None:
 def test_contraction_reads_what_was_counted() -> None:
     """One token about as many as thresholds are set for, eight more."""
     small = {"dtype": "float32", "tokens": 2, "rounds": 1, "layers": 2, "codegen": "eager"}
-    settings = Settings(**small, policies=("contraction",), sparsity=(0, 0.5), batch=(1, 8))
+    settings = Settings(**small, policies=("threshold",), sparsity=(0, 0.5), batch=(1, 8))
     measured = command.bench_ffn(ffn.Shape(64, 192), settings, lambda _: None)
     whole, one, _, eight = [run for run in measured.runs if run.policy]
     assert whole.read_bytes == whole.dense_bytes > eight.read_bytes > 1.2 * one.read_bytes
@@ -173,7 +173,7 @@ def test_contraction_reads_what_was_counted() -> None:
 
 def test_steps_that_count_nothing_are_an_error() -> None:
     plan = popc.analyze(ffn.Block(ffn.Shape(64, 192)), (torch.randn(1, 1, 64),))
-    config = popc.Config(policy="contraction", sparsity=0.5)
+    config = popc.Config(policy="threshold", sparsity=0.5)
     with pytest.raises(ModelError, match="were dense: no channels"):
         channels_read(plan, config, Session(), lambda: None)
     for none in (popc.Config(policy="pop", sparsity=0.5), popc.Config(sparsity=0)):
@@ -183,7 +183,7 @@ def test_steps_that_count_nothing_are_an_error() -> None:
 def test_bytes_follow_the_channels_counted() -> None:
     blocks = ffn.build_blocks(ffn.Shape(64, 192), Settings(dtype="float32", layers=2))
     plan = popc.analyze(blocks, (torch.randn(1, 1, 64),))
-    half, most = (popc.Config(policy="contraction", sparsity=r) for r in (0.5, 0.2))
+    half, most = (popc.Config(policy="threshold", sparsity=r) for r in (0.5, 0.2))
     meant = results.step_bytes(blocks, plan, half, 1)
     assert meant.dense / 2 < meant.read < 0.52 * meant.dense  # norms too
     for share, expected in ((0.5, meant.read), (1, meant.read + meant.dense / 2)):
@@ -314,7 +314,7 @@ def test_command(tmp_path: Path) -> None:
     assert "speed-up" in done.output
     read = json.loads(out.read_text())
     assert read["model"]["name"] == "FFN D=32 F=160"
-    policies = [None, None, "contraction", "pop"]
+    policies = [None, None, "threshold", "pop"]
     assert [run["policy"] for run in read["runs"]] == policies
     assert [run["sparsity"] for run in read["runs"]] == [None, None, 0.4, 0.4]
     assert picture.read_bytes().startswith(PNG)

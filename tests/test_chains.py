@@ -95,8 +95,8 @@ def fresh() -> None:
     ("policy", "scope", "candidate"),
     [
         ("pop", "batch", 0.1),
-        *few([("pop", "sequence", 1.0), ("pop", "batch", 0.0), ("contraction", "batch", 0.1)], 1),
-        *few([("contraction", "sequence", 0.1), ("dense", "batch", 0.1)], 1),
+        *few([("pop", "sequence", 1.0), ("pop", "batch", 0.0), ("threshold", "batch", 0.1)], 1),
+        *few([("threshold", "sequence", 0.1), ("dense", "batch", 0.1)], 1),
     ],
 )
 def test_chains_are_the_oracle(form: str, policy: str, scope: str, candidate: float) -> None:
@@ -120,7 +120,7 @@ def test_one_linear_of_low_rank_is_the_oracle(name: str) -> None:
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_each_kind_has_its_policy(scope: str) -> None:
     """A linear that consumes heads and produces channels is in two groups: only one prunes it."""
-    policy = {"attention": "contraction", "mlp": "pop"}
+    policy = {"attention": "threshold", "mlp": "pop"}
     options = {"policy": policy, "scope": scope, "sparsity": 0.4, "codegen": "eager"}
     result = assert_equivalent(chained("factors"), prompt(2), **options)
     assert result.masked > 0
@@ -158,7 +158,7 @@ def encoded(flat: bool) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("policy", few(["contraction", "pop"], 1))
+@pytest.mark.parametrize("policy", few(["threshold", "pop"], 1))
 def test_a_chain_in_one_pass_is_the_oracle(policy: str, flat: bool) -> None:
     options = {"policy": policy, "sparsity": 0.5, "codegen": "eager"}
     result = assert_equivalent(*encoded(flat), **options)

@@ -76,9 +76,9 @@ def test_eval_by_other_means(
 
 
 def test_a_mass_makes_the_budget_elastic() -> None:
-    config = cli._config("contraction", None, sparsity=0.4, mass=0.9)
+    config = cli._config("threshold", None, sparsity=0.4, mass=0.9)
     assert (config.budget, config.mass) == ("elastic", 0.9)
-    assert cli._config("contraction", "mlp", sparsity=0.4, mass=None).budget == "fixed"
+    assert cli._config("threshold", "mlp", sparsity=0.4, mass=None).budget == "fixed"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,8 @@ runpy.run_path({path!r}, run_name="__main__")
         ("generate.py", "The capital of France is"),
         ("backend_string.py", "["),
         ("analyze_any_module.py", "1 regions"),
+        ("unit_policy.py", "first_come ["),
+        ("input_policy.py", "magnitude ["),
     ],
 )
 def test_example(example: str, shows: str) -> None:

@@ -30,7 +30,7 @@ from popc.runtime import sessions
 from tests.models import CACHE, tiny_llama
 
 OPTIONS = {"sparsity": 0.4, "inductor": {"triton.cudagraphs": True}}
-POLICIES = ["contraction", "pop"]
+POLICIES = ["threshold", "pop"]
 HIDDEN = 256  # of tests.pretend_gpu
 
 
@@ -86,7 +86,7 @@ def test_weights_and_static_caches_are_fixed(seen: Seen, policy: str, allocated:
     given = [value for value in decode if isinstance(value, Tensor)]
     assert given[0].shape == (1, 1)
     assert not any(is_cache_like(value) for value in (*prefill, *decode))
-    assert len(given) == {"contraction": 5, "pop": 3}[policy]
+    assert len(given) == {"threshold": 5, "pop": 3}[policy]
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert sum(value.numel() for value in given) < weights / 10
 
@@ -172,7 +172,7 @@ def test_inductor_writes_a_step_for_cuda_that_copies_no_weight(policy: str) -> N
     products = code.count("extern_kernels.mm(")
     others = set(re.findall(r"torch\.ops\.popc\.(\w+)\.default\(", code))
     found = gathers, products, others
-    assert found == {"contraction": (14, 1, set()), "pop": (6, 9, {"select_units"})}[policy]
+    assert found == {"threshold": (14, 1, set()), "pop": (6, 9, {"select_units"})}[policy]
     sizes = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\)", code)
     largest = max(prod(map(int, re.findall(r"\d+", size))) for size in sizes)
     assert largest < 128 * HIDDEN, "as large as the smallest weight"

@@ -249,7 +249,7 @@ def cached(policy: str, sparsity: float, right: dict[float, float]) -> tuple[int
     return seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"]
 
 
-@pytest.mark.parametrize("policy", ["contraction", "pop"])
+@pytest.mark.parametrize("policy", ["threshold", "pop"])
 def test_generated_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatch, policy) -> None:
     """Thresholds are inputs, so any sparsity finds the same code; counts are shapes, so that of a
     decode step is generated anew. Code of other sources of popc is never found."""
@@ -259,7 +259,7 @@ def test_generated_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatc
     found, made = cached(policy, 0.3, right)
     assert found == 0 and made > 1
     others, again = cached(policy, 0.6, right)
-    assert others + again == made and again == (0 if policy == "contraction" else 1)
+    assert others + again == made and again == (0 if policy == "threshold" else 1)
     monkeypatch.setattr("popc.version.sources_digest", lambda: "of other sources")
     assert cached(policy, 0.6, right) == (0, made)
     assert cached(policy, 0.6, right) == (made, 0)

@@ -22,7 +22,7 @@ from tests.models import tiny_llama
 CONFIG = popc.Config(sparsity=0.5, candidate=0.2, codegen="eager")
 QUALITY = {
     "model": "a <b> & c",
-    "policy": "contraction",
+    "policy": "threshold",
     "sparsity": 0.37,
     "candidate": 0.1,
     "read": 0.634,

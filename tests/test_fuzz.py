@@ -133,7 +133,7 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
     expected = (moved.double() * kept) @ weights + added.double().view(-1, 1, outputs)
     close(y, expected + (0 if bias is None else bias.double()), dtype)
     read = kept.flatten(0, 1).any(0).sum()
-    assert ops.count_read(x, norms, limits.t(), centers, group, channel) == read
+    assert ops.count_active_channels(x, norms, limits.t(), centers, group, channel) == read
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from popc.ops import centers, measure_inputs, sum_squares
 from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares, _times
-from popc.planning.allocation import LEAST, Budget, Demand, allocate
+from popc.planning.allocation import LEAST, Budget, GroupSpec, allocate
 
 
 def nothing_known(sequences: int, width: int) -> Tensor:
@@ -111,7 +111,7 @@ def test_thresholds_are_quantiles() -> None:
     x = [torch.randn(1, 300, 64, generator=make), torch.randn(1, 300, 128, generator=make) ** 3]
     norms = [torch.rand(value.shape[-1], generator=make) for value in x]
     histograms = torch.cat([measured(value, norm)[1] for value, norm in zip(x, norms, strict=True)])
-    demands = [Demand(64, 1000, "a"), Demand(128, 3000, "b")]
+    demands = [GroupSpec(64, 1000, "a"), GroupSpec(128, 3000, "b")]
     for share in (0.2, 0.5, 0.8):
         found = allocate(histograms, demands, Budget(share))
         assert float(found.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(share)

@@ -18,7 +18,7 @@ from popc import testing
 from popc.analysis.capture import Captured, capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
 from popc.passes.packing import Slot
-from popc.passes.prune_units import prune_regions
+from popc.passes.prune_units import prune_units
 from popc.policies import Counts
 from popc.testing import MLP, Attention, Decoding, Layer, Low, MoE, Prompt, Transformer
 from tests.passes.checks import checked
@@ -61,7 +61,7 @@ def pruned(captured: Captured, live: list[int]) -> tuple[torch.Tensor, torch.Ten
     """Rewrite the graph's one region, of which the units ``live`` are retained; its inputs."""
     (region,) = find_regions(captured).regions
     counts = Counts(len(live), 0, len(live))
-    packing = prune_regions(captured, [Slot(region, counts, rows=True)], "batch")
+    packing = prune_units(captured, [Slot(region, counts, rows=True)], "batch")
     index = packing.pack([torch.tensor([live])], [None])[0]
     return index, torch.ones(len(live))
 
@@ -147,7 +147,7 @@ def test_pruned_is_the_oracle(spec: Transformer, prompt: Prompt, config: popc.Co
     assert result.masked == 0 or config.sparsity > 0
 
 
-@given(testing.transformers(), testing.prompts(), st.sampled_from(["pop", "contraction"]))
+@given(testing.transformers(), testing.prompts(), st.sampled_from(["pop", "threshold"]))
 @examples(3, 60)
 def test_sparsity_zero_is_dense(spec: Transformer, prompt: Prompt, policy: str) -> None:
     given_inputs = prompt.inputs(spec.vocabulary)
@@ -183,7 +183,7 @@ def test_chains_of_low_rank_are_regions_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 def test_chains_of_low_rank_are_the_oracle(policy: str, codegen: str) -> None:
     inputs = Prompt((4,)).inputs(LOW.vocabulary)
     options = {"policy": policy, "sparsity": 0.5, "candidate": 0.3, "codegen": codegen}
@@ -229,7 +229,7 @@ HALF = {"sparsity": 0.5, "candidate": 0.3, "codegen": "eager"}
 @pytest.mark.parametrize("entry", ["compile", "backend"])
 @given(testing.transformers(), testing.configs(codegen="eager", guards="token"), st.integers(1, 2))
 @example(PLAIN, popc.Config(**HALF, policy="pop"), 1)
-@example(PLAIN, popc.Config(**HALF, policy="contraction"), 1)
+@example(PLAIN, popc.Config(**HALF, policy="threshold"), 1)
 @examples(1, 60)
 def test_where_a_cache_is_kept_changes_nothing(kind, entry, spec, config, batch) -> None:
     """In buffers of the model, in tuples, or in an object: what is left out is the same."""
@@ -295,7 +295,7 @@ def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float
     (region,) = find_regions(captured).regions
     config = popc.Config(policy="pop", sparsity=sparsity, candidate=candidate)
     counts = config.counts(region.units)
-    packing = prune_regions(captured, [Slot(region, counts, rows=True)], "batch")
+    packing = prune_units(captured, [Slot(region, counts, rows=True)], "batch")
     live = torch.arange(counts.live)[None]
     inputs = arguments(captured, module, x)
     read = 0
@@ -316,7 +316,7 @@ def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float
     assert read == region.decode_bytes(config)
 
 
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows_and_is_forgotten(policy: str, value: float) -> None:
     """A NaN or an infinity shows as in the dense model, and harms no later call."""
@@ -356,13 +356,13 @@ def cases(policy: str, scope: str = "batch"):
 
 
 TestPopSessions = cases("pop")
-TestContractionSessions = cases("contraction")
+TestContractionSessions = cases("threshold")
 TestPopSessionsBySequence = cases("pop", "sequence")
-TestContractionSessionsBySequence = cases("contraction", "sequence")
+TestContractionSessionsBySequence = cases("threshold", "sequence")
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 def test_a_prefix_of_one_row_serves_several(policy: str, scope: str) -> None:
     """Each goes by what the one row left, and by its own tail from there on."""
     torch.compiler.reset()

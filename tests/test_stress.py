@@ -17,7 +17,7 @@ from popc.runtime import sessions
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
-POLICIES = ("contraction", "pop")
+POLICIES = ("threshold", "pop")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def prompt(seed: int, length: int = 9, batch: int = 1) -> Tensor:
     return torch.randint(1, 96, (batch, length), generator=make)
 
 
-def twin_of(model: nn.Module, policy: str = "contraction", **options: object):
+def twin_of(model: nn.Module, policy: str = "threshold", **options: object):
     given = {"policy": policy, "sparsity": 0.5, "codegen": "eager", **options}
     return popc.compile(model, **given)
 

@@ -27,7 +27,7 @@ def check(**options: object) -> testing.Equivalence:
 
 
 def test_what_is_right_passes() -> None:
-    for options in ({}, {"policy": "contraction"}, {"scope": "sequence"}):
+    for options in ({}, {"policy": "threshold"}, {"scope": "sequence"}):
         result = check(**options)
         assert result.decided and result.masked > 0 and result.error < 1e-6
     assert check(policy="dense").masked == 0
@@ -59,15 +59,15 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
 
 def test_a_wrong_threshold_is_named(monkeypatch) -> None:
     """One linear's norms are another's."""
-    right = compiled_graph.InputsTemplate.norm
+    right = compiled_graph.InputGroupBinding.scale
 
     def wrong(self, args):
         norm = right(self, args)
         return norm.flip(0) if self.group.width == 16 else norm
 
-    monkeypatch.setattr(compiled_graph.InputsTemplate, "norm", wrong)
+    monkeypatch.setattr(compiled_graph.InputGroupBinding, "scale", wrong)
     with pytest.raises(EquivalenceError, match=r"layers\.1\.block"):
-        check(policy="contraction")
+        check(policy="threshold")
 
 
 def test_near_ties_are_not_decided() -> None:

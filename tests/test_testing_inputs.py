@@ -105,7 +105,7 @@ def test_values_come_in_the_models_dtype(dtype: torch.dtype | None) -> None:
         check(model, inputs, dtype=dtype, policy="pop", prunes=False)
 
 
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 @pytest.mark.parametrize("model", [Values, Narrower, Named])
 def test_any_first_argument_is_what_a_tensor_is_given_as(model, policy: str) -> None:
     inputs = IDS if model is Named else floats(2, 5, WIDTH)
@@ -115,10 +115,10 @@ def test_any_first_argument_is_what_a_tensor_is_given_as(model, policy: str) -> 
 
 
 def test_bfloat16_decodes_values() -> None:
-    check(Values().bfloat16(), floats(2, 5, WIDTH).bfloat16(), dtype=None, policy="contraction")
+    check(Values().bfloat16(), floats(2, 5, WIDTH).bfloat16(), dtype=None, policy="threshold")
 
 
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 def test_nested_inputs(policy: str) -> None:
     inputs = nested()
     check(Nested(), inputs, policy=policy, prunes=False)
@@ -129,7 +129,7 @@ def test_nested_inputs(policy: str) -> None:
     assert kwargs["held"]["ids"].dtype is torch.int64 and kwargs["mask"].dtype is torch.bool
 
 
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 def test_embeddings_are_followed_by_ids(policy: str) -> None:
     """Also padded ones, with positions given, and an option that is no tensor."""
     model = tiny_llama(num_hidden_layers=1)

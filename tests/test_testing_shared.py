@@ -57,7 +57,7 @@ def one_storage(model: Any) -> None:
 SHARINGS = [up_alone, queries_and_keys, everything, whole_layer, down_alone, whole_mlp, one_storage]
 
 
-@pytest.mark.parametrize("policy", ["contraction", "pop"])
+@pytest.mark.parametrize("policy", ["threshold", "pop"])
 @pytest.mark.parametrize("share", few(SHARINGS, 4))
 def test_each_use_is_told_apart(share, policy: str) -> None:
     model = SPEC.make()
@@ -83,7 +83,7 @@ class Broken(nn.Module):
         return self.model.head(x)
 
 
-@pytest.mark.parametrize("policy", ["contraction", "pop"])
+@pytest.mark.parametrize("policy", ["threshold", "pop"])
 @pytest.mark.parametrize("share", few([up_alone, down_alone, queries_and_keys], 1))
 def test_also_where_layers_are_traced_apart(share, policy: str) -> None:
     model = Broken(share)

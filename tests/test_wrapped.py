@@ -78,7 +78,7 @@ def fresh() -> None:
 
 
 @pytest.mark.parametrize("how", few(QUANTISE, 1))
-@pytest.mark.parametrize("policy", ["contraction", "pop"])
+@pytest.mark.parametrize("policy", ["threshold", "pop"])
 def test_all_weights(how: str, policy: str) -> None:
     model, ids = tiny_llama(), tokens()
     for linear in names(model).values():
@@ -113,7 +113,7 @@ class Hidden(nn.Module):
 
 @pytest.mark.parametrize("codegen", few(["eager", "inductor"], 1))
 @pytest.mark.parametrize("how", few(QUANTISE, 1))
-@pytest.mark.parametrize("policy", ["pop", "contraction"])
+@pytest.mark.parametrize("policy", ["pop", "threshold"])
 def test_plain_weights_beside_them_are_pruned(policy: str, how: str, codegen: str) -> None:
     """The last layer as a whole, and of the others one linear of a region."""
     model, ids = tiny_llama(num_hidden_layers=3), tokens()

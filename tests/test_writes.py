@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from popc.analysis.capture import Captured, capture_dynamo
-from popc.analysis.input_groups import find_inputs
+from popc.analysis.input_groups import find_input_groups
 from popc.analysis.mutation import depends_on
 
 
@@ -63,5 +63,5 @@ def test_a_write_after_the_read_does_not() -> None:
 
 def test_linears_of_one_input_are_one_group() -> None:
     captured = captured_state(late=False)
-    groups = find_inputs(captured, [])
+    groups = find_input_groups(captured, [])
     assert [(group.kind, len(group.linears)) for group in groups] == [("other", 2), ("head", 1)]

@@ -65,7 +65,7 @@ class Entry:
     attention: int
     experts: int
     note: str
-    inputs: first.Inputs
+    inputs: first.InputGroup
     refused: tuple[int, int, int] = (0, 0, 0)
     traced_right: bool = True  # whether torch.compile alone gives the model's own numbers
 
@@ -98,7 +98,7 @@ def _entry(
     auto: type,
     label: str,
     name: str,
-    inputs: first.Inputs,
+    inputs: first.InputGroup,
     counts: tuple[int, int, int],
     note: str,
     given: dict[str, object],

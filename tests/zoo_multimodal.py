@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Inputs = Callable[[nn.Module], dict[str, Tensor]]
+InputGroup = Callable[[nn.Module], dict[str, Tensor]]
 
 IMAGE = 95  # the token that stands for a patch of the picture
 PROMPT = 8
@@ -45,7 +45,7 @@ def picture(_: nn.Module) -> dict[str, Tensor]:
     return {"pixel_values": noise(1, 3, 16, 16)}
 
 
-def seen(images: int) -> Inputs:
+def seen(images: int) -> InputGroup:
     """A picture of 16 by 16 that becomes ``images`` tokens, and a prompt."""
 
     def inputs(_: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def seen(images: int) -> Inputs:
     return inputs
 
 
-def tiles(images: int) -> Inputs:
+def tiles(images: int) -> InputGroup:
     """The same with an axis for several pictures."""
 
     def inputs(_: nn.Module) -> dict[str, Tensor]:

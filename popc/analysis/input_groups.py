@@ -33,7 +33,7 @@ _CHOICES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class InputGroup:
     """The linears that contract one value.
 
     Attributes:
@@ -73,7 +73,7 @@ class Inputs:
         return sum(linear.inputs * linear.outputs for linear in self.linears)
 
 
-def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
+def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[InputGroup]:
     """Every plain linear of a graph, grouped by what it reads, in graph order.
 
     Left out are experts' linears, which have an input for each expert, linears that route, and
@@ -104,7 +104,7 @@ def find_inputs(captured: Captured, regions: Sequence[Region]) -> list[Inputs]:
         identities = tuple(linear.weight.identity for linear in members)
         name = common([where(linear.node) for linear in members])
         key = (identities, uses[members[0].node])
-        found.append(Inputs(kind, name, x, tuple(members), key, source_of(members[0].node)))
+        found.append(InputGroup(kind, name, x, tuple(members), key, source_of(members[0].node)))
     return found
 
 

@@ -35,18 +35,18 @@ class Mixes(Exception):
 
 
 @dataclass(frozen=True)
-class Atom:
+class DimFactor:
     """A factor of a dim: ``tracked`` if labels differ along it."""
 
     size: Any
     tracked: bool
 
 
-Dim = tuple[Atom, ...]
+Dim = tuple[DimFactor, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
+class LabeledValue:
     """The labels of one value.
 
     Attributes:
@@ -58,10 +58,10 @@ class Carried:
     labels: np.ndarray
 
     @classmethod
-    def over(cls, sizes: Sequence[Any], dim: int, labels: np.ndarray) -> Carried:
+    def over(cls, sizes: Sequence[Any], dim: int, labels: np.ndarray) -> LabeledValue:
         """A value of ``sizes`` whose positions along ``dim`` have ``labels``."""
         dims = [free(size) for size in sizes]
-        dims[dim] = (Atom(len(labels), True),)
+        dims[dim] = (DimFactor(len(labels), True),)
         return cls(tuple(dims), labels)
 
     def axes(self, dim: int) -> list[int]:
@@ -90,33 +90,33 @@ class Carried:
         )
         return whole.reshape((*lead, -1))
 
-    def replaced(self, dim: int, labels: np.ndarray) -> Carried:
+    def replaced(self, dim: int, labels: np.ndarray) -> LabeledValue:
         """With ``dim`` as one tracked atom: the inverse of :meth:`along`."""
         dims = list(self.dims)
         size = labels.shape[-1]
         if size == 1:
             dims[dim] = ()
-            return Carried(tuple(dims), labels[..., 0])
-        dims[dim] = (Atom(size, True),)
+            return LabeledValue(tuple(dims), labels[..., 0])
+        dims[dim] = (DimFactor(size, True),)
         at = sum(atom.tracked for before in self.dims[:dim] for atom in before)
-        return Carried(tuple(dims), np.moveaxis(labels, -1, at))
+        return LabeledValue(tuple(dims), np.moveaxis(labels, -1, at))
 
-    def resized(self, dim: int, size: Any) -> Carried:
+    def resized(self, dim: int, size: Any) -> LabeledValue:
         """A free ``dim`` with another size."""
-        return Carried((*self.dims[:dim], free(size), *self.dims[dim + 1 :]), self.labels)
+        return LabeledValue((*self.dims[:dim], free(size), *self.dims[dim + 1 :]), self.labels)
 
-    def permuted(self, order: Sequence[int]) -> Carried:
+    def permuted(self, order: Sequence[int]) -> LabeledValue:
         axes = [axis for dim in order for axis in self.axes(dim)]
-        return Carried(tuple(self.dims[d] for d in order), self.labels.transpose(axes))
+        return LabeledValue(tuple(self.dims[d] for d in order), self.labels.transpose(axes))
 
-    def squeezed(self, dim: int) -> Carried:
+    def squeezed(self, dim: int) -> LabeledValue:
         """Without ``dim``, along which labels are the same."""
-        return Carried((*self.dims[:dim], *self.dims[dim + 1 :]), self.labels)
+        return LabeledValue((*self.dims[:dim], *self.dims[dim + 1 :]), self.labels)
 
-    def unsqueezed(self, dim: int, size: Any = 1) -> Carried:
-        return Carried((*self.dims[:dim], free(size), *self.dims[dim:]), self.labels)
+    def unsqueezed(self, dim: int, size: Any = 1) -> LabeledValue:
+        return LabeledValue((*self.dims[:dim], free(size), *self.dims[dim:]), self.labels)
 
-    def viewed(self, sizes: Sequence[Any]) -> Carried:
+    def viewed(self, sizes: Sequence[Any]) -> LabeledValue:
         """As ``view(sizes)`` lays it out.
 
         Raises:
@@ -132,16 +132,16 @@ class Carried:
         if any(atom.tracked for atom in left):
             raise Mixes("splits or merges channels in an unknown way")
         shape = [atom.size for dim in dims for atom in dim if atom.tracked]
-        return Carried(tuple(dims), self.labels.reshape(shape))
+        return LabeledValue(tuple(dims), self.labels.reshape(shape))
 
 
 def free(size: Any) -> Dim:
-    return () if isinstance(size, int) and size == 1 else (Atom(size, False),)
+    return () if isinstance(size, int) and size == 1 else (DimFactor(size, False),)
 
 
-def _take(left: list[Atom], size: Any) -> Dim:
+def _take(left: list[DimFactor], size: Any) -> Dim:
     """Take atoms of product ``size`` off the end of ``left``."""
-    taken: list[Atom] = []
+    taken: list[DimFactor] = []
     while not same_size(size, 1):
         if not left:
             raise Mixes("splits or merges channels in an unknown way")
@@ -153,8 +153,8 @@ def _take(left: list[Atom], size: Any) -> Dim:
             taken.insert(0, atom)
             size = size // atom.size
         elif divides(size, atom.size):
-            left.append(Atom(atom.size // size, atom.tracked))
-            taken.insert(0, Atom(size, atom.tracked))
+            left.append(DimFactor(atom.size // size, atom.tracked))
+            taken.insert(0, DimFactor(size, atom.tracked))
             break
         else:
             raise Mixes("splits or merges channels in an unknown way")
@@ -182,7 +182,7 @@ class Event:
 
 
 @dataclass
-class Flow:
+class LabelUnion:
     """What the walk over a graph has learnt of its labels."""
 
     count: int = 0
@@ -215,12 +215,12 @@ class Flow:
 
     def mix(
         self,
-        value: Carried,
+        value: LabeledValue,
         dims: Sequence[int],
         node: fx.Node,
         reason: str,
         kind: str = "mixes",
-    ) -> Carried:
+    ) -> LabeledValue:
         """Tie all channels along ``dims`` of ``value``, whose labels are then free along them."""
         axes = [axis for dim in dims for axis in value.axes(dim)]
         if axes:
@@ -228,8 +228,8 @@ class Flow:
         labels = self.tie_along(value.labels, axes)
         out = list(value.dims)
         for dim in dims:
-            out[dim] = tuple(Atom(atom.size, False) for atom in out[dim])
-        return Carried(tuple(out), labels)
+            out[dim] = tuple(DimFactor(atom.size, False) for atom in out[dim])
+        return LabeledValue(tuple(out), labels)
 
     def spoil(self, labels: np.ndarray, reason: str, node: fx.Node, kind: str = "mixes") -> None:
         """The channels of ``labels`` can't be pruned, for ``reason``."""
@@ -237,10 +237,10 @@ class Flow:
 
     def combine(
         self,
-        operands: Sequence[tuple[Carried, Sequence[Hashable]]],
+        operands: Sequence[tuple[LabeledValue, Sequence[Hashable]]],
         order: Sequence[Hashable],
         sizes: Mapping[Any, Any],
-    ) -> Carried:
+    ) -> LabeledValue:
         """The elementwise combination of operands whose dims are named by letters.
 
         Args:
@@ -261,13 +261,13 @@ class Flow:
             labels = [self.tie_along(s, range(s.ndim)) for s in spread]
             for other in labels[1:]:
                 self.tie(labels[0], other)
-            loose = {k: tuple(Atom(a.size, False) for a in dim) for k, dim in dims.items()}
-            return Carried(tuple(loose[letter] for letter in order), labels[0])
+            loose = {k: tuple(DimFactor(a.size, False) for a in dim) for k, dim in dims.items()}
+            return LabeledValue(tuple(loose[letter] for letter in order), labels[0])
         result = np.broadcast_to(spread[0], shape)
         for other in spread[1:]:
             self.tie(result, other)
             result = np.where(result == NONE, other, result)
-        return Carried(tuple(dims[letter] for letter in order), np.asarray(result))
+        return LabeledValue(tuple(dims[letter] for letter in order), np.asarray(result))
 
     def classes(self) -> np.ndarray:
         """The class of each label; tied labels share one."""
@@ -283,7 +283,7 @@ def _some(labels: np.ndarray) -> np.ndarray:
     return np.unique(labels[labels != NONE])
 
 
-def _dim_at(operand: tuple[Carried, Sequence[Hashable]], letter: Hashable) -> Dim:
+def _dim_at(operand: tuple[LabeledValue, Sequence[Hashable]], letter: Hashable) -> Dim:
     value, letters = operand
     return value.dims[list(letters).index(letter)] if letter in letters else ()
 
@@ -293,20 +293,20 @@ def _refined(dims: Sequence[Dim]) -> Dim:
     result = dims[0]
     for other in dims[1:]:
         a, b = list(result), list(other)
-        out: list[Atom] = []
+        out: list[DimFactor] = []
         while a and b:
             x, y = a.pop(), b.pop()
             if same_size(x.size, y.size):
                 size = x.size
             elif divides(x.size, y.size):
                 size = x.size
-                b.append(Atom(y.size // size, y.tracked))
+                b.append(DimFactor(y.size // size, y.tracked))
             elif divides(y.size, x.size):
                 size = y.size
-                a.append(Atom(x.size // size, x.tracked))
+                a.append(DimFactor(x.size // size, x.tracked))
             else:
                 raise Mixes("brings together channels of axes that do not fit")
-            out.insert(0, Atom(size, x.tracked or y.tracked))
+            out.insert(0, DimFactor(size, x.tracked or y.tracked))
         if a or b:
             raise Mixes("brings together channels of axes that do not fit")
         result = tuple(out)
@@ -314,7 +314,7 @@ def _refined(dims: Sequence[Dim]) -> Dim:
 
 
 def _spread(
-    operand: tuple[Carried, Sequence[Hashable]],
+    operand: tuple[LabeledValue, Sequence[Hashable]],
     order: Sequence[Hashable],
     dims: Mapping[Hashable, Dim],
 ) -> np.ndarray:
@@ -331,7 +331,7 @@ def _spread(
                 last = own.pop()
                 tracked = last.tracked
                 if not same_size(last.size, atom.size):
-                    own.append(Atom(last.size // atom.size, last.tracked))
+                    own.append(DimFactor(last.size // atom.size, last.tracked))
             if atom.tracked:
                 axes.insert(0, atom.size if tracked else 1)
         sizes += axes

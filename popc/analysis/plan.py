@@ -19,7 +19,7 @@ from popc.analysis.linears import Linear
 from popc.config import Config
 
 if TYPE_CHECKING:
-    from popc.analysis.input_groups import Inputs
+    from popc.analysis.input_groups import InputGroup
     from popc.planning.cost import PlanCost
 
 
@@ -84,12 +84,9 @@ class Region:
     def by_units(self, config: Config) -> bool:
         """Whether ``config`` prunes its units, not its linears' inputs: see :mod:`popc.policies`.
 
-        Contraction needs one weight for all tokens, and a decode phase.
+        Inputs can be left out where all tokens meet one weight, and in a decode phase.
         """
-        policy = config.policy_of(self.kind)
-        if policy == "contraction":
-            return bool(self.experts) or self.one_pass
-        return policy != "dense"
+        return config.policy_for(self.kind).prunes_units(self)
 
     @property
     def width(self) -> int:
@@ -180,7 +177,7 @@ class Plan:
 
     regions: list[Region] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    inputs: list[Inputs] = field(default_factory=list)
+    inputs: list[InputGroup] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
 
     def extend(self, other: Plan) -> None:
@@ -202,7 +199,7 @@ class Plan:
 
     def leave(self, reason: str, kind: str) -> None:
         """Make refusals of all that it lists as pruned; where that is nothing yet, of the graph."""
-        owners: list[Region | Inputs] = [*self.regions, *self.inputs]
+        owners: list[Region | InputGroup] = [*self.regions, *self.inputs]
         left = [Skipped(o.name, reason, "", o.source, kind, key=o.key) for o in owners]
         self.skipped += left or [Skipped("the graph", reason, kind=kind)]
         self.regions, self.inputs = [], []
@@ -214,13 +211,13 @@ class Plan:
     def decode_share(self, config: Config) -> float:
         """The share of the pruned linears' weight bytes that a decode step reads.
 
-        Of contraction it is what thresholds are set for; tokens read more and less than that.
+        Of pruned inputs it is what thresholds are set for; tokens read more and less than that.
         """
         regions = [region for region in self.regions if region.by_units(config)]
         dense = sum(region.weight_bytes for region in regions)
         read = sum(r.decode_bytes(config) for r in regions)
         for group in self.inputs:
-            if config.policy_of(group.kind) == "contraction":
+            if config.prunes_inputs(group.kind):
                 dense += group.weight_bytes
                 read += (1 - config.sparsity) * group.weight_bytes
         return read / dense if dense else 1.0
@@ -242,9 +239,7 @@ class Plan:
         """
         within = pruned or self
         regions = {region.key for region in within.regions if region.by_units(config)}
-        contracted = {
-            group.key for group in within.inputs if config.policy_of(group.kind) == "contraction"
-        }
+        contracted = {group.key for group in within.inputs if config.prunes_inputs(group.kind)}
         dense = read = 0.0
         for region in self.regions:
             if region.experts or region.one_pass:  # whose linears are in none of the inputs
@@ -297,7 +292,7 @@ class Plan:
 
 
 def share_read(
-    group: Inputs, config: Config, reads: Mapping[Any, Sequence[int]] | None = None
+    group: InputGroup, config: Config, reads: Mapping[Any, Sequence[int]] | None = None
 ) -> float:
     """The share of a contracted group's channels that a step reads: see `Plan.read_share`."""
     steps = (reads or {}).get(group.key)

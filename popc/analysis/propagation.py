@@ -11,15 +11,15 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.labels import Carried, Flow, Mixes
+from popc.analysis.labels import LabeledValue, LabelUnion, Mixes
 
 aten = torch.ops.aten
 
-Labels = Carried | list[Carried | None] | None
+Labels = LabeledValue | list[LabeledValue | None] | None
 
 
 @dataclass
-class Walk:
+class Propagation:
     """A walk over one graph, node by node.
 
     Attributes:
@@ -29,15 +29,15 @@ class Walk:
     """
 
     captured: Captured
-    flow: Flow = field(default_factory=Flow)
+    flow: LabelUnion = field(default_factory=LabelUnion)
     carried: dict[fx.Node, Labels] = field(default_factory=dict)
-    attention: list[tuple[fx.Node, Carried, list[fx.Node]]] = field(default_factory=list)
+    attention: list[tuple[fx.Node, LabeledValue, list[fx.Node]]] = field(default_factory=list)
     scores: set[fx.Node] = field(default_factory=set)
 
-    def of(self, value: Any) -> Carried | None:
+    def of(self, value: Any) -> LabeledValue | None:
         """The labels of an argument, None if it has none."""
         held = self.carried.get(value) if isinstance(value, fx.Node) else None
-        return held if isinstance(held, Carried) else None
+        return held if isinstance(held, LabeledValue) else None
 
     def constant(self, value: Any) -> np.ndarray | None:
         """The numbers in a tensor that the program holds, None if they come from elsewhere."""
@@ -58,7 +58,7 @@ _COPIES = (
     aten.clone.default,
 )
 
-Rule = Callable[[Walk, fx.Node], Labels]
+Rule = Callable[[Propagation, fx.Node], Labels]
 
 
 def shape(node: Any) -> torch.Size:
@@ -79,7 +79,7 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
-def only_input(walk: Walk, node: fx.Node, name: str | None = None) -> Carried:
+def only_input(walk: Propagation, node: fx.Node, name: str | None = None) -> LabeledValue:
     """The labels of the input that a rule for one input is about: the first, or ``name``.
 
     Raises:

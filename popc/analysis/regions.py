@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured, may_alias
-from popc.analysis.labels import NONE, Carried, Event, Mixes
+from popc.analysis.labels import NONE, Event, LabeledValue, Mixes
 from popc.analysis.linears import Linear, as_linear, uses_of_weights
 from popc.analysis.plan import Plan, Producer, Region, Skipped
-from popc.analysis.propagation import Walk, shape
+from popc.analysis.propagation import Propagation, shape
 from popc.analysis.provenance import common, source_of, where
 from popc.analysis.rules.joins import unview
 from popc.analysis.rules.reductions import CONTRACTIONS
@@ -44,7 +44,7 @@ class _Analysis:
     def __init__(self, captured: Captured) -> None:
         self.graph = captured.gm.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
-        self.walk = Walk(captured)
+        self.walk = Propagation(captured)
         self.producers: list[_Side] = []
         self.consumers: list[_Side] = []
         self.linears: list[Linear] = []
@@ -107,7 +107,7 @@ class _Analysis:
                 reason = f"{node.target} could not be followed"
                 walk.flow.spoil(held.labels, reason, node, "not followed")
 
-    def _through(self, linear: Linear) -> Carried:
+    def _through(self, linear: Linear) -> LabeledValue:
         """Channels end here, and new ones are born."""
         walk = self.walk
         x, y = walk.of(linear.x), linear.y_dim
@@ -133,7 +133,7 @@ class _Analysis:
             for labels in (x.labels, rows):  # type: ignore[union-attr]
                 walk.flow.spoil(labels, reason, linear.node, "heads")
         self.producers.append(_Side(linear, rows))
-        return Carried.over(sizes, y, rows)
+        return LabeledValue.over(sizes, y, rows)
 
     def _write_back(self, node: fx.Node, base: object) -> None:
         """``node`` wrote in place: what ``base`` is a view of holds its labels from now on."""
@@ -191,7 +191,7 @@ class _Analysis:
             node = queue.pop()
             if node in found or self.walk.carried.get(node) is None:
                 continue
-            if isinstance(self.walk.carried[node], Carried):
+            if isinstance(self.walk.carried[node], LabeledValue):
                 found.add(node)
             if node not in linears:
                 queue += node.all_input_nodes
@@ -313,7 +313,7 @@ class _Analysis:
         bodies: list[list[fx.Node]] = [[] for _ in regions]
         producers = {side.linear.node for side in self.producers}
         for node, value in self.walk.carried.items():
-            if not isinstance(value, Carried) or node in producers or node.op == "placeholder":
+            if not isinstance(value, LabeledValue) or node in producers or node.op == "placeholder":
                 continue
             labels = value.labels[value.labels != NONE]
             for i in np.unique(number[self.classes[labels]]):

@@ -30,7 +30,7 @@ def channels_read(
     Raises:
         ModelError: the twin's steps were dense.
     """
-    contracts = any(config.policy_of(group.kind) == "contraction" for group in plan.inputs)
+    contracts = any(config.prunes_inputs(group.kind) for group in plan.inputs)
     if session is None or not contracts or not config.sparsity:
         return {}
     session.reads.clear()  # the session serves other sparsities too

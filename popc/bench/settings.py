@@ -50,7 +50,7 @@ class Settings:
     prefill: int = 512
     sparsity: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5)
     candidate: float = 0.1
-    policies: tuple[str, ...] = ("contraction", "pop")
+    policies: tuple[str, ...] = ("threshold", "pop")
     targets: tuple[str, ...] | None = None
     tokens: int = 32
     rounds: int = 5

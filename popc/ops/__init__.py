@@ -17,14 +17,14 @@ from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.mask import additive_mask
 from popc.ops.measure import centers, measure_inputs, sum_squares
 from popc.ops.select import select_units
-from popc.ops.threshold import count_read, threshold_linear, threshold_linears
+from popc.ops.threshold import count_active_channels, threshold_linear, threshold_linears
 
 __all__ = [
     "LINEARS",
     "additive_mask",
     "attend",
     "centers",
-    "count_read",
+    "count_active_channels",
     "gather_experts",
     "gather_linear",
     "measure_inputs",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def served(op: Any, x: Tensor, weight: Tensor) -> Any:
+def select_kernel(op: Any, x: Tensor, weight: Tensor) -> Any:
     """One of the products above, as it is best put into a graph for these tensors.
 
     On CUDA a Triton op, which Inductor sees through; C++ kernels answer to the op's own name.

@@ -21,8 +21,8 @@ in the graph would take Inductor's wrapper 0.7 to 1.6 us each, at each token.
 for linears that share x and what counts of it; in ``base`` one linear's part follows the other's. A
 kernel chooses the channels once, and reads their lines of all the weights together.
 
-``popc::count_read(x, norm, threshold, center) -> int64 []``, parts of these likewise: how many
-channels count for at least one token.
+``popc::count_active_channels(x, norm, threshold, center) -> int64 []``, parts of these likewise:
+how many channels count for at least one token.
 
 The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """
@@ -50,14 +50,14 @@ torch.library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 torch.library.define(
-    "popc::count_read",
+    "popc::count_active_channels",
     "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None, int group=0, int channel=0) "
     "-> Tensor",
 )
 
 threshold_linear = torch.ops.popc.threshold_linear.default
 threshold_linears = torch.ops.popc.threshold_linears.default
-count_read = torch.ops.popc.count_read.default
+count_active_channels = torch.ops.popc.count_active_channels.default
 
 
 def _moved(x: Tensor, center: Tensor | None) -> Tensor:
@@ -141,7 +141,7 @@ def _threshold_linears(
     return found
 
 
-def _count_read(
+def _count_active_channels(
     x: Tensor,
     norm: Tensor,
     threshold: Tensor,
@@ -157,7 +157,9 @@ def _count_read(
 for _name in ("popc::threshold_linear", "popc::threshold_linear_reference"):
     torch.library.impl(_name, "CompositeExplicitAutograd", _threshold_linear)
 torch.library.impl("popc::threshold_linears", "CompositeExplicitAutograd", _threshold_linears)
-torch.library.impl("popc::count_read", "CompositeExplicitAutograd", _count_read)
+torch.library.impl(
+    "popc::count_active_channels", "CompositeExplicitAutograd", _count_active_channels
+)
 
 
 @torch.library.register_fake("popc::threshold_linear")
@@ -189,6 +191,6 @@ def _threshold_linears_fake(
     return [x.new_empty((*x.shape[:-1], weight.shape[dim])) for weight, dim in pairs]
 
 
-@torch.library.register_fake("popc::count_read")
-def _count_read_fake(x: Tensor, *others: Any, **named: Any) -> Tensor:
+@torch.library.register_fake("popc::count_active_channels")
+def _count_active_channels_fake(x: Tensor, *others: Any, **named: Any) -> Tensor:
     return x.new_empty((), dtype=torch.int64)

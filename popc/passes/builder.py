@@ -19,7 +19,7 @@ from popc.analysis.capture import Captured, drop_dead
 aten = torch.ops.aten
 
 
-class Emitter:
+class GraphBuilder:
     """Adds nodes to a graph before a given place; each gets its fake value at once."""
 
     def __init__(self, captured: Captured, like: fx.Node) -> None:
@@ -103,7 +103,7 @@ def append_output(captured: Captured, target: Any, *args: Any) -> None:
     """A new last output: ``target(*args)``."""
     output = captured.gm.graph.output_node()
     with captured.gm.graph.inserting_before(output):
-        added = Emitter(captured, output).call(target, *args)
+        added = GraphBuilder(captured, output).call(target, *args)
     (values,) = output.args
     output.args = ((*values, added),)  # type: ignore[misc]
 

@@ -7,12 +7,12 @@ from torch import fx
 
 from popc.analysis.linears import Linear
 from popc.analysis.propagation import shape
-from popc.passes.builder import Emitter
+from popc.passes.builder import GraphBuilder
 
 aten = torch.ops.aten
 
 
-def flat_input(emit: Emitter, linear: Linear) -> fx.Node:
+def flat_input(emit: GraphBuilder, linear: Linear) -> fx.Node:
     """The linear's input, ``[S, K]``."""
     assert linear.experts is not None
     if linear.experts.form == "index":
@@ -22,7 +22,7 @@ def flat_input(emit: Emitter, linear: Linear) -> fx.Node:
     return linear.x
 
 
-def expert_of_rows(emit: Emitter, linear: Linear) -> fx.Node:
+def expert_of_rows(emit: GraphBuilder, linear: Linear) -> fx.Node:
     """The expert of each row, int64 ``[S]``."""
     experts = linear.experts
     assert experts is not None
@@ -44,7 +44,7 @@ def expert_of_rows(emit: Emitter, linear: Linear) -> fx.Node:
     return emit.call(aten.clamp.default, found, None, experts.count - 1)
 
 
-def shaped_output(emit: Emitter, linear: Linear, y: fx.Node) -> fx.Node:
+def shaped_output(emit: GraphBuilder, linear: Linear, y: fx.Node) -> fx.Node:
     """``y [S, N]`` in the shape of the linear's own output."""
     assert linear.experts is not None
     if linear.experts.form == "index":

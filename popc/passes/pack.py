@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from popc.analysis.capture import Captured
 from popc.analysis.propagation import shape
 from popc.ops import gather_linear, native, select_units, triton_gather
-from popc.passes.builder import Emitter, add_input, finish, replace
+from popc.passes.builder import GraphBuilder, add_input, finish, replace
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def pack_weights(captured: Captured) -> Packer | None:
         dim = out_dim if columns is None else 1 - out_dim
         held = recipe.add(weight, dim, listed)
         with graph.inserting_before(node):
-            emit = Emitter(captured, node)
+            emit = GraphBuilder(captured, node)
             turned = held if out_dim == 0 else emit.call(aten.t.default, held)
             y = (
                 _by_rows(emit, x, turned, bias, rows, node)
@@ -66,7 +66,12 @@ def pack_weights(captured: Captured) -> Packer | None:
 
 
 def _by_rows(
-    emit: Emitter, x: fx.Node, held: fx.Node, bias: fx.Node | None, rows: fx.Node, node: fx.Node
+    emit: GraphBuilder,
+    x: fx.Node,
+    held: fx.Node,
+    bias: fx.Node | None,
+    rows: fx.Node,
+    node: fx.Node,
 ) -> fx.Node:
     part = None if bias is None else emit.call(aten.index_select.default, bias, 0, rows)
     y = emit.call(aten.linear.default, x, held, part)
@@ -76,7 +81,7 @@ def _by_rows(
 
 
 def _by_columns(
-    emit: Emitter,
+    emit: GraphBuilder,
     x: fx.Node,
     held: fx.Node,
     bias: fx.Node | None,
@@ -99,7 +104,7 @@ def _live(captured: Captured, active: fx.Node) -> fx.Node | None:
         if len(shape(columns)) != 2:
             return None
         with captured.gm.graph.inserting_after(columns):
-            return Emitter(captured, active).call(aten.reshape.default, columns, [-1])
+            return GraphBuilder(captured, active).call(aten.reshape.default, columns, [-1])
     if active.target is aten.cat.default:
         parts = active.args[0]
         assert isinstance(parts, list | tuple)
@@ -107,7 +112,7 @@ def _live(captured: Captured, active: fx.Node) -> fx.Node | None:
         if any(len(shape(part)) != 1 for part in found):
             return None
         with captured.gm.graph.inserting_before(active):
-            return Emitter(captured, active).call(aten.cat.default, found, -1)
+            return GraphBuilder(captured, active).call(aten.cat.default, found, -1)
     return None
 
 

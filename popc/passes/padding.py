@@ -11,12 +11,12 @@ from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import VIEWS, Mask, mask_of, rows_of, valid_tokens
-from popc.passes.builder import Emitter
+from popc.passes.builder import GraphBuilder
 
 aten = torch.ops.aten
 
 
-def emit_valid_rows(
+def valid_rows_node(
     captured: Captured, hidden: fx.Node, before: fx.Node, memo: dict[Mask, fx.Node]
 ) -> fx.Node | None:
     """Bool, of the rank of ``hidden`` with size 1 in its channel dim; None: all rows are valid.
@@ -31,8 +31,8 @@ def emit_valid_rows(
     with graph.inserting_before(before):
         if mask not in memo:
             judged = partial(valid_tokens, hides=mask.hides)
-            memo[mask] = Emitter(captured, mask.node).splice(judged, mask.node)
-        emit = Emitter(captured, hidden)
+            memo[mask] = GraphBuilder(captured, mask.node).splice(judged, mask.node)
+        emit = GraphBuilder(captured, hidden)
         valid = memo[mask]
         if not same_size(shape(valid)[0], shape(rows.grid)[0]):  # one mask for all sequences
             valid = emit.call(aten.expand.default, valid, [emit.size(rows.grid, 0), -1])

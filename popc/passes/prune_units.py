@@ -18,16 +18,16 @@ from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask
-from popc.ops import gather_experts, gather_linear, select_units, served
-from popc.passes.builder import Emitter, add_input, finish, replace
+from popc.ops import gather_experts, gather_linear, select_kernel, select_units
+from popc.passes.builder import GraphBuilder, add_input, finish, replace
 from popc.passes.experts import expert_of_rows, flat_input, shaped_output
 from popc.passes.packing import Packing, Slot
-from popc.passes.padding import emit_valid_rows
+from popc.passes.padding import valid_rows_node
 
 aten = torch.ops.aten
 
 
-def prune_regions(captured: Captured, slots: Sequence[Slot], scope: str) -> Packing:
+def prune_units(captured: Captured, slots: Sequence[Slot], scope: str) -> Packing:
     """Rewrite the regions of ``slots``; the graph gains two inputs, or three.
 
     - ``popc_index`` int64 ``[total]``: the lists, as the returned packing lays them out;
@@ -108,12 +108,12 @@ class _Rewrite:
                     y = self._compensated(y, node, *place)
             replace(node, y)
 
-    def _list(self, emit: Emitter, *name: object) -> fx.Node | None:
+    def _list(self, emit: GraphBuilder, *name: object) -> fx.Node | None:
         place = self.packing.place(*name)
         return None if place is None else emit.call(aten.slice.Tensor, self.index, -1, *place)
 
     def _compensated(self, y: fx.Node, linear: fx.Node, start: int, stop: int) -> fx.Node:
-        emit = Emitter(self.captured, linear)
+        emit = GraphBuilder(self.captured, linear)
         part = emit.part(self.compensation, start, stop, y)
         return emit.call(aten.add.Tensor, y, part)
 
@@ -127,9 +127,9 @@ class _Rewrite:
         region, counts = slot.region, slot.counts
         valid = None
         if region.one_pass:
-            valid = emit_valid_rows(self.captured, h, at, self.memo)
+            valid = valid_rows_node(self.captured, h, at, self.memo)
         with self.graph.inserting_before(at):
-            emit = Emitter(self.captured, h)
+            emit = GraphBuilder(self.captured, h)
             if valid is not None:
                 h = emit.call(aten.where.self, valid, h, emit.call(aten.zeros_like.default, h))
             stack = (region.experts,) if region.experts else ()
@@ -148,7 +148,7 @@ class _Rewrite:
                 norm = emit.call(aten.index.Tensor, norm, [expert])
             return emit.call(select_units, h, norm, listed, counts.retained, counts.active)
 
-    def _expert(self, emit: Emitter, linear: Linear) -> fx.Node:
+    def _expert(self, emit: GraphBuilder, linear: Linear) -> fx.Node:
         if linear not in self.experts:
             self.experts[linear] = expert_of_rows(emit, linear)
         return self.experts[linear]
@@ -167,12 +167,12 @@ class _Rewrite:
             chosen_rows: in place of those, where it comes after a gate.
             chosen: the active units' columns of each slot that it contracts.
         """
-        emit = Emitter(self.captured, linear.node)
+        emit = GraphBuilder(self.captured, linear.node)
         weight = linear.weight
         listed = [self._rows(emit, i, linear) for i in producing]
         rows = chosen_rows or self._joined(emit, listed, "fixed rows", linear)
         columns = self._joined(emit, list(chosen.values()), "fixed columns", linear)
-        op = served(gather_linear, linear.x.meta["val"], weight.node.meta["val"])
+        op = select_kernel(gather_linear, linear.x.meta["val"], weight.node.meta["val"])
         return emit.call(op, linear.x, weight.node, linear.bias, rows, columns, weight.out_dim)
 
     def _stack(
@@ -183,7 +183,7 @@ class _Rewrite:
         Which of them run dense is marked for each slot, and the op takes one mark: a linear of
         several slots reads the columns of one by its lists, and computes all rows of the others.
         """
-        emit = Emitter(self.captured, linear.node)
+        emit = GraphBuilder(self.captured, linear.node)
         owner = next(iter([*chosen, *producing]))
         listed = []
         for i in producing if {*producing, *chosen} == {owner} else []:
@@ -194,17 +194,17 @@ class _Rewrite:
         full = self._list(emit, "full", owner)
         x, expert = flat_input(emit, linear), self._expert(emit, linear)
         weight = linear.weight
-        op = served(gather_experts, linear.x.meta["val"], weight.node.meta["val"])
+        op = select_kernel(gather_experts, linear.x.meta["val"], weight.node.meta["val"])
         y = emit.call(op, x, weight.node, expert, full, rows, columns, weight.out_dim - 1)
         return shaped_output(emit, linear, y)
 
-    def _rows(self, emit: Emitter, i: int, linear: Linear) -> fx.Node:
+    def _rows(self, emit: GraphBuilder, i: int, linear: Linear) -> fx.Node:
         rows = self._list(emit, "rows", i, linear.node)
         assert rows is not None
         return rows
 
     def _joined(
-        self, emit: Emitter, lists: list[fx.Node], rest: str, linear: Linear
+        self, emit: GraphBuilder, lists: list[fx.Node], rest: str, linear: Linear
     ) -> fx.Node | None:
         """Lists of several regions, and the channels that are in none, as one."""
         if not lists:

@@ -16,16 +16,16 @@ from popc.analysis.plan import Region
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask, rows_of
 from popc.ops import sum_squares
-from popc.passes.builder import Emitter, add_input, append_output, finish
+from popc.passes.builder import GraphBuilder, add_input, append_output, finish
 from popc.passes.experts import expert_of_rows, flat_input
-from popc.passes.padding import emit_valid_rows
-from popc.policies import Policy
+from popc.passes.padding import valid_rows_node
+from popc.policies import UnitPolicy
 
 aten = torch.ops.aten
 
 
-def add_statistics(
-    captured: Captured, regions: Sequence[Region], policies: Sequence[Policy], scope: str
+def measure_units(
+    captured: Captured, regions: Sequence[Region], policies: Sequence[UnitPolicy], scope: str
 ) -> None:
     """Append the output ``[S, ΣK]`` float64, the regions' statistics side by side.
 
@@ -40,9 +40,9 @@ def add_statistics(
     _keep_living(captured, [r for r in regions if r.cached], scope)
     output = graph.output_node()
     memo: dict[Mask, fx.Node] = {}
-    valid = [emit_valid_rows(captured, region.hidden, output, memo) for region in regions]
+    valid = [valid_rows_node(captured, region.hidden, output, memo) for region in regions]
     with graph.inserting_before(output):
-        emit = Emitter(captured, output)
+        emit = GraphBuilder(captured, output)
         sums = [
             _emit_sum(captured, region, value, mask, scope)
             for region, policy, mask in zip(regions, policies, valid, strict=True)
@@ -66,7 +66,7 @@ def _keep_living(captured: Captured, regions: Sequence[Region], scope: str) -> N
     for region in regions:
         h = region.hidden
         with graph.inserting_before(h):
-            emit = Emitter(captured, h)
+            emit = GraphBuilder(captured, h)
             whole = emit.call(h.target, *h.args, **h.kwargs)
             part = emit.part(keep, start, start + region.width, h)
             emit.change(h, aten.mul.Tensor, whole, part)
@@ -77,7 +77,7 @@ def _emit_sum(
     captured: Captured, region: Region, h: fx.Node, valid: fx.Node | None, scope: str
 ) -> fx.Node:
     """Nodes for ``Σ h²`` of one region, ``[S, K]``, or ``[1, E·K]`` with experts."""
-    emit = Emitter(captured, h)
+    emit = GraphBuilder(captured, h)
     if region.experts:
         return _sum_by_expert(emit, region, h, valid)
     rank = len(shape(h))
@@ -93,7 +93,9 @@ def _emit_sum(
     return total if scope == "sequence" else emit.call(aten.sum.dim_IntList, total, [0], True)
 
 
-def _sum_by_expert(emit: Emitter, region: Region, h: fx.Node, valid: fx.Node | None) -> fx.Node:
+def _sum_by_expert(
+    emit: GraphBuilder, region: Region, h: fx.Node, valid: fx.Node | None
+) -> fx.Node:
     """Each expert's sum over the rows routed to it."""
     hidden = emit.call(aten.to.dtype, h, torch.float64)
     squares = emit.call(aten.mul.Tensor, hidden, hidden)

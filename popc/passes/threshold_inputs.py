@@ -17,26 +17,26 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
 from popc.analysis.mutation import writes_first
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask, rows_of
 from popc.ops import (
-    count_read,
+    count_active_channels,
     measure_inputs,
-    served,
+    select_kernel,
     threshold_linear,
     threshold_linears,
 )
-from popc.passes.builder import Emitter, add_input, append_output, finish
-from popc.passes.padding import emit_valid_rows
+from popc.passes.builder import GraphBuilder, add_input, append_output, finish
+from popc.passes.padding import valid_rows_node
 
 aten = torch.ops.aten
 
 
-def contract_inputs(
-    captured: Captured, groups: Sequence[Inputs], scope: str, counting: bool
+def threshold_inputs(
+    captured: Captured, groups: Sequence[InputGroup], scope: str, counting: bool
 ) -> None:
     """Rewrite the linears of ``groups``; the graph gains four inputs.
 
@@ -52,7 +52,7 @@ def contract_inputs(
     lead = 1 if scope == "batch" else shape(groups[0].x)[0]
     with captured.fake_mode:
         limits = torch.empty((len(groups), lead), device=groups[0].x.meta["val"].device)
-        middles = torch.empty((lead, stretches(groups)[-1][1]), device=limits.device)
+        middles = torch.empty((lead, segment_offsets(groups)[-1][1]), device=limits.device)
         outputs = sum(linear.outputs for group in groups for linear in group.linears)
         bases = torch.empty((lead, outputs), device=limits.device)
     limits_in = add_input(captured, "popc_threshold", limits)
@@ -63,14 +63,14 @@ def contract_inputs(
     writes = [i for node, i in place.items() if writes_first(node)]
     done = 0
     read: list[fx.Node] = []
-    for i, (group, (start, _)) in enumerate(zip(groups, stretches(groups), strict=True)):
+    for i, (group, (start, _)) in enumerate(zip(groups, segment_offsets(groups), strict=True)):
         if counting:
             with graph.inserting_before(group.linears[0].node):
-                emit = Emitter(captured, group.linears[0].node)
-                read.append(emit.call(count_read, group.x, *held[:3], i, start))
+                emit = GraphBuilder(captured, group.linears[0].node)
+                read.append(emit.call(count_active_channels, group.x, *held[:3], i, start))
         for linears in _together(group, place, writes):
             with graph.inserting_before(linears[0].node):
-                emit = Emitter(captured, linears[0].node)
+                emit = GraphBuilder(captured, linears[0].node)
                 _contract(emit, group.x, linears, held, (i, start, done))
             done += sum(linear.outputs for linear in linears)
     if counting:
@@ -79,7 +79,7 @@ def contract_inputs(
 
 
 def _contract(
-    emit: Emitter,
+    emit: GraphBuilder,
     x: fx.Node,
     linears: Sequence[Linear],
     held: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
@@ -95,7 +95,7 @@ def _contract(
     if len(linears) == 1:
         (linear,) = linears
         weight = linear.weight
-        op = served(threshold_linear, x.meta["val"], weight.node.meta["val"])
+        op = select_kernel(threshold_linear, x.meta["val"], weight.node.meta["val"])
         given = (x, weight.node, linear.bias, norm, limit, weight.out_dim)
         emit.change(linear.node, op, *given, center, base, *own)
         return
@@ -110,7 +110,7 @@ def _contract(
 
 
 def _together(
-    group: Inputs, place: dict[fx.Node, int], writes: Sequence[int]
+    group: InputGroup, place: dict[fx.Node, int], writes: Sequence[int]
 ) -> list[list[Linear]]:
     """The group's linears, those together that one op can take: where the first of them stands.
 
@@ -122,7 +122,10 @@ def _together(
         writes: the places at which something is written.
     """
     x = group.x.meta["val"]
-    if served(threshold_linear, x, group.linears[0].weight.node.meta["val"]) != threshold_linear:
+    if (
+        select_kernel(threshold_linear, x, group.linears[0].weight.node.meta["val"])
+        != threshold_linear
+    ):
         return [[linear] for linear in group.linears]
     found = [[group.linears[0]]]
     for linear in group.linears[1:]:
@@ -140,11 +143,11 @@ def _together(
     return found
 
 
-def add_measures(captured: Captured, groups: Sequence[Inputs], scope: str) -> None:
+def measure_input_groups(captured: Captured, groups: Sequence[InputGroup], scope: str) -> None:
     """Append two outputs for each group: moments and a histogram, by ``popc::measure_inputs``.
 
     Their S is 1 for ``scope="batch"`` and the batch size for ``"sequence"``. The graph gains the
-    inputs ``popc_scale``, as :func:`contract_inputs` has it, and ``popc_moments``, those of the
+    inputs ``popc_scale``, as :func:`threshold_inputs` has it, and ``popc_moments``, those of the
     calls before, float64 ``[S, Σ(2K + 1)]``, group by group.
     """
     graph = captured.gm.graph
@@ -158,10 +161,10 @@ def add_measures(captured: Captured, groups: Sequence[Inputs], scope: str) -> No
     before_in = add_input(captured, "popc_moments", before)
     memo: dict[Mask, fx.Node] = {}
     done = 0
-    for group, (start, stop) in zip(groups, stretches(groups), strict=True):
-        valid = emit_valid_rows(captured, group.x, output, memo)
+    for group, (start, stop) in zip(groups, segment_offsets(groups), strict=True):
+        valid = valid_rows_node(captured, group.x, output, memo)
         with graph.inserting_before(output):
-            emit = Emitter(captured, group.x)
+            emit = GraphBuilder(captured, group.x)
             norm = emit.call(aten.slice.Tensor, norms, 0, start, stop)
             sizes = _by_sequence(emit, group.x, scope)
             rows = emit.call(aten.reshape.default, group.x, [*sizes, group.width])
@@ -175,14 +178,14 @@ def add_measures(captured: Captured, groups: Sequence[Inputs], scope: str) -> No
     finish(captured)
 
 
-def _add_scale(captured: Captured, groups: Sequence[Inputs]) -> fx.Node:
+def _add_scale(captured: Captured, groups: Sequence[InputGroup]) -> fx.Node:
     with captured.fake_mode:
         device = groups[0].x.meta["val"].device
         scale = torch.empty(sum(group.width for group in groups), device=device)
     return add_input(captured, "popc_scale", scale)
 
 
-def stretches(groups: Sequence[Inputs]) -> list[tuple[int, int]]:
+def segment_offsets(groups: Sequence[InputGroup]) -> list[tuple[int, int]]:
     """Where each group's norms start and stop in ``popc_scale``."""
     stops = list(accumulate(group.width for group in groups))
     return list(zip([0, *stops], stops, strict=False))
@@ -196,7 +199,7 @@ def _sequences(x: fx.Node) -> Any:
     return shape(rows.grid)[0]
 
 
-def _by_sequence(emit: Emitter, x: fx.Node, scope: str) -> list[Any]:
+def _by_sequence(emit: GraphBuilder, x: fx.Node, scope: str) -> list[Any]:
     """``[B, T]`` of x's rows, as a reshape takes it; one sequence where none can be told apart."""
     if len(shape(x)) > 2:
         return [emit.size(x, 0), -1]

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.capture import Captured
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear, Weight, is_view_of_weight
 from popc.analysis.plan import Region
 from popc.log import logger
@@ -25,10 +25,12 @@ from popc.ops.pages import collapse, page_out
 
 aten = torch.ops.aten
 
-Owner = Region | Inputs
+Owner = Region | InputGroup
 
 
-def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[list[Tensor], dict[Owner, str]]:
+def store_channel_major(
+    captured: Captured, owners: Sequence[Owner]
+) -> tuple[list[Tensor], dict[Owner, str]]:
     """Lay the weights of regions and of inputs out by channel, in place.
 
     Returns:
@@ -48,7 +50,7 @@ def lay_out(captured: Captured, owners: Sequence[Owner]) -> tuple[list[Tensor], 
 def _turn_all(
     captured: Captured, owners: Sequence[Owner], turned: list[Tensor]
 ) -> dict[Owner, str]:
-    """:func:`lay_out`; ``turned`` gains what changes, as soon as it does."""
+    """:func:`store_channel_major`; ``turned`` gains what changes, as soon as it does."""
     linears = {linear.node for owner in owners for linear, _ in _uses(owner)}
     roles: dict[fx.Node, list[tuple[Weight, int]]] = {}
     for owner in owners:
@@ -57,7 +59,7 @@ def _turn_all(
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         held = captured.parameters[parameter]
-        lies = any(lies_by(weight.node.meta["val"], dim) for weight, dim in uses)
+        lies = any(is_contiguous_along(weight.node.meta["val"], dim) for weight, dim in uses)
         if lies or not any(_turning_helps(weight, dim, held) for weight, dim in uses):
             # Where it lies for one of its lists, what another gained that one would lose.
             _claimed[held] = True
@@ -111,13 +113,13 @@ def turn(value: Tensor) -> Tensor:
 
 def _uses(owner: Owner) -> list[tuple[Linear, int]]:
     """The owner's linears, each with the dim of its weight that lists name channels of."""
-    if isinstance(owner, Inputs):
+    if isinstance(owner, InputGroup):
         return [(linear, linear.weight.in_dim) for linear in owner.linears]
     made = [(p.linear, p.linear.weight.out_dim) for p in owner.producers]
     return made + [(linear, linear.weight.in_dim) for linear in owner.consumers]
 
 
-def lies_by(value: Tensor, dim: int) -> bool:
+def is_contiguous_along(value: Tensor, dim: int) -> bool:
     """Whether the values of one index of ``dim`` (one of the last two) are neighbours."""
     other = 2 * value.dim() - 3 - dim
     return value.stride(other) == 1 or value.shape[other] == 1
@@ -129,10 +131,10 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _turning_helps(weight: Weight, dim: int, held: Tensor) -> bool:
-    if lies_by(weight.node.meta["val"], dim) or held.dim() < 2:
+    if is_contiguous_along(weight.node.meta["val"], dim) or held.dim() < 2:
         return False
     turned = weight.replayed(turn(torch.empty_like(held, device="meta")))
-    return lies_by(turned, dim)
+    return is_contiguous_along(turned, dim)
 
 
 def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> str | None:

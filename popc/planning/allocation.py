@@ -29,7 +29,7 @@ _STEPS = 50
 
 
 @dataclass(frozen=True)
-class Demand:
+class GroupSpec:
     """A group: its K channels, its weights' bytes, and what groups that do the same have alike."""
 
     width: int
@@ -58,7 +58,7 @@ class Budget:
     least: float = LEAST
 
 
-def allocate(histograms: Tensor, demands: Sequence[Demand], budget: Budget) -> Allocation:
+def allocate(histograms: Tensor, demands: Sequence[GroupSpec], budget: Budget) -> Allocation:
     """Thresholds for G groups, whose scores were counted, float64 ``[G, BINS + 1]``.
 
     See :mod:`popc.ops.measure`.
@@ -81,10 +81,15 @@ def allocate(histograms: Tensor, demands: Sequence[Demand], budget: Budget) -> A
     return Allocation(curves.thresholds(found), found, math.exp(high))
 
 
+def at_shares(histograms: Tensor, groups: Sequence[GroupSpec], shares: Tensor) -> Allocation:
+    """The thresholds by which groups read ``shares`` of their channels, float64 ``[G]``."""
+    return Allocation(_Curves(histograms, groups).thresholds(shares), shares, float("nan"))
+
+
 class _Curves:
     """For each group, the share of its scores below each bin, and the error of leaving them out."""
 
-    def __init__(self, histograms: Tensor, demands: Sequence[Demand]) -> None:
+    def __init__(self, histograms: Tensor, demands: Sequence[GroupSpec]) -> None:
         held = histograms.detach().double().cpu()
         ends = edges()
         finite = ends[1:].isfinite()  # the last bins are of infinities and NaN: always read

@@ -23,15 +23,11 @@ def resolve(config: Config, parameters: int, plan: Plan) -> Config:
     """
     if config.model_sparsity is not None:
         prunable = sum(r.parameters for r in plan.regions if r.by_units(config))
-        prunable += sum(g.parameters for g in plan.inputs if _contracted(config, g.kind))
+        prunable += sum(g.parameters for g in plan.inputs if config.prunes_inputs(g.kind))
         return config.resolved(parameters, prunable)
     if config.bytes is not None:
         return _with_bytes(config, plan)
     return config
-
-
-def _contracted(config: Config, kind: str) -> bool:
-    return config.policy_of(kind) == "contraction"
 
 
 def _with_bytes(config: Config, plan: Plan) -> Config:
@@ -44,7 +40,7 @@ def _with_bytes(config: Config, plan: Plan) -> Config:
         return replace(config, bytes=None)
 
     def read(sparsity: float) -> float:
-        saved = sum(sparsity * g.weight_bytes for g in body if _contracted(config, g.kind))
+        saved = sum(sparsity * g.weight_bytes for g in body if config.prunes_inputs(g.kind))
         at = replace(config, sparsity=sparsity, bytes=None)
         for region in plan.regions:
             if region.by_units(config):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.labels import same_size
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region
@@ -94,9 +94,9 @@ def region_cost(region: Region, config: Config | None = None) -> RegionCost:
 
     With ``config`` r and γ are gone: its rounded counts stand for them, and its scope counts.
     """
-    if config is not None and config.policy_of(region.kind) == "contraction":
+    if config is not None and config.prunes_inputs(region.kind):
         if not region.by_units(config):
-            return _contraction_cost(region, config)
+            return _inputs_cost_of(region, config)
     units = sympy.Integer(region.units)
     live = units * sympy.Min(1, sympy.Max(1 - r + gamma / 2, gamma))
     active = units * (1 - r)
@@ -120,8 +120,8 @@ def region_cost(region: Region, config: Config | None = None) -> RegionCost:
     return RegionCost(dense + attention, pruned + attention)
 
 
-def _contraction_cost(region: Region, config: Config) -> RegionCost:
-    """By contraction each linear reads 1 - r of what it contracts, and a norm for each channel."""
+def _inputs_cost_of(region: Region, config: Config) -> RegionCost:
+    """Each linear reads 1 - r of its input channels, and a norm for each of them."""
     units = sympy.Integer(region.units)
     dense, share = _linears(region, units, units), 1 - sympy.Float(config.sparsity)
     linears = [*(producer.linear for producer in region.producers), *region.consumers]
@@ -131,11 +131,11 @@ def _contraction_cost(region: Region, config: Config) -> RegionCost:
     return RegionCost(dense + attention, pruned + attention)
 
 
-def inputs_cost(group: Inputs, config: Config) -> RegionCost:
-    """The cost of linears that share an input, dense and by contraction, in B and T."""
+def inputs_cost(group: InputGroup, config: Config) -> RegionCost:
+    """The cost of linears that share an input, dense and with it pruned, in B and T."""
     flops = 2 * B * T * sympy.Integer(group.parameters)
     dense = Cost(flops, sympy.Integer(group.weight_bytes))
-    if config.policy_of(group.kind) != "contraction":
+    if not config.prunes_inputs(group.kind):
         return RegionCost(dense, dense)
     share = 1 - sympy.Float(config.sparsity)
     norms = sympy.Integer(NORM * group.width)
@@ -302,13 +302,13 @@ def plan_cost(plan: Plan, B: int, T: int, S: int, config: Config) -> PlanCost:
     rows, both = [], (Cost(ZERO, ZERO), Cost(ZERO, ZERO))
     for region in plan.regions:
         dense, pruned = region_cost(region, config)
-        note = "its kind is no target" if config.policy_of(region.kind) == "dense" else None
+        note = "its kind is no target" if not config.prunes(region.kind) else None
         note = note or saves(region, config, B)
         pruned = dense if note else pruned
         both = (both[0] + dense, both[1] + pruned)
         rows.append(Row(region.kind, region.name, dense.at(**at), pruned.at(**at), note or ""))
     for group in plan.inputs:
-        if group.kind in ("other", "head") and config.policy_of(group.kind) != "dense":
+        if group.kind in ("other", "head") and config.prunes(group.kind):
             dense, pruned = inputs_cost(group, config)
             both = (both[0] + dense, both[1] + pruned)
             rows.append(Row(group.kind, group.name, dense.at(**at), pruned.at(**at), ""))

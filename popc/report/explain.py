@@ -93,7 +93,7 @@ class Read:
 
     @classmethod
     def of(cls, region: Region, config: Config) -> Read:
-        targeted = config.policy_of(region.kind) != "dense"
+        targeted = config.prunes(region.kind)
         note = (saves(region, config) or "") if targeted else "not a target"
         dense, pruned = (cost.at(B=1, T=1, S=0).bytes for cost in region_cost(region, config))
         return cls(region, dense, dense if note else pruned, note)

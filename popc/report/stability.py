@@ -70,7 +70,7 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
         model: a causal language model; it stays as it is.
         ids: the prompt, int64 ``[1, T]``.
         config: gives sparsity, candidate width and codegen. Partitions are those of ``"pop"``, if
-            its policy has none; what is read token by token is contraction's.
+            its policy has none; what is read token by token is that of ``"threshold"``.
         tokens: to generate. chunk: of how many each later partition is made.
 
     Raises:
@@ -78,15 +78,17 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
     """
     if not 2 <= chunk <= tokens:
         raise ConfigError("chunk", chunk, f"2 to {tokens}, the tokens to generate")
-    units = "pop" if config.policy == "contraction" else config.policy
+    units = config.policy
+    if isinstance(units, str):
+        units = config.unit_policy("mlp").name
     kinds = ("mlp", "attention", "experts")
     by_units = Config.of(config, {"policy": units, "targets": kinds, "scope": "batch"})
     twin = popc.compile(copy.deepcopy(model), by_units)
     text = _generated(twin, ids, tokens)
     first = _session(twin, ids)
     later = [_session(twin, part) for part in text.split(chunk, dim=1) if part.shape[1] == chunk]
-    contracting = Config.of(config, {"policy": "contraction", "scope": "batch", "count": True})
-    reader = popc.compile(copy.deepcopy(model), contracting)
+    by_inputs = Config.of(config, {"policy": "threshold", "scope": "batch", "count": True})
+    reader = popc.compile(copy.deepcopy(model), by_inputs)
     session = _session(reader, ids, text)
     return Drift(
         tuple(_regions(twin.popc_plan, first, later)),

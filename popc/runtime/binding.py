@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Region
-from popc.planning.allocation import Demand
-from popc.policies import Counts, Policy
-from popc.runtime.partition import InputsState, RegionState
+from popc.config import Config
+from popc.planning.allocation import GroupSpec
+from popc.policies import Counts, InputPolicy, UnitPolicy
+from popc.runtime.partition import InputGroupState, RegionState
 
 
 @dataclass(frozen=True, eq=False)
-class Template:
+class RegionBinding:
     """A region of a compiled graph, and at which inputs the weights are that contract it.
 
     Dynamo runs one graph for several layers where they differ in their parameters alone, so what
@@ -29,7 +30,7 @@ class Template:
     weights: tuple[int, ...]
 
     @classmethod
-    def of(cls, region: Region, captured: Captured) -> Template:
+    def of(cls, region: Region, captured: Captured) -> RegionBinding:
         return cls(region, _places(region.consumers, captured))
 
     def named(self, args: Sequence[Any]) -> Region:
@@ -37,7 +38,7 @@ class Template:
         own = _identities(self.region.consumers, self.weights, args)
         return replace(self.region, key=(own, *self.region.key[1:]))
 
-    def state(self, args: Sequence[Any], counts: Counts, policy: Policy) -> RegionState:
+    def state(self, args: Sequence[Any], counts: Counts, policy: UnitPolicy) -> RegionState:
         region = self.region
         columns = torch.from_numpy(region.columns)
         squares = []
@@ -58,31 +59,38 @@ class Template:
 
 
 @dataclass(frozen=True, eq=False)
-class InputsTemplate:
+class InputGroupBinding:
     """Linears of a compiled graph that share an input, and at which inputs their weights are."""
 
-    group: Inputs
+    group: InputGroup
     weights: tuple[int, ...]
+    policy: InputPolicy | None
 
     @classmethod
-    def of(cls, group: Inputs, captured: Captured) -> InputsTemplate:
-        return cls(group, _places(group.linears, captured))
+    def of(
+        cls, group: InputGroup, captured: Captured, config: Config | None = None
+    ) -> InputGroupBinding:
+        """``config``: whose policy prunes the group; None, if nothing does."""
+        policy = None if config is None else config.input_policy(group.kind)
+        return cls(group, _places(group.linears, captured), policy)
 
-    def named(self, args: Sequence[Any]) -> Inputs:
+    def named(self, args: Sequence[Any]) -> InputGroup:
         """The group as it is for the parameters among ``args``."""
         own = _identities(self.group.linears, self.weights, args)
         return replace(self.group, key=(own, *self.group.key[1:]))
 
-    def state(self, args: Sequence[Any]) -> InputsState:
+    def state(self, args: Sequence[Any]) -> InputGroupState:
         group = self.group
-        demand = Demand(group.width, group.weight_bytes, group.alike)
-        return InputsState(self.named(args).key, demand)
+        demand = GroupSpec(group.width, group.weight_bytes, group.alike)
+        assert self.policy is not None
+        return InputGroupState(self.named(args).key, demand, self.policy)
 
-    def norm(self, args: Sequence[Any]) -> torch.Tensor:
-        """``‖W[:, c]‖`` over all the linears, float32 ``[K]``."""
+    def scale(self, args: Sequence[Any]) -> torch.Tensor:
+        """What scores are scaled with, float32 ``[K]``: of ``‖W[:, c]‖`` over all the linears."""
         found = held(self.group.linears, self.weights, args)
         squares = [norm_of(linear, real).square() for linear, real in found]
-        return torch.stack(squares).sum(0).sqrt().float()
+        assert self.policy is not None
+        return self.policy.scale(torch.stack(squares).sum(0).sqrt().float())
 
 
 def _places(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def in_session(
     made = [cache for cache in _caches(_values(out)) if not any(cache is c for c in caches)]
     _leave(session, [*caches, *made], by_sequence)
     session.lengths = [
-        sessions.Left(TensorWeakRef(tensor), now)
+        sessions.TensorSnapshot(TensorWeakRef(tensor), now)
         for tensor, before in zip(held, writes, strict=True)
         if (now := compat.writes_to(tensor)) != before
     ]

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils.weak import WeakIdRef
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.labels import same_size
 from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan, Region
@@ -25,18 +25,18 @@ from popc.analysis.tokens import rows_of
 from popc.config import Config
 from popc.errors import PopcWarning
 from popc.log import log_graph, logger
-from popc.ops import served, threshold_linear
+from popc.ops import select_kernel, threshold_linear
 from popc.passes.base import run_pass
-from popc.passes.dense.pipeline import quicken
+from popc.passes.dense.pipeline import run_dense_passes
 from popc.passes.pack import Packer, has_kernel, pack_weights
 from popc.passes.packing import Slot
-from popc.passes.prune_units import prune_regions
-from popc.passes.statistics import add_statistics
-from popc.passes.threshold_inputs import add_measures, contract_inputs, stretches
+from popc.passes.prune_units import prune_units
+from popc.passes.statistics import measure_units
+from popc.passes.threshold_inputs import measure_input_groups, segment_offsets, threshold_inputs
 from popc.policies import Counts
 from popc.runtime import sessions, weight_watch
-from popc.runtime.binding import InputsTemplate, Template, held
-from popc.runtime.partition import InputsState, Limits, RegionState
+from popc.runtime.binding import InputGroupBinding, RegionBinding, held
+from popc.runtime.partition import InputGroupState, RegionState, ThresholdInputs
 from popc.runtime.sessions import Session
 
 Compiled = Callable[..., Sequence[Any]]
@@ -53,13 +53,13 @@ _UNSEEN = (
 
 
 @dataclass(frozen=True)
-class Work:
+class RewritePlan:
     """What is to be done in one graph: regions to measure and to prune, inputs likewise."""
 
     measured: Sequence[Region] = ()
     pruned: Sequence[Slot] = ()
-    measured_inputs: Sequence[Inputs] = ()
-    contracted: Sequence[Inputs] = ()
+    measured_inputs: Sequence[InputGroup] = ()
+    contracted: Sequence[InputGroup] = ()
 
     @property
     def prunes(self) -> bool:
@@ -87,18 +87,18 @@ class _Instance:
     changes: int
     slots: list[RegionState]
     prefill: list[RegionState]
-    contracted: list[InputsState]
-    measured_inputs: list[InputsState]
+    contracted: list[InputGroupState]
+    measured_inputs: list[InputGroupState]
     scale: torch.Tensor | None
     measured_scale: torch.Tensor | None
     sample: torch.Tensor | None
 
     @property
-    def pruned(self) -> list[RegionState | InputsState]:
+    def pruned(self) -> list[RegionState | InputGroupState]:
         return [*self.slots, *self.contracted]
 
     @property
-    def measured(self) -> list[RegionState | InputsState]:
+    def measured(self) -> list[RegionState | InputGroupState]:
         return [*self.prefill, *self.measured_inputs]
 
 
@@ -131,7 +131,7 @@ class CompiledGraph:
         self,
         gm: fx.GraphModule,
         captured: Captured,
-        work: Work,
+        work: RewritePlan,
         example_inputs: Sequence[Any],
         config: Config,
         generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
@@ -143,23 +143,29 @@ class CompiledGraph:
         self.again = again
         self.on_plan = on_plan
         self.scope, self.counting = config.scope, config.count
-        self.budget = config.contraction_budget
+        self.budget = config.input_budget
         placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-        self.slots = [(Template.of(s.region, captured), s.counts, config) for s in work.pruned]
+        self.slots = [(RegionBinding.of(s.region, captured), s.counts, config) for s in work.pruned]
         self.prefill = [
-            (Template.of(region, captured), config.counts(region.units, region.kind), config)
+            (RegionBinding.of(region, captured), config.counts(region.units, region.kind), config)
             for region in work.measured
         ]
-        self.contracted = [InputsTemplate.of(group, captured) for group in work.contracted]
-        self.measured_inputs = [InputsTemplate.of(g, captured) for g in work.measured_inputs]
-        templates: list[Template | InputsTemplate] = [t for t, _, _ in (*self.slots, *self.prefill)]
-        templates += [*self.contracted, *self.measured_inputs]
+        self.contracted = [
+            InputGroupBinding.of(group, captured, config) for group in work.contracted
+        ]
+        self.measured_inputs = [
+            InputGroupBinding.of(g, captured, config) for g in work.measured_inputs
+        ]
+        bindings: list[RegionBinding | InputGroupBinding] = [
+            t for t, _, _ in (*self.slots, *self.prefill)
+        ]
+        bindings += [*self.contracted, *self.measured_inputs]
         # Whether it can run on a prompt; what only decodes goes by what a prompt's graph saw.
         self.begins = bool(work.measured or work.measured_inputs) or any(
             slot.region.one_pass for slot in work.pruned
         )
         self.decodes = work.prunes and not self.begins
-        self.weights = sorted({i for template in templates for i in template.weights})
+        self.weights = sorted({i for binding in bindings for i in binding.weights})
         # One more, as of a single place this would give no tuple; and at each token a loop is slow.
         self._weights_of = itemgetter(*self.weights, self.weights[0])
         self._instances: dict[tuple[int, ...], _Instance] = {}
@@ -183,24 +189,24 @@ class CompiledGraph:
         inputs = [*example_inputs, *added]
         self.run = run_pass("generate code", generate, captured.gm, inputs)
 
-    def _rewrite(self, captured: Captured, work: Work, config: Config) -> None:
+    def _rewrite(self, captured: Captured, work: RewritePlan, config: Config) -> None:
         """Run the passes, in the order in which :meth:`_run` has their inputs and outputs."""
         scope = config.scope
         if work.contracted:
             given: tuple[Any, ...] = (work.contracted, scope, config.count)
-            run_pass("contract inputs", contract_inputs, captured, *given)
+            run_pass("contract inputs", threshold_inputs, captured, *given)
         if work.measured_inputs:
-            run_pass("measure inputs", add_measures, captured, work.measured_inputs, scope)
+            run_pass("measure inputs", measure_input_groups, captured, work.measured_inputs, scope)
         if work.measured:
             policies = [config.unit_policy(region.kind) for region in work.measured]
             given = (work.measured, policies, scope)
-            run_pass("measure regions", add_statistics, captured, *given)
+            run_pass("measure regions", measure_units, captured, *given)
         if work.pruned:
-            self.packing = run_pass("prune regions", prune_regions, captured, work.pruned, scope)
+            self.packing = run_pass("prune regions", prune_units, captured, work.pruned, scope)
         assert work.device is not None
         if not has_kernel(work.device):
             self.packer = run_pass("pack weights", pack_weights, captured)
-        quicken(captured, decodes=self.decodes)
+        run_dense_passes(captured, decodes=self.decodes)
         log_graph("rewritten", captured.gm)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -267,7 +273,7 @@ class CompiledGraph:
             count = 2 * len(self.measured_inputs)
             outputs, measured = outputs[:-count], outputs[-count:]
             if measures:
-                session.add_measures(instance.measured_inputs, self.scope, measured)
+                session.measure_input_groups(instance.measured_inputs, self.scope, measured)
         if self.contracted and self.counting:
             *outputs, read = outputs
             session.count(instance.contracted, read)
@@ -346,7 +352,9 @@ class CompiledGraph:
             message = f"popc: a decode step runs dense ({what}): {reason}"
             warnings.warn(message, PopcWarning, stacklevel=2)
 
-    def _limits(self, instance: _Instance, session: Session, batch: int | None) -> Limits | None:
+    def _limits(
+        self, instance: _Instance, session: Session, batch: int | None
+    ) -> ThresholdInputs | None:
         """Thresholds and centers, or None if they are not known."""
         assert instance.scale is not None
         groups = instance.contracted
@@ -358,12 +366,12 @@ class CompiledGraph:
         """What the linears make of the centers, float32 ``[S, ΣN]``: most are 0, and not read."""
         assert instance.scale is not None
         parts = []
-        places = stretches([template.group for template in self.contracted])
+        places = segment_offsets([template.group for template in self.contracted])
         for template, (start, stop) in zip(self.contracted, places, strict=True):
             norm = instance.scale[start:stop]
             for linear, real in held(template.group.linears, template.weights, args):
                 x = center[:, start:stop].to(real.dtype)
-                op = served(threshold_linear, x, real)
+                op = select_kernel(threshold_linear, x, real)
                 y = op(x, real, None, norm, norm.new_zeros(1), linear.weight.out_dim)
                 parts.append(y.float())
         return torch.cat(parts, 1)
@@ -397,11 +405,11 @@ class CompiledGraph:
     def _new_instance(self, args: Sequence[Any]) -> _Instance:
         changes = weight_watch.changes()  # before norms are taken: a change meanwhile counts
 
-        def states(held: Sequence[tuple[Template, Counts, Config]]) -> list[RegionState]:
+        def states(held: Sequence[tuple[RegionBinding, Counts, Config]]) -> list[RegionState]:
             return [t.state(args, n, config.unit_policy(t.region.kind)) for t, n, config in held]
 
-        def scale(held: Sequence[InputsTemplate]) -> torch.Tensor | None:
-            return torch.cat([template.norm(args) for template in held]) if held else None
+        def scale(held: Sequence[InputGroupBinding]) -> torch.Tensor | None:
+            return torch.cat([template.scale(args) for template in held]) if held else None
 
         if self.on_plan is not None:
             regions = [t.named(args) for t, _, _ in (*self.slots, *self.prefill)]
@@ -453,7 +461,7 @@ def _is_cache_like(value: Any) -> bool:
 
 
 def _batch_of(
-    work: Work, placeholders: Sequence[fx.Node], scope: str
+    work: RewritePlan, placeholders: Sequence[fx.Node], scope: str
 ) -> Callable[[Sequence[Any]], int | None]:
     """How to tell the batch size of the regions from a call's inputs; None: it is not needed."""
     values = [slot.region.hidden for slot in work.pruned]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popc.planning.allocation import Demand
-from popc.policies import Counts, Policy
+from popc.planning.allocation import GroupSpec
+from popc.policies import Counts, InputPolicy, UnitPolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class RegionState:
     norm: Tensor
     cached: bool
     one_pass: bool
-    policy: Policy
+    policy: UnitPolicy
 
     @property
     def weights(self) -> tuple[Hashable, ...]:
@@ -50,11 +50,12 @@ class RegionState:
 
 
 @dataclass(frozen=True, eq=False)
-class InputsState:
-    """What the runtime must know of linears that share an input: see :class:`Inputs`."""
+class InputGroupState:
+    """What the runtime must know of linears that share an input: see :class:`InputGroup`."""
 
     key: tuple[Any, ...]
-    demand: Demand
+    demand: GroupSpec
+    policy: InputPolicy
 
     @property
     def weights(self) -> tuple[Hashable, ...]:
@@ -64,7 +65,7 @@ class InputsState:
 
 @dataclass
 class Partition:
-    """Inputs of a decode graph: see :func:`popc.passes.prune_units.prune_regions`.
+    """Inputs of a decode graph: see :func:`popc.passes.prune_units.prune_units`.
 
     ``lost`` are float32 ``[S, K]``: h's mean at pruned units and 0 elsewhere, for each region that
     compensates; ``compensation`` is what their weights make of it. ``weights`` are copies of live
@@ -79,13 +80,13 @@ class Partition:
 
 
 @dataclass
-class Limits:
+class ThresholdInputs:
     """Inputs of a decode graph, for ``groups``: see :mod:`popc.passes.threshold_inputs`.
 
     ``missing``: how many of the groups no prompt has measured; they read all their channels.
     """
 
-    groups: Sequence[InputsState]
+    groups: Sequence[InputGroupState]
     thresholds: Tensor
     center: Tensor
     base: Tensor | None = None

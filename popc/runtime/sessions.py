@@ -22,12 +22,12 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from popc import compat
 from popc.ops.measure import centers
 from popc.passes.packing import Packing
-from popc.planning.allocation import READ_ALL, Budget, Demand, allocate
+from popc.planning.allocation import READ_ALL, Budget
 from popc.runtime.partition import (
-    InputsState,
-    Limits,
+    InputGroupState,
     Partition,
     RegionState,
+    ThresholdInputs,
     lost_of,
     split,
     unseen,
@@ -36,7 +36,7 @@ from popc.runtime.partition import (
 T = TypeVar("T")
 
 
-class Left(NamedTuple):
+class TensorSnapshot(NamedTuple):
     """A tensor as a call left it, after so many writes to it."""
 
     tensor: TensorWeakRef
@@ -72,13 +72,13 @@ class Session:
         self._partitions: dict[Hashable, Partition] = {}
         self._histograms: dict[tuple[Hashable, str], Tensor] = {}
         self._moments: dict[tuple[Hashable, str], Tensor] = {}
-        self._demands: dict[Hashable, Demand] = {}
+        self._groups: dict[Hashable, InputGroupState] = {}
         self._allocated: dict[Hashable, dict[Hashable, Tensor]] = {}
-        self._limits: dict[Hashable, Limits] = {}
+        self._limits: dict[Hashable, ThresholdInputs] = {}
         self._seen: set[Hashable] = set()
         self.told = False
         self.left: TensorWeakRef | None = None
-        self.lengths: Sequence[Left] = ()
+        self.lengths: Sequence[TensorSnapshot] = ()
         self.reads: dict[Hashable, list[int]] = {}
         self.regions: dict[Hashable, RegionState] = {}
 
@@ -115,7 +115,7 @@ class Session:
             self.regions[region.key] = region
         self._partitions.clear()
 
-    def has_seen(self, owners: Iterable[RegionState | InputsState]) -> bool:
+    def has_seen(self, owners: Iterable[RegionState | InputGroupState]) -> bool:
         """Whether a prefill measured a weight of ``owners``, be it as part of others."""
         return any(not self._seen.isdisjoint(owner.weights) for owner in owners)
 
@@ -147,7 +147,7 @@ class Session:
         return self.base if region.policy.calibrated else None
 
     def moments(
-        self, groups: Sequence[InputsState], scope: str, sequences: int, like: Tensor
+        self, groups: Sequence[InputGroupState], scope: str, sequences: int, like: Tensor
     ) -> Tensor:
         """``popc_moments``, see :mod:`popc.passes.threshold_inputs`: 0 before a prefill."""
         sizes = [2 * group.demand.width + 1 for group in groups]
@@ -158,8 +158,8 @@ class Session:
                 part.copy_(known)
         return total
 
-    def add_measures(
-        self, groups: Sequence[InputsState], scope: str, measured: Sequence[Tensor]
+    def measure_input_groups(
+        self, groups: Sequence[InputGroupState], scope: str, measured: Sequence[Tensor]
     ) -> None:
         """Add a prefill's histograms and let thresholds be renewed.
 
@@ -174,7 +174,7 @@ class Session:
             if before is not None:
                 counted = before + counted
             self._histograms[group.key, scope] = counted
-            self._demands[group.key] = group.demand
+            self._groups[group.key] = group
             self._seen.update(group.weights)
         self._limits.clear()
         self._allocated.clear()
@@ -186,12 +186,12 @@ class Session:
     def limits(
         self,
         owner: Hashable,
-        groups: Sequence[InputsState],
+        groups: Sequence[InputGroupState],
         scope: str,
         budget: Budget,
         like: Tensor,
         batch: int | None = None,
-    ) -> Limits | None:
+    ) -> ThresholdInputs | None:
         """The thresholds of ``groups`` and their centers, on the device of ``like``.
 
         The budget is that of all groups that prompts measured, in whatever graphs, so that it does
@@ -215,7 +215,7 @@ class Session:
         ]
         center = torch.cat([middle.expand(rows, -1) for middle in middles], 1)
         missing = sum(group.key not in known for group in groups)
-        limits = Limits(tuple(groups), thresholds.to(like.device), center, missing=missing)
+        limits = ThresholdInputs(tuple(groups), thresholds.to(like.device), center, missing=missing)
         self._limits[owner] = limits
         return limits
 
@@ -235,12 +235,16 @@ class Session:
         known = {key: held for key, held in counted.items() if held is not None}
         if not known or len({len(histogram) for histogram in known.values()}) > 1:
             return {}
-        demands = [self._demands[key] for key in known]
-        by_sequence = [
-            allocate(one, demands, budget).thresholds
-            for one in torch.stack(list(known.values()), 1).cpu()
-        ]
-        return dict(zip(known, torch.stack(by_sequence, 1), strict=True))
+        found: dict[Hashable, Tensor] = {}
+        for policy in dict.fromkeys(self._groups[key].policy for key in known):
+            own = [key for key in known if self._groups[key].policy is policy]
+            demands = [self._groups[key].demand for key in own]
+            by_sequence = [
+                policy.allocate(one, demands, budget).thresholds
+                for one in torch.stack([known[key] for key in own], 1).cpu()
+            ]
+            found.update(zip(own, torch.stack(by_sequence, 1), strict=True))
+        return found
 
     @property
     def thresholds(self) -> dict[Hashable, Tensor]:
@@ -257,13 +261,13 @@ class Session:
             found.update(zip([group.key for group in held.groups], parts, strict=True))
         return found
 
-    def count(self, groups: Sequence[InputsState], read: Tensor) -> None:
+    def count(self, groups: Sequence[InputGroupState], read: Tensor) -> None:
         """Note how many channels ``[G]`` a decode step read."""
         for group, channels in zip(groups, read.tolist(), strict=True):
             self.reads.setdefault(group.key, []).append(channels)
 
     def keep(self, regions: Sequence[RegionState], scope: str, batch: int) -> Tensor:
-        """``popc_keep`` of :func:`popc.passes.statistics.add_statistics` for cached regions."""
+        """``popc_keep`` of :func:`popc.passes.statistics.measure_units` for cached regions."""
         parts = []
         for region in regions:
             living = for_rows(self._living.get((region.key, scope)), batch)

@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import popc
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.plan import Plan, Region
 from popc.backend import prunable
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
 from popc.planning.budget_solver import resolve
+from popc.policies import Pop, UnitPolicy
 from popc.runtime import interpreter, sessions
 from popc.testing.feed import Feed, result
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs
@@ -29,7 +30,6 @@ from popc.testing.products import Observer, Uses
 ROUNDING = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 COARSE = 0.05  # for 16-bit floats
-POLICIES = ("pop", "contraction", "dense")
 
 
 class EquivalenceError(PopcError, AssertionError):
@@ -70,14 +70,14 @@ def assert_equivalent(
     The first call is given ``inputs``; where the model takes a KV cache, ``steps`` calls with one
     token each follow, the dense model's most likely ones. (Where it is given values, not ids, a
     token is what it gave last, if that is as wide.) The oracle runs eagerly and makes POP's choices
-    by itself; of contraction it is given the thresholds.
+    by itself; of policies of inputs it is given the thresholds.
 
     Args:
         model: yours; it is not changed.
         inputs: what ``forward`` takes first, as token ids ``[B, T]``, T > 1; or its keywords, in
             which tensors may be nested. Floating values are brought to ``dtype`` too.
-        config, options: as :func:`popc.compile` takes them; policies ``"pop"``, ``"contraction"``
-            and ``"dense"``.
+        config, options: as :func:`popc.compile` takes them; policies ``"pop"`` and
+            ``"dense"``, and any of inputs.
         dtype: what the copy's floating-point weights are brought to; None leaves them. Wide ones
             leave fewer near-ties.
         tolerance: relative to an output's largest value; by default as ``dtype`` allows.
@@ -88,9 +88,10 @@ def assert_equivalent(
         ModelError: the model fails on the inputs.
     """
     config = Config.of(config, options)
-    names = config.policy.values() if isinstance(config.policy, Mapping) else [config.policy]
-    if set(names) - set(POLICIES):
-        raise ConfigError("policy", config.policy, f"one of {POLICIES}, which the oracle covers")
+    for policy in map(config.policy_for, config.target_kinds):
+        if isinstance(policy, UnitPolicy) and type(policy) is not Pop:
+            covered = "'pop', or a policy of inputs, which the oracle covers"
+            raise ConfigError("policy", policy.name, covered)
     copied = copy.deepcopy(model).eval()
     copied = copied if dtype is None else copied.to(dtype)
     allowed = tolerance or TOLERANCE.get(_dtype(copied), COARSE)
@@ -172,7 +173,9 @@ class _Check:
         traced, kept = self.traced, Plan(regions=regions)
         units = MaskedAnywhere(self.model, kept, config, observer, traced)
         held = sessions.Session() if session is None else session
-        inputs = MaskedInputs(self.model, plan, held.thresholds, held.centers, observer, traced)
+        inputs = MaskedInputs(
+            self.model, plan, held.thresholds, held.centers, config, observer, traced
+        )
 
         def begin(number: int) -> None:
             units.begin(not number, None if number else self.feed.valid, self.feed.batch)
@@ -203,7 +206,7 @@ class _Check:
         expected: list[dict[Hashable, Tensor]] = []
         torch.compiler.reset()
         twin: Any = popc.compile(self.model, self.config, codegen="eager")
-        owners: list[Region | Inputs] = [*self.traced.regions, *self.traced.inputs]
+        owners: list[Region | InputGroup] = [*self.traced.regions, *self.traced.inputs]
         watcher = _Products(Uses(self.model, owners, self.traced), seen)
         with interpreter.watching(watcher.see):
             self.calls(twin, watcher.begin)
@@ -219,7 +222,7 @@ class _Check:
                 begin(number)
 
             self.calls(self.model, started)
-        by_key: dict[Hashable, Region | Inputs] = {owner.key: owner for owner in owners}
+        by_key: dict[Hashable, Region | InputGroup] = {owner.key: owner for owner in owners}
         for number, (ours, theirs) in enumerate(zip(seen, expected, strict=True)):
             for place, out in theirs.items():
                 if place in ours and ours[place].numel() == out.numel():

@@ -261,13 +261,14 @@ class MaskedAnywhere(Watched):
 
 
 class MaskedInputs(Watched):
-    """Contraction by given thresholds: in one-token calls each linear's input is masked.
+    """Policies of inputs by given thresholds: in one-token calls each linear's input is masked.
 
     Args:
         plan, traced: see :class:`MaskedAnywhere`.
         thresholds: float32 ``[S]`` by the key of the linears' input: what scores
-            ``|x_c - center_c| · ‖W[:, c]‖`` must exceed for a channel to be read.
+            ``|x_c - center_c| · scale_c`` must exceed for a channel to be read.
         centers: float32 ``[S, K]``, likewise: what others are taken to be.
+        config: whose policies say what ``‖W[:, c]‖`` scales scores with.
     """
 
     def __init__(
@@ -276,11 +277,15 @@ class MaskedInputs(Watched):
         plan: Plan,
         thresholds: Mapping[Hashable, Tensor],
         centers: Mapping[Hashable, Tensor],
+        config: Config,
         observer: Observer | None = None,
         traced: Plan | None = None,
     ) -> None:
         groups = [group for group in plan.inputs if group.key in thresholds]
         super().__init__(model, groups, traced or plan, observer)
+        for group in groups:
+            policy = config.input_policy(group.kind)
+            self.norms[group.key] = policy.scale(self.norms[group.key])
         self.thresholds, self.centers = thresholds, centers
         self.margin = float("inf")
         self.masked = 0

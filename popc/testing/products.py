@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.input_groups import Inputs
+from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear, as_linear
 from popc.analysis.plan import Plan, Region
 
-Owner = Region | Inputs
+Owner = Region | InputGroup
 Observer = Callable[[Hashable, Tensor], None]
 
 # Where x and W stand among each op's operands, and what these are called.

@@ -49,7 +49,7 @@ def session_machine(
     Args:
         model: causal, with ``forward(input_ids, <cache>, use_cache)``, in float64 for clear-cut
             choices. It is compiled once, and shares its weights with the twin.
-        config: ``policy`` ``"pop"`` or ``"contraction"``. Under ``scope="sequence"`` only caches of
+        config: ``policy`` ``"pop"`` or ``"threshold"``. Under ``scope="sequence"`` only caches of
             one sequence are repeated, reordered and cropped: whose row is whose can't be told of
             others.
         tolerance: relative to an output's largest value.
@@ -58,7 +58,7 @@ def session_machine(
     dtype = next(model.parameters()).dtype
     allowed = tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     twin: Any = popc.compile(model, config)
-    contracted = config.policy == "contraction" and config.sparsity > 0
+    contracted = config.prunes_inputs("mlp") and config.sparsity > 0
     plan = popc.analyze(model, (), {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
 
     class Sessions(RuleBasedStateMachine):
@@ -128,7 +128,7 @@ def session_machine(
             session = sessions.of_cache(held.cache) or sessions.Session()
             # A prompt came before, so what is decoded is contracted.
             assert length > 1 or not contracted or session.thresholds
-            inputs = MaskedInputs(model, plan, session.thresholds, session.centers)
+            inputs = MaskedInputs(model, plan, session.thresholds, session.centers, config)
             inputs.decoding = length == 1
             held.units.begin(length > 1, batch=held.batch)
             with held.units, inputs:

@@ -118,7 +118,7 @@ def prompts(sequences: int = 3, longest: int = 7) -> st.SearchStrategy[Prompt]:
 
 
 def configs(
-    policies: tuple[str, ...] = ("pop", "contraction"), **fixed: Any
+    policies: tuple[str, ...] = ("pop", "threshold"), **fixed: Any
 ) -> st.SearchStrategy[Config]:
     """Of every sparsity, candidate width, scope and guards; ``fixed`` fields are as given."""
     drawn: dict[str, st.SearchStrategy[Any]] = {

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from popc.analysis.capture import capture_module
-from popc.analysis.input_groups import find_inputs
+from popc.analysis.input_groups import find_input_groups
 from popc.ops import measure_inputs, threshold_linear, threshold_linears
 from popc.ops.measure import BINS
-from popc.passes.threshold_inputs import add_measures, contract_inputs, stretches
+from popc.passes.threshold_inputs import measure_input_groups, segment_offsets, threshold_inputs
 from tests.passes.checks import assert_meta_is_true
 
 
@@ -56,12 +56,12 @@ def test_is_the_module_with_masked_inputs(module: type[Three], together: list[in
     torch.manual_seed(0)
     model, x = module().eval(), torch.randn(batch, 1, 16)
     captured = capture_module(model, (x,))
-    groups = find_inputs(captured, [])
-    contract_inputs(captured, groups, "batch", counting=True)
+    groups = find_input_groups(captured, [])
+    threshold_inputs(captured, groups, "batch", counting=True)
     ops = [n for n in captured.gm.graph.nodes if n.target in (threshold_linear, threshold_linears)]
     many = [n.target is threshold_linears for n in ops]
     assert [len(n.args[1]) if m else 1 for n, m in zip(ops, many, strict=True)] == together
-    width, outputs = stretches(groups)[-1][1], 18
+    width, outputs = segment_offsets(groups)[-1][1], 18
     norm, limits = torch.ones(width), torch.full((len(groups), 1), 0.5)
     center, base = torch.zeros(1, width), torch.zeros(1, outputs)
     (whole, _) = assert_meta_is_true(captured.gm, model, x, norm, limits * 0, center, base)
@@ -95,9 +95,9 @@ def test_tokens_of_a_batch_are_measured_by_position(module: type[Three], scope: 
     torch.manual_seed(0)
     model, x = module().eval(), torch.randn(3, 7, 16) + torch.randn(16)
     captured = capture_module(model, (x,))
-    groups = find_inputs(captured, [])
-    add_measures(captured, groups, scope)
-    width, lead = stretches(groups)[-1][1], 1 if scope == "batch" else 3
+    groups = find_input_groups(captured, [])
+    measure_input_groups(captured, groups, scope)
+    width, lead = segment_offsets(groups)[-1][1], 1 if scope == "batch" else 3
     known = torch.zeros(lead, 2 * width + 1, dtype=torch.float64)
     norm = torch.rand(width)
     y, *measured = assert_meta_is_true(captured.gm, model, x, norm, known)

@@ -21,20 +21,20 @@ from tests.test_stress import prompt
 PASSES = {
     "popc.backend.capture_dynamo": ("capture", "pop"),
     "popc.backend.find_regions": ("find regions", "pop"),
-    "popc.backend.find_inputs": ("find inputs", "contraction"),
-    "popc.backend.lay_out": ("lay out weights", "pop"),
+    "popc.backend.find_input_groups": ("find inputs", "threshold"),
+    "popc.backend.store_channel_major": ("lay out weights", "pop"),
     "popc.backend._work": ("choose work", "pop"),
-    "popc.runtime.compiled_graph.contract_inputs": ("contract inputs", "contraction"),
-    "popc.runtime.compiled_graph.add_measures": ("measure inputs", "contraction"),
-    "popc.runtime.compiled_graph.add_statistics": ("measure regions", "pop"),
-    "popc.runtime.compiled_graph.prune_regions": ("prune regions", "pop"),
+    "popc.runtime.compiled_graph.threshold_inputs": ("contract inputs", "threshold"),
+    "popc.runtime.compiled_graph.measure_input_groups": ("measure inputs", "threshold"),
+    "popc.runtime.compiled_graph.measure_units": ("measure regions", "pop"),
+    "popc.runtime.compiled_graph.prune_units": ("prune regions", "pop"),
     "popc.runtime.compiled_graph.pack_weights": ("pack weights", "pop"),
-    "popc.runtime.compiled_graph.Template.of": ("construct", "pop"),
+    "popc.runtime.compiled_graph.RegionBinding.of": ("construct", "pop"),
     "popc.runtime.compiled_graph._batch_of": ("construct", "pop"),
-    "popc.passes.dense.pipeline.share_heads": ("share heads", "pop"),
-    "popc.passes.dense.pipeline.share_masks": ("share masks", "pop"),
-    "popc.passes.dense.pipeline.stream_linears": ("stream linears", "contraction"),
-    "popc.passes.dense.pipeline.stream_linears ": ("stream linears", "dense"),
+    "popc.passes.dense.pipeline.fold_repeat_kv": ("share heads", "pop"),
+    "popc.passes.dense.pipeline.hoist_masks": ("share masks", "pop"),
+    "popc.passes.dense.pipeline.use_gemv_kernels": ("stream linears", "threshold"),
+    "popc.passes.dense.pipeline.use_gemv_kernels ": ("stream linears", "dense"),
 }
 
 
@@ -87,7 +87,8 @@ def test_what_is_raised_on_purpose_reaches_the_user() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["popc.runtime.compiled_graph.prune_regions", "popc.runtime.compiled_graph.quicken"]
+    "name",
+    ["popc.runtime.compiled_graph.prune_units", "popc.runtime.compiled_graph.run_dense_passes"],
 )
 def test_weights_that_were_laid_out_are_read_right(name: str, monkeypatch) -> None:
     """Generated code goes by strides, and these are others than the first trace saw."""
@@ -150,7 +151,7 @@ def test_the_plan_is_told_once_the_graph_is_made(monkeypatch) -> None:
         listed = {region.key for region in twin.popc_plan.regions}
         assert listed and not any(s.kind == "failed" for s in twin.popc_plan.skipped)
         with monkeypatch.context() as patched:
-            fail(patched, "popc.runtime.compiled_graph.prune_regions")
+            fail(patched, "popc.runtime.compiled_graph.prune_units")
             with pytest.warns(PopcWarning, match="prune regions"):
                 run(twin, ids, 10)
         assert not twin.popc_plan.regions

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import popc
 from popc.analysis.capture import capture_module
 from popc.ops import attend, native
-from popc.passes.dense.fold_repeat_kv import share_heads
+from popc.passes.dense.fold_repeat_kv import fold_repeat_kv
 from popc.runtime.interpreter import Interpreted
 from tests.models import tiny_llama
 from tests.oracle import relative
@@ -86,7 +86,7 @@ def count(graph: fx.Graph, *targets: object) -> int:
 def shared(module: nn.Module, *given: Tensor) -> fx.Graph | None:
     """The graph, if it changed, once it is seen to give what the module gives."""
     captured = capture_module(module, given)
-    done = share_heads(captured)
+    done = fold_repeat_kv(captured)
     (y,) = assert_meta_is_true(captured.gm, module, *given)
     assert relative(y, module(*given)) < (1e-5 if given[0].dtype != torch.bfloat16 else 2e-2)
     assert done == count(captured.gm.graph, attend) + sum(
@@ -152,7 +152,7 @@ class Grouped(nn.Module):
 def test_what_says_so_itself() -> None:
     assert shared(Grouped(), *inputs()) is not None
     captured = capture_module(Grouped(), tuple(inputs(5)))
-    assert share_heads(captured) == 0
+    assert fold_repeat_kv(captured) == 0
 
 
 class Named(nn.Module):

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import popc
 from popc.analysis.capture import capture_module
 from popc.ops import additive_mask
-from popc.passes.dense.hoist_masks import share_masks
+from popc.passes.dense.hoist_masks import hoist_masks
 from popc.runtime.interpreter import Interpreted
 from tests.models import tiny_llama
 from tests.oracle import relative
@@ -43,7 +43,7 @@ class Layers(nn.Module):
 def shared(module: nn.Module, x: Tensor, mask: Tensor) -> int:
     """How many masks of numbers there are, once the graph is seen to give what the module gives."""
     captured = capture_module(module, (x, mask))
-    made = share_masks(captured)
+    made = hoist_masks(captured)
     (y,) = assert_meta_is_true(captured.gm, module, x, mask)
     assert relative(y, module(x, mask)) < 1e-6
     count = len(captured.gm.graph.find_nodes(op="call_function", target=additive_mask))

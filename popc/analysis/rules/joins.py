@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from popc.analysis.labels import NONE, Carried, Mixes, same_size
+from popc.analysis.labels import NONE, LabeledValue, Mixes, same_size
 from popc.analysis.propagation import (
     Labels,
+    Propagation,
     Rule,
-    Walk,
     argument,
     is_tensor,
     only_input,
@@ -22,7 +22,7 @@ from popc.analysis.propagation import (
 aten = torch.ops.aten
 
 
-def cat(walk: Walk, node: fx.Node) -> Labels:
+def cat(walk: Propagation, node: fx.Node) -> Labels:
     dim = (argument(node, "dim") or 0) % len(shape(node))
     parts: list[Any] = [
         part
@@ -33,7 +33,7 @@ def cat(walk: Walk, node: fx.Node) -> Labels:
     return _joined(walk, node, parts, [walk.of(part) for part in parts], dim)
 
 
-def stack(walk: Walk, node: fx.Node) -> Labels:
+def stack(walk: Propagation, node: fx.Node) -> Labels:
     dim = (argument(node, "dim") or 0) % len(shape(node))
     parts = list(node.args[0])  # type: ignore[arg-type]
     held = [None if value is None else value.unsqueezed(dim) for value in map(walk.of, parts)]
@@ -41,13 +41,13 @@ def stack(walk: Walk, node: fx.Node) -> Labels:
 
 
 def _joined(
-    walk: Walk,
+    walk: Propagation,
     node: fx.Node,
     parts: list[fx.Node],
-    held: list[Carried | None],
+    held: list[LabeledValue | None],
     dim: int,
     stacked: bool = False,
-) -> Carried:
+) -> LabeledValue:
     """Values one after the other along ``dim``."""
     known = [value for value in held if value is not None]
     letters = list(range(len(shape(node))))
@@ -69,7 +69,12 @@ def _joined(
 
 
 def _piece(
-    walk: Walk, node: fx.Node, frame: Carried, value: Carried | None, dim: int, size: int
+    walk: Propagation,
+    node: fx.Node,
+    frame: LabeledValue,
+    value: LabeledValue | None,
+    dim: int,
+    size: int,
 ) -> np.ndarray:
     """One part's labels, laid out like ``frame``, with ``dim`` last."""
     nothing = np.full((*frame.labels.shape, size), NONE)
@@ -89,8 +94,8 @@ def _piece(
 
 
 def written_into(
-    walk: Walk, view: fx.Node, value: Carried, before: Carried | None, dim: int
-) -> Carried:
+    walk: Propagation, view: fx.Node, value: LabeledValue, before: LabeledValue | None, dim: int
+) -> LabeledValue:
     """The labels of what ``view`` is a slice of along ``dim``, once ``value`` is written to it."""
     sizes = dict(enumerate(shape(view.args[0])))
     bounds = [argument(view, name) for name in ("start", "end", "step")]
@@ -106,18 +111,18 @@ def written_into(
     return frame.replaced(dim, labels)
 
 
-def _framed(values: list[Carried], dim: int) -> list[Carried]:
+def _framed(values: list[LabeledValue], dim: int) -> list[LabeledValue]:
     """The values' dims without ``dim``, as values without channels: only their layout counts."""
     framed = []
     for value in values:
         axes = value.axes(dim)
         labels = value.labels.max(axis=tuple(axes)) if axes else value.labels
         dims = (*value.dims[:dim], (), *value.dims[dim + 1 :])
-        framed.append(Carried(dims, np.full_like(labels, NONE)))
+        framed.append(LabeledValue(dims, np.full_like(labels, NONE)))
     return framed
 
 
-def index(walk: Walk, node: fx.Node) -> Labels:
+def index(walk: Propagation, node: fx.Node) -> Labels:
     """``x[:, i, ...]``: rows picked by index along free dims."""
     value = only_input(walk, node, "self")
     indices = list(node.args[1])  # type: ignore[arg-type]
@@ -141,7 +146,7 @@ def index(walk: Walk, node: fx.Node) -> Labels:
     return value
 
 
-def index_select(walk: Walk, node: fx.Node) -> Labels:
+def index_select(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if not value.is_free(dim):
@@ -152,7 +157,7 @@ def index_select(walk: Walk, node: fx.Node) -> Labels:
     return value.resized(dim, shape(node)[dim])
 
 
-def gather(walk: Walk, node: fx.Node) -> Labels:
+def gather(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if not value.is_free(dim) or not same_rest(node, dim):
@@ -169,7 +174,7 @@ def same_rest(node: fx.Node, dim: int) -> bool:
 def written(source: str, *dims: str) -> Rule:
     """Writing ``source`` into the first argument at places along dims; the rest of it stays."""
 
-    def rule(walk: Walk, node: fx.Node) -> Labels:
+    def rule(walk: Propagation, node: fx.Node) -> Labels:
         base, new = walk.of(node.args[0]), walk.of(argument(node, source))
         if not dims:  # all of it is overwritten
             base = None
@@ -196,7 +201,7 @@ def written(source: str, *dims: str) -> Rule:
     return rule
 
 
-def index_put(walk: Walk, node: fx.Node) -> Labels:
+def index_put(walk: Propagation, node: fx.Node) -> Labels:
     """``x[..., i, ...] = v`` with indices along some dims: v's dims follow x's on the rest."""
     if argument(node, "accumulate"):
         raise Mixes("adds channels at places known only at run time")
@@ -235,7 +240,7 @@ def index_put(walk: Walk, node: fx.Node) -> Labels:
 # --- writing in place ---------------------------------------------------------------------------
 
 
-def unview(walk: Walk, view: fx.Node, value: Carried) -> Carried:
+def unview(walk: Propagation, view: fx.Node, value: LabeledValue) -> LabeledValue:
     """The labels of what ``view`` is a view of, given the view's.
 
     Raises:

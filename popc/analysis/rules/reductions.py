@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from popc.analysis.labels import Atom, Carried, Mixes, same_size
+from popc.analysis.labels import DimFactor, LabeledValue, Mixes, same_size
 from popc.analysis.propagation import (
     Labels,
-    Walk,
+    Propagation,
     argument,
     dims_of,
     mixing,
@@ -21,7 +21,7 @@ from popc.analysis.propagation import (
 aten = torch.ops.aten
 
 
-def along(walk: Walk, node: fx.Node) -> Labels:
+def along(walk: Propagation, node: fx.Node) -> Labels:
     """Keeps the shape, mixes along dims: softmax, cumsum, sort."""
     value = only_input(walk, node)
     out = walk.flow.mix(value, dims_of(node, len(value.dims)), node, mixing(node))
@@ -29,7 +29,7 @@ def along(walk: Walk, node: fx.Node) -> Labels:
     return [_fitted(out, val.shape) for val in node.meta["val"]] if many else out
 
 
-def _fitted(value: Carried, sizes: Any) -> Carried:
+def _fitted(value: LabeledValue, sizes: Any) -> LabeledValue:
     """With free dims of these sizes: topk's output is shorter."""
     for dim, size in enumerate(sizes):
         if value.is_free(dim):
@@ -37,7 +37,7 @@ def _fitted(value: Carried, sizes: Any) -> Carried:
     return value
 
 
-def norm(walk: Walk, node: fx.Node) -> Labels:
+def norm(walk: Propagation, node: fx.Node) -> Labels:
     """layer_norm and rms_norm: over the last dims, then scaled elementwise."""
     value = only_input(walk, node)
     rank, last = len(value.dims), len(argument(node, "normalized_shape"))
@@ -45,13 +45,13 @@ def norm(walk: Walk, node: fx.Node) -> Labels:
     return value
 
 
-def group_norm(walk: Walk, node: fx.Node) -> Labels:
+def group_norm(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     walk.flow.mix(value, range(1, len(value.dims)), node, mixing(node))
     return value
 
 
-def reduce(walk: Walk, node: fx.Node) -> Labels:
+def reduce(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dims = dims_of(node, len(value.dims))
     out = walk.flow.mix(value, dims, node, mixing(node))
@@ -62,7 +62,7 @@ def reduce(walk: Walk, node: fx.Node) -> Labels:
 
 
 def _contract(
-    walk: Walk,
+    walk: Propagation,
     node: fx.Node,
     terms: list[tuple[fx.Node, str]],
     out: str,
@@ -93,7 +93,7 @@ def _contract(
 
 
 def _scores_pairs(
-    product: Carried, order: list[str], terms: list[tuple[fx.Node, str]], out: str
+    product: LabeledValue, order: list[str], terms: list[tuple[fx.Node, str]], out: str
 ) -> bool:
     """Whether channels are contracted and an axis of each operand is left that has none."""
     summed = [d for d, letter in enumerate(order) if letter not in out]
@@ -109,17 +109,17 @@ def _scores_pairs(
     return labelled and all(dims and all(map(product.is_free, dims)) for dims in own)
 
 
-def matmul(walk: Walk, node: fx.Node) -> Labels:
+def matmul(walk: Propagation, node: fx.Node) -> Labels:
     a, b = node.args[:2]
     return _product(walk, node, a, b)
 
 
-def baddbmm(walk: Walk, node: fx.Node) -> Labels:
+def baddbmm(walk: Propagation, node: fx.Node) -> Labels:
     extra, a, b = node.args[:3]
     return _product(walk, node, a, b, extra)
 
 
-def _product(walk: Walk, node: fx.Node, a: Any, b: Any, extra: Any = None) -> Labels:
+def _product(walk: Propagation, node: fx.Node, a: Any, b: Any, extra: Any = None) -> Labels:
     batch = "abcdefgh"
     rank = max(len(shape(a)), len(shape(b))) - 2
     if min(len(shape(a)), len(shape(b))) < 2:
@@ -129,7 +129,7 @@ def _product(walk: Walk, node: fx.Node, a: Any, b: Any, extra: Any = None) -> La
     return _contract(walk, node, [(a, left), (b, right)], batch[:rank] + "mn", extra)
 
 
-def linear(walk: Walk, node: fx.Node) -> Labels:
+def linear(walk: Propagation, node: fx.Node) -> Labels:
     """A linear whose weight is no parameter, but a value like any other."""
     x, weight = node.args[:2]
     lead = "abcdefgh"[: len(shape(x)) - 1]
@@ -137,7 +137,7 @@ def linear(walk: Walk, node: fx.Node) -> Labels:
     return _contract(walk, node, [(x, lead + "k"), (weight, "nk")], lead + "n", bias)  # type: ignore[list-item]
 
 
-def einsum(walk: Walk, node: fx.Node) -> Labels:
+def einsum(walk: Propagation, node: fx.Node) -> Labels:
     equation, operands = node.args[:2]
     spelled = str(equation).replace(" ", "")
     if "->" not in spelled:
@@ -155,7 +155,7 @@ def einsum(walk: Walk, node: fx.Node) -> Labels:
     return _contract(walk, node, terms, out)
 
 
-def attention(walk: Walk, node: fx.Node) -> Labels:
+def attention(walk: Propagation, node: fx.Node) -> Labels:
     """``softmax(q kᵀ + mask) v``, heads at dim -3; with enable_gqa each k and v serves a group."""
     q, k, v = node.args[:3]
     mask = argument(node, "attn_mask")
@@ -163,7 +163,7 @@ def attention(walk: Walk, node: fx.Node) -> Labels:
 
 
 def _softmax_attention(
-    walk: Walk, node: fx.Node, q: Any, k: Any, v: Any, mask: Any, grouped: bool
+    walk: Propagation, node: fx.Node, q: Any, k: Any, v: Any, mask: Any, grouped: bool
 ) -> Labels:
     lead = "abc"[: len(shape(q)) - 3]
     if len(shape(q)) < 3:
@@ -178,9 +178,9 @@ def _softmax_attention(
             times = shape(q)[-3] // shape(source)[-3]
             if value is not None and times > 1:
                 dim = len(lead)
-                grown = (*value.dims[dim], Atom(times, False))
+                grown = (*value.dims[dim], DimFactor(times, False))
                 dims = (*value.dims[:dim], grown, *value.dims[dim + 1 :])
-                held[source] = Carried(dims, value.labels)
+                held[source] = LabeledValue(dims, value.labels)
     out_letters = f"{lead}{heads}tf"
     sizes = {
         **dict(zip(names[v], shape(v), strict=True)),
@@ -211,13 +211,13 @@ def _softmax_attention(
     return walk.flow.combine(parts, list(out_letters), sizes)
 
 
-def flex_attention(walk: Walk, node: fx.Node) -> Labels:
+def flex_attention(walk: Propagation, node: fx.Node) -> Labels:
     """The higher-order op: q, k, v, a score function, a block mask, scale and options."""
     q, k, v = node.args[:3]
     if any(walk.of(other) for other in node.all_input_nodes if other not in (q, k, v)):
         raise Mixes("takes channels in its score function")
     out = _softmax_attention(walk, node, q, k, v, None, shape(q)[-3] != shape(k)[-3])
-    assert isinstance(out, Carried)
+    assert isinstance(out, LabeledValue)
     last = len(out.dims) - 1
     row = walk.flow.mix(out, [last], node, mixing(node)).squeezed(last)
     outputs = node.meta["val"]

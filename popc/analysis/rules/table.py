@@ -17,8 +17,8 @@ from torch import fx
 from popc.analysis.labels import Mixes
 from popc.analysis.propagation import (
     Labels,
+    Propagation,
     Rule,
-    Walk,
     argument,
     mixing,
     only_input,
@@ -31,7 +31,7 @@ from popc.analysis.rules import views as to
 aten = torch.ops.aten
 
 
-def pointwise(walk: Walk, node: fx.Node) -> Labels:
+def pointwise(walk: Propagation, node: fx.Node) -> Labels:
     """Elementwise, with broadcasting: dims are aligned from the right."""
     sizes = shape(node)
     rank = len(sizes)
@@ -44,37 +44,37 @@ def pointwise(walk: Walk, node: fx.Node) -> Labels:
     return walk.flow.combine(operands, range(rank), dict(enumerate(sizes)))
 
 
-def _same(walk: Walk, node: fx.Node) -> Labels:
+def _same(walk: Propagation, node: fx.Node) -> Labels:
     return only_input(walk, node)
 
 
-def _first(walk: Walk, node: fx.Node) -> Labels:
+def _first(walk: Propagation, node: fx.Node) -> Labels:
     """Like the first input; of any other only size, dtype or device is read."""
     return walk.of(node.args[0])
 
 
-def _nothing(walk: Walk, node: fx.Node) -> Labels:
+def _nothing(walk: Propagation, node: fx.Node) -> Labels:
     """Made of an input's sizes, not of its values."""
     return None
 
 
-def _as_complex(walk: Walk, node: fx.Node) -> Labels:
+def _as_complex(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     last = len(value.dims) - 1
     return walk.flow.mix(value, [last], node, mixing(node)).squeezed(last)
 
 
-def _as_real(walk: Walk, node: fx.Node) -> Labels:
+def _as_real(walk: Propagation, node: fx.Node) -> Labels:
     return only_input(walk, node).unsqueezed(len(shape(node)) - 1, 2)
 
 
-def _dropout(walk: Walk, node: fx.Node) -> Labels:
+def _dropout(walk: Propagation, node: fx.Node) -> Labels:
     if argument(node, "train"):
         raise Mixes("is dropout in training mode", "training")
     return only_input(walk, node)
 
 
-def _glu(walk: Walk, node: fx.Node) -> Labels:
+def _glu(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if value.is_free(dim):

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from popc.analysis.labels import NONE, Carried, Mixes, free, same_size
+from popc.analysis.labels import NONE, LabeledValue, Mixes, free, same_size
 from popc.analysis.propagation import (
     Labels,
+    Propagation,
     Rule,
-    Walk,
     argument,
     dims_of,
     only_input,
@@ -23,21 +23,21 @@ from popc.analysis.propagation import (
 aten = torch.ops.aten
 
 
-def view(walk: Walk, node: fx.Node) -> Labels:
+def view(walk: Propagation, node: fx.Node) -> Labels:
     value = walk.of(node.args[0])
     return None if value is None else value.viewed(shape(node))
 
 
-def reorder(walk: Walk, node: fx.Node) -> Labels:
+def reorder(walk: Propagation, node: fx.Node) -> Labels:
     return only_input(walk, node).permuted(order_of(node))
 
 
-def reverse(walk: Walk, node: fx.Node) -> Labels:
+def reverse(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     return value.permuted(list(reversed(range(len(value.dims)))))
 
 
-def movedim(walk: Walk, node: fx.Node) -> Labels:
+def movedim(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     rank = len(value.dims)
     source, target = dims_of(node, rank, "source"), dims_of(node, rank, "destination")
@@ -47,11 +47,11 @@ def movedim(walk: Walk, node: fx.Node) -> Labels:
     return value.permuted(rest)
 
 
-def unsqueeze(walk: Walk, node: fx.Node) -> Labels:
+def unsqueeze(walk: Propagation, node: fx.Node) -> Labels:
     return only_input(walk, node).unsqueezed(argument(node, "dim") % len(shape(node)))
 
 
-def squeeze(walk: Walk, node: fx.Node) -> Labels:
+def squeeze(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     before = shape(node.args[0])
     for dim in reversed(dims_of(node, len(before))):
@@ -60,7 +60,7 @@ def squeeze(walk: Walk, node: fx.Node) -> Labels:
     return value
 
 
-def expand(walk: Walk, node: fx.Node) -> Labels:
+def expand(walk: Propagation, node: fx.Node) -> Labels:
     value = walk.of(node.args[0])
     if value is None:
         return None
@@ -70,10 +70,10 @@ def expand(walk: Walk, node: fx.Node) -> Labels:
         free(size) if not dim and not same_size(size, 1) else dim
         for dim, size in zip(value.dims, sizes[lead:], strict=True)
     ]
-    return Carried((*map(free, sizes[:lead]), *kept), value.labels)
+    return LabeledValue((*map(free, sizes[:lead]), *kept), value.labels)
 
 
-def repeat(walk: Walk, node: fx.Node) -> Labels:
+def repeat(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     times = argument(node, "repeats")
     for _ in range(len(times) - len(value.dims)):
@@ -86,7 +86,7 @@ def repeat(walk: Walk, node: fx.Node) -> Labels:
     return value
 
 
-def repeat_interleave(walk: Walk, node: fx.Node) -> Labels:
+def repeat_interleave(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     count, dim = argument(node, "repeats"), argument(node, "dim")
     if dim is None:
@@ -102,7 +102,7 @@ def repeat_interleave(walk: Walk, node: fx.Node) -> Labels:
 def on_dim(change: Callable[[fx.Node, np.ndarray, int], np.ndarray], name: str = "dim") -> Rule:
     """A rule for an op that re-arranges positions along dims, one after the other."""
 
-    def rule(walk: Walk, node: fx.Node) -> Labels:
+    def rule(walk: Propagation, node: fx.Node) -> Labels:
         value = only_input(walk, node)
         for at, dim in enumerate(dims_of(node, len(value.dims), name)):
             if not value.is_free(dim):
@@ -135,7 +135,7 @@ def rolled(node: fx.Node, labels: np.ndarray, at: int) -> np.ndarray:
     return np.roll(labels, shift, axis=-1)
 
 
-def select(walk: Walk, node: fx.Node) -> Labels:
+def select(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dim, index = argument(node, "dim") % len(value.dims), argument(node, "index")
     if value.is_free(dim):
@@ -145,7 +145,7 @@ def select(walk: Walk, node: fx.Node) -> Labels:
     return value.replaced(dim, value.along(dim)[..., [index]]).squeezed(dim)
 
 
-def pieces(walk: Walk, node: fx.Node) -> Labels:
+def pieces(walk: Propagation, node: fx.Node) -> Labels:
     """split, chunk, tensor_split: the outputs' sizes tell where the cuts are."""
     value = only_input(walk, node)
     dim = (argument(node, "dim") or 0) % len(value.dims)
@@ -160,7 +160,7 @@ def pieces(walk: Walk, node: fx.Node) -> Labels:
     return pieces  # type: ignore[return-value]
 
 
-def unbind(walk: Walk, node: fx.Node) -> Labels:
+def unbind(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if value.is_free(dim):
@@ -169,7 +169,7 @@ def unbind(walk: Walk, node: fx.Node) -> Labels:
     return [value.replaced(dim, labels[..., [i]]).squeezed(dim) for i in range(labels.shape[-1])]
 
 
-def unfold(walk: Walk, node: fx.Node) -> Labels:
+def unfold(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     dim = argument(node, "dimension") % len(value.dims)
     if not value.is_free(dim):
@@ -178,7 +178,7 @@ def unfold(walk: Walk, node: fx.Node) -> Labels:
     return value.unsqueezed(len(value.dims), shape(node)[-1])
 
 
-def pad(walk: Walk, node: fx.Node) -> Labels:
+def pad(walk: Propagation, node: fx.Node) -> Labels:
     value = only_input(walk, node)
     pads = argument(node, "pad")
     for i in range(len(pads) // 2):

@@ -19,7 +19,7 @@ from popc.analysis.mutation import Written, writes
 from popc.analysis.propagation import argument, order_of, shape
 from popc.analysis.tokens import VIEWS
 from popc.ops import attend, native
-from popc.passes.builder import Emitter, finish
+from popc.passes.builder import GraphBuilder, finish
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 _MOVES = (aten.transpose.int, aten.permute.default)
 
 
-def share_heads(captured: Captured) -> int:
+def fold_repeat_kv(captured: Captured) -> int:
     """Let attentions on CPUs read keys and values as they were before they were repeated.
 
     One token's are also left to the kernel where nothing is repeated, if that gains.
@@ -53,7 +53,7 @@ def share_heads(captured: Captured) -> int:
             continue
         q, k, v, mask, dropout, causal, scale = (argument(node, name) for name in _ARGUMENTS)
         with graph.inserting_before(node):
-            emit = Emitter(captured, node)
+            emit = GraphBuilder(captured, node)
             if repeats is not None:
                 k, v = (repeat.unrepeated(emit) for repeat in repeats)
         if one:
@@ -100,7 +100,7 @@ class _Repeat:
     copy: fx.Node
     moves: tuple[fx.Node, ...]
 
-    def unrepeated(self, emit: Emitter) -> fx.Node:
+    def unrepeated(self, emit: GraphBuilder) -> fx.Node:
         value = self.source
         if self.expanded is not None:
             value = emit.call(aten.squeeze.dim, value, self.expanded)

@@ -12,14 +12,14 @@ from popc.analysis.linears import Linear, as_linear
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import is_one_token
 from popc.ops import gather_linear, native
-from popc.passes.builder import Emitter, finish
-from popc.passes.weight_layout import lies_by
+from popc.passes.builder import GraphBuilder, finish
+from popc.passes.weight_layout import is_contiguous_along
 
 _FEW = 8  # rows of x that the kernel takes in one reading of the weight
 _SERVED = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def stream_linears(captured: Captured, decodes: bool) -> int:
+def use_gemv_kernels(captured: Captured, decodes: bool) -> int:
     """Let plain linears on CPUs run through popc's kernel, those that gain by it.
 
     Args:
@@ -39,7 +39,7 @@ def stream_linears(captured: Captured, decodes: bool) -> int:
         if not _lies_across(linear) and not _has_few_rows(linear, decodes):
             continue
         args = (linear.x, linear.weight.node, linear.bias, None, None, linear.weight.out_dim)
-        Emitter(captured, node).change(node, gather_linear, *args)
+        GraphBuilder(captured, node).change(node, gather_linear, *args)
         count += 1
     if count:
         finish(captured)
@@ -53,8 +53,12 @@ def _lies_across(linear: Linear) -> bool:
     times slower and more were seen.
     """
     value = linear.weight.node.meta["val"]
-    by_output = lies_by(value, linear.weight.out_dim)
-    return value.element_size() == 2 and not by_output and lies_by(value, linear.weight.in_dim)
+    by_output = is_contiguous_along(value, linear.weight.out_dim)
+    return (
+        value.element_size() == 2
+        and not by_output
+        and is_contiguous_along(value, linear.weight.in_dim)
+    )
 
 
 def _has_few_rows(linear: Linear, decodes: bool) -> bool:

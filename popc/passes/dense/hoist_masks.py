@@ -16,12 +16,12 @@ from popc.analysis.labels import same_size
 from popc.analysis.mutation import Written, writes_first
 from popc.analysis.propagation import argument, shape
 from popc.ops import additive_mask
-from popc.passes.builder import Emitter, finish
+from popc.passes.builder import GraphBuilder, finish
 
 aten = torch.ops.aten
 
 
-def share_masks(captured: Captured) -> int:
+def hoist_masks(captured: Captured) -> int:
     """Give attentions of many tokens that share a mask of bools, on CPUs, one mask of numbers.
 
     Returns:
@@ -43,7 +43,7 @@ def share_masks(captured: Captured) -> int:
         if len(nodes) < 2 or written.between(nodes[0], nodes[-1]):
             continue
         with graph.inserting_before(nodes[0]):
-            added = Emitter(captured, mask).call(additive_mask, mask, dtype)
+            added = GraphBuilder(captured, mask).call(additive_mask, mask, dtype)
         for node, given in masks.items():
             node.replace_input_with(given, added)
         count += 1

@@ -1,23 +1,28 @@
-"""A policy of one's own, in one file: keep the channels that fired most often in the prompt."""
+"""A policy of units in one file: keep the channels that fired most often in the prompt."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import popc
 
+aten = torch.ops.aten
 
-class FirstCome(popc.Policy):
+
+class FirstCome(popc.UnitPolicy):
     """Counts how often a channel was among a token's larger half, instead of how strongly."""
 
     name = "first_come"
 
+    def counts(self, units, sparsity, candidate):
+        active = max(1, round((1 - sparsity) * units))
+        return popc.Counts(retained=active, candidate=0, active=active)
+
     def measured(self, emit, h):
-        aten = torch.ops.aten
         size = emit.call(aten.abs.default, h)
         usual = emit.call(aten.mean.dim, size, [-1], True)
         return emit.call(aten.to.dtype, emit.call(aten.gt.Tensor, size, usual), torch.float32)
 
-    def importance(self, squares, norm):
+    def importance(self, squares, norm, *more):
         return squares  # of zeros and ones: a count
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
 
 import popc
+from popc import policies
 from popc.models import cache_keyword
-from popc.ops import (
-    native,
-)
+from popc.ops import native
+from popc.planning.allocation import at_shares
 from popc.runtime import sessions
+from popc.testing import assert_equivalent
 from tests.models import CACHE, tiny_llama
 from tests.oracle import relative
 
@@ -215,7 +213,7 @@ def test_routers_are_left_alone_and_experts_pruned_by_pop() -> None:
 
 
 def test_policies_by_kind() -> None:
-    given = {"policy": {"mlp": "pop", "attention": "contraction"}, "codegen": "eager"}
+    given = {"policy": {"mlp": "pop", "attention": "threshold"}, "codegen": "eager"}
     twin = popc.compile(tiny_llama(), sparsity=0.5, **given)
     cache = DynamicCache()
     decoded(twin, tokens(), 16, cache)
@@ -262,13 +260,46 @@ def test_griffin_keeps_what_flocks() -> None:
     assert relative(got, decoded(oracle, ids, 16, DynamicCache())) < 1e-4
 
 
-def test_a_policy_of_ones_own() -> None:
-    """The example runs, and its policy is known by its name."""
-    example = Path(__file__).parent.parent / "examples" / "policy.py"
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
-    assert "first_come" in done.stdout
+class Nearest(popc.InputPolicy):
+    """Reads a share that is given, by scores of its own."""
+
+    name = "nearest"
+
+    def scale(self, norm: Tensor) -> Tensor:
+        return torch.ones_like(norm)
+
+    def allocate(self, histograms, groups, budget):
+        shares = torch.full((len(groups),), budget.share, dtype=torch.float64)
+        return at_shares(histograms, groups, shares)
+
+
+def test_a_policy_of_inputs_of_ones_own_is_the_oracle() -> None:
+    popc.register_policy(Nearest())
+    found = assert_equivalent(tiny_llama(), tokens(), policy="nearest", sparsity=0.5)
+    assert found.masked and found.plan.inputs
+    usual = assert_equivalent(tiny_llama(), tokens(), policy="threshold", sparsity=0.5)
+    assert usual.masked != found.masked
+
+
+def test_a_policy_may_be_registered_again_but_takes_no_other_name() -> None:
+    popc.register_policy(Nearest())
+    again = type("Nearest", (Nearest,), {"__qualname__": "Nearest"})()
+    popc.register_policy(again)
+    assert policies.get("nearest") is again
     with pytest.raises(popc.ConfigError, match="policy"):
         popc.register_policy("pop")  # type: ignore[arg-type]
+    with pytest.raises(popc.ConfigError, match="a name other than"):
+        popc.register_policy(type("Mine", (Nearest,), {"name": "pop"})())
+
+
+def test_the_earlier_name_of_the_default_policy_serves() -> None:
+    with pytest.warns(DeprecationWarning, match="'contraction' is called 'threshold' now"):
+        config = popc.Config(policy="contraction")
+    assert config == popc.Config() and config.policy == "threshold"
+    with pytest.warns(DeprecationWarning, match="'contraction'"):
+        assert popc.Config(policy={"mlp": "contraction"}).policy == {"mlp": "threshold"}
+    with pytest.warns(DeprecationWarning, match="UnitPolicy"):
+        assert issubclass(popc.Policy, popc.UnitPolicy)
 
 
 class SplitsOtherwise(nn.Module):
