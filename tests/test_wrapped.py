@@ -111,8 +111,10 @@ class Hidden(nn.Module):
         return gather_linear(x, self.weight * 1.0, None, None, None, 0)
 
 
-@pytest.mark.parametrize("codegen", few(["eager", "inductor"], 1))
-@pytest.mark.parametrize("how", few(QUANTISE, 1))
+# Inductor alone, after torchao was used, breaks the graph at a class of one's own.
+@pytest.mark.parametrize(
+    ("how", "codegen"), few([("own", "eager"), ("torchao", "eager"), ("torchao", "inductor")], 1)
+)
 @pytest.mark.parametrize("policy", ["pop", "threshold"])
 def test_plain_weights_beside_them_are_pruned(policy: str, how: str, codegen: str) -> None:
     """The last layer as a whole, and of the others one linear of a region."""
