@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import popc
-from popc.planning.allocation import at_shares
+from popc.policies.allocation import at_shares
 
 
 class Magnitude(popc.InputPolicy):

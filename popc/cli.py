@@ -24,6 +24,7 @@ from popc.bench import Settings, decode_rates
 from popc.bench.models import SHAPES, default_dtype
 from popc.bench.settings import DTYPES
 from popc.errors import PopcError
+from popc.files import write_whole
 from popc.models import DEFAULT, load_model
 from popc.planning.budget_solver import resolve
 from popc.report.explain import Explanation
@@ -31,7 +32,6 @@ from popc.report.pareto import Figures
 from popc.report.pareto import report as frontier_report
 from popc.report.stability import measure
 from popc.tools.evaluate import evaluate
-from popc.tools.files import write_whole
 from popc.tools.tasks import TASKS, perform, tasks_of
 
 app = typer.Typer(

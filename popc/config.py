@@ -9,8 +9,8 @@ from typing import Any
 
 from popc import policies
 from popc.errors import ConfigError
-from popc.planning.allocation import LEAST, Budget
 from popc.policies import Counts, Dense, InputPolicy, Policy, UnitPolicy
+from popc.policies.allocation import LEAST, Budget
 
 TARGETS = ("mlp", "attention", "experts", "other", "head")
 GUARDS = ("token", "prompt")

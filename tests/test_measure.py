@@ -10,7 +10,7 @@ from torch import Tensor
 
 from popc.ops import centers, measure_inputs, sum_squares
 from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares, _times
-from popc.planning.allocation import LEAST, Budget, GroupSpec, allocate
+from popc.policies.allocation import LEAST, Budget, GroupSpec, allocate
 
 
 def nothing_known(sequences: int, width: int) -> Tensor:

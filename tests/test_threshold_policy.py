@@ -15,7 +15,7 @@ import popc
 from popc import policies
 from popc.models import cache_keyword
 from popc.ops import native
-from popc.planning.allocation import at_shares
+from popc.policies.allocation import at_shares
 from popc.runtime import sessions
 from popc.testing import assert_equivalent
 from tests.models import CACHE, tiny_llama

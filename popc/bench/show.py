@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from popc import plots
 from popc.bench.results import Extras, Result, Run
-from popc.report import plots
 
 
 def show(result: Result) -> RenderableType:

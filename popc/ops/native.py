@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from popc import compat
+from popc.files import write_whole
 from popc.log import logger
 from popc.ops import measure
-from popc.tools.files import write_whole
 
 FOLDER = Path(__file__).parent / "cpu"
 _OWN = re.compile(r'#include "(\w+\.h)"\n')

@@ -15,7 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from popc.analysis.plan import Region
-    from popc.planning.allocation import Allocation, Budget, GroupSpec
+    from popc.policies.allocation import Allocation, Budget, GroupSpec
 
 # For what only has units: experts, and encoders, whose one pass reads all weights anyway.
 UNITS_BY_DEFAULT = "pop"

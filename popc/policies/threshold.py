@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from popc.planning.allocation import Allocation, Budget, GroupSpec, allocate
+from popc.policies.allocation import Allocation, Budget, GroupSpec, allocate
 from popc.policies.base import InputPolicy
 
 
@@ -17,7 +17,7 @@ class Threshold(InputPolicy):
     thresholds are TEAL's idea (arXiv 2408.14690), and what is not read counts as its mean, SCAP's
     (arXiv 2412.07174); but both are taken from the prompt: no calibration. See
     :mod:`popc.passes.threshold_inputs` and, for how a budget becomes thresholds,
-    :mod:`popc.planning.allocation`.
+    :mod:`popc.policies.allocation`.
     """
 
     name = "threshold"

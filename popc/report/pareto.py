@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from popc import plots
 from popc.bench.show import sized
 from popc.errors import ConfigError
-from popc.report import plots
 from popc.report.html import CSS, Sheet, page
 from popc.report.stability import Drift
 

@@ -13,8 +13,8 @@ from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Region
 from popc.config import Config
-from popc.planning.allocation import GroupSpec
 from popc.policies import Counts, InputPolicy, UnitPolicy
+from popc.policies.allocation import GroupSpec
 from popc.runtime.partition import InputGroupState, RegionState
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popc.planning.allocation import GroupSpec
 from popc.policies import Counts, InputPolicy, UnitPolicy
+from popc.policies.allocation import GroupSpec
 
 
 @dataclass(frozen=True, eq=False)

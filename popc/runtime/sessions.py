@@ -22,7 +22,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from popc import compat
 from popc.ops.measure import centers
 from popc.passes.packing import Packing
-from popc.planning.allocation import READ_ALL, Budget
+from popc.policies.allocation import READ_ALL, Budget
 from popc.runtime.partition import (
     InputGroupState,
     Partition,

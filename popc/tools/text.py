@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import torch
 
 from popc.errors import ModelError
+from popc.files import key_of, write_whole
 from popc.models import cache_folder, package_folder
-from popc.tools.files import key_of, write_whole
 
 SHORTEST = 3000  # characters of plain text; what is shorter is a stub or a redirect
 

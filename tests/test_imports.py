@@ -1,0 +1,41 @@
+"""Imports go one way: what stands lower in this list knows nothing of what stands higher."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import popc
+
+LAYERS = """
+errors log version files plots compat ops policies config analysis planning passes runtime backend
+compiled_model api models tools bench report harness testing cli
+""".split()
+ROOT = Path(popc.__file__).parent
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of popc that a file imports when it is itself imported."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("popc"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.update(name.split(".")[1] for name in names)
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for other in imported(path) & set(LAYERS):
+            if LAYERS.index(other) > LAYERS.index(part):
+                wrong.append(f"{path.relative_to(ROOT)} imports popc.{other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.name[0] != "_"}
+    assert parts - {"py.typed"} == set(LAYERS)
