@@ -88,6 +88,10 @@ def pretend() -> None:
     triton.runtime.driver._active = SimpleNamespace(
         get_current_target=lambda: target, get_active_torch_device=lambda: torch.device(GPU)
     )
+    # Other libraries may have asked before, and the answer is kept.
+    for question in vars(torch.utils._triton).values():
+        if hasattr(question, "cache_clear"):
+            question.cache_clear()
     # Both compute with small tensors on the device.
     joint_graph.lazy_init = lambda *_: None
     torch._inductor.config.joint_graph_constant_folding = False

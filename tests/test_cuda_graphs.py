@@ -146,12 +146,12 @@ def test_a_call_that_leaves_the_cache_empty_tells_nothing() -> None:
 
     twin, cache = popc.compile(Model().eval(), sparsity=0.4, codegen="eager"), Cache()
     x = torch.randn(1, 5, 8)
-    sessions = []
+    found = []
     for writes in (False, False, True, True, False, True):
         twin(x, cache, writes)
-        sessions.append(sessions.of_cache(cache))
-    assert len({id(session) for session in sessions[:3]}) == 3
-    assert all(session is sessions[2] for session in sessions[3:])
+        found.append(sessions.of_cache(cache))
+    assert len({id(session) for session in found[:3]}) == 3
+    assert all(session is found[2] for session in found[3:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try it on")

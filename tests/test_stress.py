@@ -73,7 +73,7 @@ def test_dropped_caches_leave_nothing(policy: str) -> None:
     """200 generations in any order, most of them dropped half way."""
     twin = twin_of(tiny_llama(), policy)
     expected = generated(twin, prompt(0))
-    sessions: list[weakref.ref[sessions.Session]] = []
+    seen: list[weakref.ref[sessions.Session]] = []
     held: dict[int, DynamicCache] = {}
     make = torch.Generator().manual_seed(0)
     for number in range(200):
@@ -81,7 +81,7 @@ def test_dropped_caches_leave_nothing(policy: str) -> None:
         step(twin, cache, prompt(number))
         found = sessions.of_cache(cache)
         assert found is not None
-        sessions.append(weakref.ref(found))
+        seen.append(weakref.ref(found))
         held[number] = cache
         del found, cache
         other = list(held)[int(torch.randint(len(held), (), generator=make))]
@@ -91,7 +91,7 @@ def test_dropped_caches_leave_nothing(policy: str) -> None:
     assert torch.equal(generated(twin, prompt(0)), expected)
     held.clear()
     gc.collect()
-    assert [ref for ref in sessions if ref() is not None] == []
+    assert [ref for ref in seen if ref() is not None] == []
 
 
 def test_tensors_that_are_gone_leave_nothing() -> None:

@@ -438,7 +438,7 @@ class CompiledGraph:
         """The session of the cache tensors among ``args``; a new one where there is none."""
         session = sessions.of_tensors(args[i] for i in self.activations)
         if session is None:
-            if self.activations and (self.slots or self.contracted):
+            if self.activations and self.decodes:
                 return Session(whole=False, base=sessions.offered().base)
             return sessions.offered()
         if (

@@ -44,7 +44,8 @@ class Equivalence:
         error: the largest difference of any output, relative to its largest value.
         margin: the least relative distance of two scores between which a choice fell.
         masked: how many values the oracle left out.
-        decided: False if the outputs differ, but the margin is within float32's rounding.
+        decided: False if the outputs differ, but the margin is within rounding: float32's, in which
+            scores are compared, or that of 16-bit values.
         plan: what the compiled model prunes.
     """
 
@@ -197,7 +198,7 @@ class _Check:
             for number, error in enumerate(errors)
             if not error <= allowed
         ]
-        decided = not faults or margin > ROUNDING
+        decided = not faults or margin > rounding(_dtype(self.model))
         return Equivalence(max(errors), margin, masked, decided, twin.popc_plan), faults
 
     def place(self, allowed: float) -> str:
@@ -260,6 +261,11 @@ class _Products:
             if out.is_floating_point() and not is_view:
                 for owner, number in self.uses.of(weight):
                     self.seen[-1].setdefault((owner.key, number), out.detach().clone())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Choices nearer than this are decided by rounding in a model of that dtype."""
+    return ROUNDING if dtype in TOLERANCE else max(ROUNDING, 2 * torch.finfo(dtype).eps)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
