@@ -39,12 +39,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    """Names of earlier versions, with a warning."""
+    import importlib
+    import warnings
+
     if name == "Policy":
-        import warnings
-
-        from popc.policies import Pop
-
-        message = "popc.Policy is popc.UnitPolicy now, or popc.policies.Pop with the paper's counts"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return Pop
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        now, place, attribute = "popc.UnitPolicy, or popc.policies.Pop", "popc.policies", "Pop"
+    elif name == "state":
+        now, place, attribute = "popc.runtime.sessions", "popc.runtime", "sessions"
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"popc.{name} is {now} now", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(place), attribute)

@@ -300,6 +300,8 @@ def test_the_earlier_name_of_the_default_policy_serves() -> None:
         assert popc.Config(policy={"mlp": "contraction"}).policy == {"mlp": "threshold"}
     with pytest.warns(DeprecationWarning, match="UnitPolicy"):
         assert issubclass(popc.Policy, popc.UnitPolicy)
+    with pytest.warns(DeprecationWarning, match="sessions"):
+        assert popc.state is sessions
 
 
 class SplitsOtherwise(nn.Module):
