@@ -71,7 +71,7 @@ def popc_backend(
     if options and config.guards != "token":
         allowed = "'token', or popc.compile: torch.compile itself makes the guards"
         raise ConfigError("guards", config.guards, allowed)
-    inductor = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+    inductor = {**compat.mode_options(mode), **config.inductor}
 
     def generate(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         if given.codegen == "eager":

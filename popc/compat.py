@@ -1,6 +1,7 @@
 """Every private torch API that popc uses, each with its reason. Seen working on torch 2.11 - 2.13.
 
-Nothing else in popc imports a name that torch marks as private.
+No other module of popc names one, which ``tests/test_imports.py`` holds. What all read is an op's
+``_schema``, whose arguments and aliases nothing public tells.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from torch.utils import _pytree as pytree
 from popc.errors import PopcError
 
 RECOMPILE_LIMIT = 64
+OpOverload = torch._ops.OpOverload  # the type of an op in a graph
+grouped_mm = torch._grouped_mm  # what torch.nn.functional.grouped_mm was before torch 2.10
+graph_break = torch._dynamo.graph_break  # documented, but in a private module
 _NUMBER = re.compile(r"___\d+\b")  # of names that Dynamo makes up, for each graph anew
 
 
@@ -66,6 +70,11 @@ def inductor(
         return compile_fx(  # type: ignore[return-value]
             gm, list(inputs), config_patches=dict(options) or None
         )
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a mode of ``torch.compile`` is to Inductor. Documented, but in a private module."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
 
 
 def keep_inputs(

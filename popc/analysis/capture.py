@@ -193,7 +193,7 @@ def _intern_traces(graph: fx.Graph) -> None:
 def _drop_inplace(gm: fx.GraphModule) -> None:
     """Make ``relu_`` and its like out of place where nothing else reads the overwritten value."""
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, compat.OpOverload):
             continue
         schema = node.target._schema
         if not schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from popc import compat
 from popc.config import Config
 from popc.errors import ConfigError
 from popc.models import DEFAULT
@@ -88,7 +89,7 @@ class Settings:
 
         On CUDA its decode steps are recorded and replayed, as by ``mode="reduce-overhead"``.
         """
-        recorded = torch._inductor.list_mode_options("reduce-overhead") if self.cuda else {}
+        recorded = compat.mode_options("reduce-overhead" if self.cuda else None)
         for policy in self.policies:
             for sparsity in self.sparsity:
                 yield Config(

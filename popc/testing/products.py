@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from popc import compat
 from popc.analysis.capture import Captured, identity
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear, as_linear
@@ -34,7 +35,7 @@ PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     Tensor.__matmul__: ((0, "input"), (1, "other")),
     torch.bmm: ((0, "input"), (1, "mat2")),
     F.grouped_mm: ((0, "mat_a"), (1, "mat_b")),
-    torch._grouped_mm: ((0, "mat_a"), (1, "mat_b")),
+    compat.grouped_mm: ((0, "mat_a"), (1, "mat_b")),
 }
 
 

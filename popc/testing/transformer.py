@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
+from popc import compat
 from popc.testing.blocks import KINDS, Attention, Block, Linear, Lows, linear, ranks
 from popc.testing.caches import Buffers, InBuffers, InTuples, Pairs
 
@@ -92,7 +93,7 @@ class _Transformer(nn.Module):
         x = self.embedding(input_ids)
         for number, layer in enumerate(self.layers):
             if self.popc_spec.breaks:
-                torch._dynamo.graph_break()
+                compat.graph_break()
             x = layer(x, cache, number, mask)
         return self.head(_normed(x, "rms"))
 
