@@ -52,6 +52,7 @@ class Compiled:
         self.is_own_trace = compat.traces_for(self)
         self._warned = False
         self._mirror = Mirror(model)
+        self._hooks = self._mirror.hooks()
         self.model = self._mirror.root
         self.forwards = [_Forward(self, part) for part in _parts(self.model)]
         for forward in self.forwards:
@@ -61,8 +62,13 @@ class Compiled:
             replace(self.model, {"generate": self._generate(generate)})
 
     def begin(self) -> None:
-        """A call that is no decode step: what was set on the original since is seen."""
+        """A call that is no decode step: what was set on the original since is seen, and hooks."""
         self._mirror.follow()
+        hooks = self._mirror.hooks()
+        if hooks != self._hooks:
+            self._hooks = hooks
+            for forward in self.forwards:
+                forward.renew()
 
     def note(self, breaks_before: Mapping[str, int]) -> None:
         """What a call has shown: graph breaks, and whether anything is pruned."""
@@ -149,27 +155,30 @@ class _Forward:
         return forward
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        shared, frame = self.shared, self._current_frame()
+        shared = self.shared
         shared.calls += 1
         before = compat.graph_breaks()
         frees = torch.is_grad_enabled() and not _wants_grad(self.module, args, kwargs)
         with torch.no_grad() if frees else nullcontext(), compat.running(shared):
             out = compat.call_compiled(
-                in_session, frame, args, kwargs, shared.base, self._by_sequence, shared.begin
+                in_session, self._call, args, kwargs, shared.base, self._by_sequence, shared.begin
             )
         shared.note(before)
         return out
 
-    def _current_frame(self) -> Callable[..., Any]:
+    def renew(self) -> None:
+        """Forget what was compiled: the model has changed in a way that no guard sees."""
+        self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The compiled frame; a new one where decode steps rely on a model that has changed."""
         guards = self.guards
-        if guards is None:
-            return self.frame
-        with self._lock:
-            if guards.take_change():
-                self.frame = compat.compile_alone(self.dense, self._backend, guards)
-            guards.begin_call()
-            return self.frame
+        if guards is not None:
+            with self._lock:
+                if guards.take_change():
+                    self.renew()
+                guards.begin_call()
+        return self.frame(*args, **kwargs)
 
 
 def _parts(root: nn.Module) -> Iterator[nn.Module]:

@@ -79,6 +79,22 @@ def test_attributes_and_parts_are_seen_and_leave_the_original() -> None:
     torch.testing.assert_close(compiled(x), 0.5 * compiled.a(x))
 
 
+@torch.no_grad()
+def test_hooks_of_parts_are_seen_with_the_next_prompt() -> None:
+    """Dynamo does not guard on them."""
+    net, x = Net().eval(), torch.randn(1, 4, 16)
+    compiled = popc.compile(net, sparsity=0.0, codegen="eager")
+    before = compiled(x)
+    handle = compiled.a.register_forward_hook(lambda module, args, out: 2 * out)
+    torch.testing.assert_close(compiled(x), 2 * before)
+    torch.testing.assert_close(net(x), before)
+    handle.remove()
+    torch.testing.assert_close(compiled(x), before)
+    net.a.register_forward_pre_hook(lambda module, args: (0 * args[0],))
+    torch.testing.assert_close(compiled(x), net(x))
+    assert not torch.allclose(net(x), before)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_replaced_part_of_a_compiled_decoder_is_pruned(policy: str) -> None:
     model = tiny_llama()

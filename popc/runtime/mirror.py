@@ -56,6 +56,20 @@ class Mirror:
                 self._seen[number] = module, _snapshot(now)
                 self._repeat(before, now, self._copies[id(module)].__dict__)
 
+    def hooks(self) -> list[tuple[nn.Module, str, Any]]:
+        """What hooks the mirror's parts have: module, kind and hook.
+
+        Not those of the root: they are called around its forward. Dynamo does not guard on hooks.
+        """
+        return [
+            (part, kind, hook)
+            for part in self.root.modules()
+            if part is not self.root
+            for kind in _HOOKS
+            if part.__dict__.get(kind)
+            for hook in part.__dict__[kind].values()
+        ]
+
     def _copy_tree(self, model: nn.Module) -> nn.Module:
         new = [m for m in model.modules() if id(m) not in self._copies and _can_copy(m)]
         for module in new:
@@ -168,6 +182,9 @@ def _registries(held: Mapping[str, Any]) -> list[str]:
 
 
 _OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+
+
+_HOOKS = tuple(name for name in sorted(_OWN) if "forward" in name and "hooks" in name)
 
 
 def _snapshot(held: Mapping[str, Any]) -> dict[str, Any]:
