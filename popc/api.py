@@ -33,9 +33,11 @@ def compile(
     It is used like the model: same class, forward signature, ``generate`` with any cache, config,
     device and parameters (shared, not copied). Its modules are its own: what is set on it
     (``eval``, an attribute, a submodule, a hook) is seen by its forward and leaves ``model`` as it
-    is; what is set on ``model`` later is seen with the next prompt. In eval mode it runs without
+    is; what is set on ``model`` later is seen with the next prompt, but for another ``forward`` or
+    ``generate``. Casts and moves change weights, and so both. In eval mode it runs without
     gradients; inputs that require grad run dense, with a warning. Parts that ``generate`` by
-    themselves, as the language model within a wrapper does, are compiled too.
+    themselves, as the language model within a wrapper does, are compiled too; parts that were
+    compiled on their own stay what they are.
 
     Its first calls lay weights out anew in memory, which are those of ``model``: no other thread
     may run ``model`` meanwhile. Values and shapes stay, strides change; ``state_dict()`` gives the

@@ -25,14 +25,14 @@ from popc.runtime import sessions
 from popc.runtime.caches import in_session
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.guards import PromptGuards
-from popc.runtime.mirror import Mirror, replace
+from popc.runtime.mirror import Mirror, modules_of, replace
 
 Model = TypeVar("Model", bound=nn.Module)
 _NOTHING = "popc found nothing to prune in this model; it runs dense. popc.analyze(model) says why."
 _NOT_REACHED = (
     "popc: generate() of this model called neither its own forward nor that of a part with a "
     "generate() of its own, so it ran dense. Compile the part that it calls: "
-    "model.part = popc.compile(model.part)"
+    "compiled.part = popc.compile(compiled.part)"
 )
 
 
@@ -54,6 +54,9 @@ class Compiled:
         self._mirror = Mirror(model)
         self._hooks = self._mirror.hooks()
         self.model = self._mirror.root
+        if self.model is model:
+            kind = type(model).__name__
+            raise ModelError(f"popc.compile can't compile a {kind}: it is no plain Python module")
         self.forwards = [_Forward(self, part) for part in _parts(self.model)]
         for forward in self.forwards:
             replace(forward.module, self._attributes(forward))
@@ -184,7 +187,7 @@ class _Forward:
 def _parts(root: nn.Module) -> Iterator[nn.Module]:
     """The model, and all modules in it that ``generate``."""
     yield root
-    for part in root.modules():
+    for part in modules_of(root):
         # Of the class: some modules hand every attribute that they lack on to another.
         if part is not root and callable(getattr(type(part), "generate", None)):
             yield part

@@ -205,6 +205,7 @@ def test_a_compiled_part_of_a_compiled_model_keeps_its_own_budget() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), expected)
     assert compiled.second.popc_config.sparsity == 0.2 and compiled.second.popc_plan.regions
+    assert compiled.first is both.first and both.first.popc_plan.regions
 
 
 # --- generate() of a part ------------------------------------------------------------------------
@@ -275,6 +276,37 @@ def test_a_generate_that_calls_nothing_compiled_says_so_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled.generate(torch.randn(1, 4, 16))
+
+
+@torch.no_grad()
+def test_hidden_states_are_collected_once() -> None:
+    model, ids = tiny_llama(), prompt(0)
+    compiled = twin_of(model)
+    for _ in range(2):
+        for each in (compiled, model):
+            assert len(each(ids, output_hidden_states=True).hidden_states) == 3
+
+
+class Nested(Chat):
+    """Reaches its part from code that Dynamo does not trace; the part makes the cache."""
+
+    @torch.compiler.disable
+    def inner(self, ids: Tensor, **given: object) -> object:
+        return self.lm(ids, use_cache=True, **given)
+
+    def forward(self, ids: Tensor, **given: object) -> object:
+        return self.inner(ids, **given)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_the_session_of_the_call_that_made_it() -> None:
+    alone, nested = twin_of(tiny_llama(), "pop"), twin_of(Nested(tiny_llama()).eval(), "pop")
+    found = []
+    for call in (alone, nested):
+        given = {} if call is nested else {"use_cache": True}
+        cache = call(prompt(0), **given)[CACHE]
+        found.append(call(prompt(1, 1), **{CACHE: cache}, **given).logits)
+    assert torch.equal(*found)
 
 
 # --- caches that are no objects ------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -139,6 +141,78 @@ def test_mode_is_seen_both_ways_but_not_backwards() -> None:
     net.train()
     mirror.follow()  # nothing has changed in between
     assert not mirror.root.training
+
+
+def test_hooks_keep_their_order_and_buffers_their_persistence() -> None:
+    net, x = Net(), torch.randn(2, 3, 16)
+    net.register_forward_hook(lambda module, args, out: out + 1)
+    mirror = Mirror(net)
+    net.register_forward_hook(lambda module, args, out: 10 * out, prepend=True)
+    net.register_buffer("left", torch.ones(1), persistent=False)
+    mirror.follow()
+    assert torch.equal(mirror.root(x), net(x))
+    assert mirror.root.state_dict().keys() == net.state_dict().keys()
+
+
+def test_what_is_installed_on_each_once_is_not_there_twice() -> None:
+    """As transformers installs hooks when hidden states are first asked for."""
+
+    def install(net: Net, seen: list[Tensor]) -> None:
+        def hook(module: nn.Module, args: object, out: Tensor, key: str = "a") -> None:
+            collected.append(key)
+
+        net.a.register_forward_hook(hook)
+
+    net, x, collected = Net(), torch.randn(2, 3, 16), []
+    mirror = Mirror(net)
+    install(mirror.root, [])
+    install(net, [])
+    mirror.follow()
+    mirror.root(x)
+    assert collected == ["a"]
+
+
+class Pair(NamedTuple):
+    first: nn.Module
+    second: int
+
+
+def test_functions_and_tuples_lead_to_the_mirrors_own_parts() -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
+    old = net.forward
+    net.forward = lambda x: old(x)
+    net.pair, net.held = Pair(net[0], 1), defaultdict(list, {"a": net[1]})
+    root, x = Mirror(net).root.eval(), torch.randn(8, 4)
+    assert torch.equal(root(x), root(x)) and not torch.equal(net(x), net(x))
+    assert root.pair == Pair(root[0], 1) and root.held["a"] is root[1]
+    assert root.held["new"] == [] and "new" not in net.held
+
+
+def test_another_class_and_removed_modules_are_followed() -> None:
+    net, x = Net(), torch.randn(2, 3, 16)
+    mirror = Mirror(net)
+    count = len(mirror._seen)
+    torch.nn.utils.parametrizations.weight_norm(net.a.a)
+    for _ in range(5):
+        net.b = Plain()
+        mirror.follow()
+        assert torch.equal(mirror.root(x), net(x))
+    assert len(mirror._seen) == len(mirror._copies) == len(list(net.modules())) > count
+
+
+class Slotted(nn.Module):
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "scale", 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def test_what_lies_in_slots_is_there() -> None:
+    assert Mirror(Slotted()).root(torch.ones(1)) == 3.0
 
 
 def test_a_transformer_is_mirrored_whole() -> None:

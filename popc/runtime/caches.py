@@ -35,11 +35,14 @@ def in_session(
     """
     caches = list(_caches((*args, *kwargs.values())))
     if not caches:
-        begin()
+        if not _is_one_token((*args, *kwargs.values())):
+            begin()
         session = sessions.Session(True, base)
         with sessions.offer(session):
             out = call(*args, **kwargs)
-        _leave(session, list(_caches(_values(out))), by_sequence)
+        # One that has a session got it of a call within this one.
+        made = [cache for cache in _caches(_values(out)) if sessions.of_cache(cache) is None]
+        _leave(session, made, by_sequence)
         return out
     known = next((s for s in map(sessions.of_cache, caches) if s is not None), None)
     lengths = [_length(cache) for cache in caches]

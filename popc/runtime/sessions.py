@@ -248,7 +248,7 @@ class Session:
 
     @property
     def thresholds(self) -> dict[Hashable, Tensor]:
-        """Of contraction, since the last prefill, float32 ``[S]`` by the key of the inputs."""
+        """Of pruned inputs, since the last prefill, float32 ``[S]`` by the key of the inputs."""
         held = self._limits.values()
         return {g.key: row for x in held for g, row in zip(x.groups, x.thresholds, strict=True)}
 
