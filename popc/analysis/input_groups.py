@@ -83,7 +83,7 @@ def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[Inp
     kinds: dict[fx.Node, str] = {}
     once: set[fx.Node] = set()
     for region in regions:
-        for linear in (*(p.linear for p in region.producers), *region.consumers):
+        for linear in region.linears:
             kinds.setdefault(linear.node, region.kind)
             if region.one_pass:
                 once.add(linear.node)

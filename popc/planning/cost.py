@@ -124,8 +124,7 @@ def _inputs_cost_of(region: Region, config: Config) -> RegionCost:
     """Each linear reads 1 - r of its input channels, and a norm for each of them."""
     units = sympy.Integer(region.units)
     dense, share = _linears(region, units, units), 1 - sympy.Float(config.sparsity)
-    linears = [*(producer.linear for producer in region.producers), *region.consumers]
-    norms = NORM * sum({linear.x: linear.inputs for linear in linears}.values())
+    norms = NORM * sum({linear.x: linear.inputs for linear in region.linears}.values())
     pruned = Cost(share * dense.flops, share * dense.weights, sympy.Integer(norms))
     attention = _attention(region) if region.kind == "attention" else Cost(ZERO, ZERO)
     return RegionCost(dense + attention, pruned + attention)
