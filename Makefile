@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-QUICK := $(addprefix tests/,test_imports.py test_mirror.py test_config.py test_regions.py \
-	test_mutation.py test_tokens.py test_measure.py test_pages.py test_ops.py passes/test_pack.py \
-	passes/test_prefill.py)
+QUICK := $(addprefix tests/,test_imports.py test_config.py runtime/test_mirror.py \
+	analysis/test_regions.py analysis/test_mutation.py analysis/test_tokens.py ops/test_measure.py \
+	ops/test_pages.py ops/test_ops.py passes/test_pack.py passes/test_statistics.py)
 
 .PHONY: demo test quick test-thorough asan soak lint clean
 
@@ -24,11 +24,11 @@ test-thorough: lint
 
 # The C++ kernels, built with AddressSanitizer in a cache of their own, under all that tests them.
 asan: $(INSTALLED)
-	CXX=$(CURDIR)/tests/asan-c++ TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/asan OMP_NUM_THREADS=2 \
+	CXX=$(CURDIR)/tests/helpers/asan-c++ TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/asan OMP_NUM_THREADS=2 \
 	ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD="$$(tests/asan-c++ -print-file-name=libasan.so) $$(tests/asan-c++ -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest -n0 -s tests/test_native.py tests/test_attend.py tests/test_fuzz.py \
-	tests/test_threshold.py tests/test_measure.py -k 'not portable'
+	LD_PRELOAD="$$(tests/helpers/asan-c++ -print-file-name=libasan.so) $$(tests/helpers/asan-c++ -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest -n0 -s tests/ops/test_native.py tests/ops/test_attend.py tests/ops/test_fuzz.py \
+	tests/ops/test_threshold.py tests/ops/test_measure.py -k 'not portable'
 
 # 20,000 tokens over changing prompts: tokens, memory and speed must not drift.
 soak: $(INSTALLED)

@@ -14,6 +14,15 @@ os.environ.setdefault("POPC_RAISE", "1")  # a pass that fails must not pass for 
 gc.set_threshold(200_000, 20, 100)
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Nothing that another test had compiled."""
+    import torch
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.fixture(scope="module")
 def kernels() -> None:
     """The C++ kernels."""

@@ -22,7 +22,7 @@ import popc
 from popc.bench.decode import random_prompt
 from popc.bench.rates import Context
 from popc.testing import assert_equivalent
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 POLICIES = ("threshold", "pop")
 PROMPT, TOKENS = 24, 12
@@ -34,7 +34,10 @@ def small_llama(device: str) -> Any:
 
 def kernels() -> str:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.triton_cases"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tests.helpers.triton_cases"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     faults = json.loads(ran.stdout)
     wrong = {case: fault for case, fault in faults.items() if fault}

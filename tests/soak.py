@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 
 import popc
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 EACH = 64  # tokens of a generation
 REPEATED = 10  # prompts that come again and again

@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import popc
-from tests.models import CACHE, InnerNorm, Plain, tiny_llama
-from tests.oracle import MaskedDense, llama_downs, relative
-from tests.test_generate import OPTIONS, prompt
-from tests.test_oracle import oracle_run, run, tokens
+from tests.helpers.generation import oracle_run, prompt, run, tokens
+from tests.helpers.models import CACHE, InnerNorm, Plain, tiny_llama
+from tests.helpers.oracle import MaskedDense, llama_downs, relative
+from tests.test_generate import OPTIONS
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Broken(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from popc import cli, models
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 runner = CliRunner()
@@ -101,7 +101,7 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
 SCRIPT = """
 import runpy
 from popc import models
-from tests.profiles import THOROUGH
+from tests.helpers.profiles import THOROUGH
 load = models.load_model
 def two_layers(name):
     model, tokenizer = load(name)

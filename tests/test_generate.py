@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,23 +12,14 @@ from transformers import DynamicCache
 
 import popc
 from popc.runtime import sessions
-from tests.models import CACHE, tiny_llama
-from tests.oracle import relative
-from tests.profiles import few
+from tests.helpers.generation import prompt
+from tests.helpers.models import CACHE, tiny_llama
+from tests.helpers.oracle import relative
+from tests.helpers.profiles import few
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 OPTIONS = {"policy": "pop", "sparsity": 0.5, "candidate": 0.2, "codegen": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-
-
-def prompt(length: int = 9, batch: int = 1, seed: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 96, (batch, length), generator=generator)
 
 
 def index_of(cache: object) -> Tensor:
@@ -108,7 +98,7 @@ def test_a_prompt_and_one_decode_step_are_all_that_is_compiled(codegen: str) -> 
 
 def test_interleaved_generations_keep_their_partitions() -> None:
     twin = popc.compile(tiny_llama(), **OPTIONS)
-    prompts = [prompt(seed=1), prompt(11, seed=2)]
+    prompts = [prompt(seed=1), prompt(2, 11)]
     with torch.no_grad():
         alone = []
         for ids in prompts:
@@ -127,7 +117,7 @@ def test_interleaved_generations_keep_their_partitions() -> None:
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("cuts", few([(3, 8), (4,), (2, 4, 6, 8)], 1))
 def test_chunked_prefill_gives_the_whole_prefills_partition(scope: str, cuts: tuple) -> None:
-    twin, ids = popc.compile(tiny_llama(), scope=scope, **OPTIONS), prompt(12, batch=2)
+    twin, ids = popc.compile(tiny_llama(), scope=scope, **OPTIONS), prompt(length=12, batch=2)
     with torch.no_grad():
         whole = Stepper(twin, ids)
         whole.step()
@@ -140,7 +130,7 @@ def test_chunked_prefill_gives_the_whole_prefills_partition(scope: str, cuts: tu
 
 def test_a_later_turn_adds_to_the_statistics() -> None:
     """Prompt, two tokens, then a second prompt: the partition is that of both prompts."""
-    twin, ids = popc.compile(tiny_llama(), **OPTIONS), prompt(12)
+    twin, ids = popc.compile(tiny_llama(), **OPTIONS), prompt(length=12)
     with torch.no_grad():
         run = Stepper(twin, ids[:, :8])
         run.step()
@@ -159,7 +149,7 @@ def test_a_later_turn_adds_to_the_statistics() -> None:
 def test_padding_counts_in_no_statistic() -> None:
     """Each padded row's partition is that of the same prompt alone."""
     twin = popc.compile(tiny_llama(), scope="sequence", **OPTIONS)
-    rows = [prompt(6, seed=1), prompt(9, seed=2)]
+    rows = [prompt(1, 6), prompt(2, 9)]
     ids = torch.full((2, 9), 95)
     mask = torch.zeros(2, 9, dtype=torch.long)
     for b, row in enumerate(rows):
@@ -184,7 +174,7 @@ def test_one_token_without_a_partition_is_dense() -> None:
     model = tiny_llama()
     twin = popc.compile(model, **OPTIONS)
     with torch.no_grad():
-        assert relative(twin(prompt(1)).logits, model(prompt(1)).logits) < 1e-5
+        assert relative(twin(prompt(length=1)).logits, model(prompt(length=1)).logits) < 1e-5
 
 
 def test_a_cache_that_others_filled_stays_dense() -> None:

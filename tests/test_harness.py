@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 
 import popc
 from popc.models import cache_keyword
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 TASK = """
 task: local_words

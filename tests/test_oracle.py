@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     OPTConfig,
@@ -15,41 +14,10 @@ from transformers import (
 )
 
 import popc
-from tests.models import CACHE, tiny_llama
-from tests.oracle import MaskedDense, llama_downs, relative
-from tests.profiles import few
-
-TOLERANCE = 1e-4
-
-
-def run(model, ids: Tensor, prompt: int, mask: Tensor | None = None, cache=None, **first) -> Tensor:
-    """Teacher-forced logits of every decode step, ``[steps, B, V]``."""
-    cache = DynamicCache() if cache is None else cache
-    kwargs = {CACHE: cache, "use_cache": True}
-    masked = {} if mask is None else {"attention_mask": mask[:, :prompt]}
-    with torch.no_grad():
-        model(ids[:, :prompt], **masked, **first, **kwargs)
-        rows = []
-        for at in range(prompt, ids.shape[1]):
-            masked = {} if mask is None else {"attention_mask": mask[:, : at + 1]}
-            out = model(ids[:, at : at + 1], **masked, **kwargs)
-            rows.append(out.logits[:, -1].clone())
-    return torch.stack(rows)
-
-
-def oracle_run(
-    model, config: popc.Config, ids: Tensor, prompt: int, mask=None, downs=llama_downs
-) -> Tensor:
-    oracle = MaskedDense(model, downs(model), config.sparsity, config.candidate, config.scope)
-    valid = {} if mask is None else {"valid": mask[:, :prompt].bool()}
-    try:
-        return run(oracle, ids, prompt, mask, **valid)
-    finally:
-        oracle.remove()
-
-
-def tokens(batch: int = 1, length: int = 16) -> Tensor:
-    return torch.randint(1, 96, (batch, length), generator=torch.Generator().manual_seed(7))
+from tests.helpers.generation import TOLERANCE, oracle_run, run, tokens
+from tests.helpers.models import tiny_llama
+from tests.helpers.oracle import relative
+from tests.helpers.profiles import few
 
 
 def left_padding(ids: Tensor, prompt: int) -> Tensor:

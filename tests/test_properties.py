@@ -21,8 +21,8 @@ from popc.passes.packing import Slot
 from popc.passes.prune_units import prune_units
 from popc.policies import Counts
 from popc.testing import MLP, Attention, Decoding, Layer, Low, MoE, Prompt, Transformer
-from tests.passes.checks import checked
-from tests.profiles import examples
+from tests.helpers.checks import checked
+from tests.helpers.profiles import examples
 
 WIDTH = 8
 FRONT_ENDS = ("symbolic_trace", "export", "dynamo")

@@ -8,9 +8,9 @@ import torch
 import popc
 from popc.models import load_model
 from popc.tools import text
-from tests.oracle import relative
-from tests.profiles import THOROUGH, few
-from tests.test_oracle import oracle_run, run
+from tests.helpers.generation import oracle_run, run
+from tests.helpers.oracle import relative
+from tests.helpers.profiles import THOROUGH, few
 
 
 @pytest.fixture(scope="module")

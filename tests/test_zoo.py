@@ -13,10 +13,10 @@ from transformers.modeling_outputs import BaseModelOutput
 import popc
 from popc.models import cache_keyword
 from popc.testing.oracle import MaskedAnywhere
-from tests.oracle import relative
-from tests.profiles import THOROUGH, few
-from tests.support import README, START, with_table
-from tests.zoo import ZOO, Entry
+from tests.helpers.oracle import relative
+from tests.helpers.profiles import THOROUGH, few
+from tests.helpers.support import README, START, with_table
+from tests.helpers.zoo import ZOO, Entry
 
 CONFIG = popc.Config(
     policy="pop",
@@ -163,7 +163,7 @@ def test_contraction_that_leaves_little_out_is_dense(entry: Entry) -> None:
 def test_readme_has_the_table() -> None:
     text = README.read_text()
     assert START in text
-    assert with_table(text) == text, "run: python -m tests.support"
+    assert with_table(text) == text, "run: python -m tests.helpers.support"
 
 
 def test_the_zoo_is_wide() -> None:

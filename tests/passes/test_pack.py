@@ -8,7 +8,7 @@ import torch
 import popc
 from popc.ops import native
 from popc.runtime.sessions import Session, use
-from tests.models import AddmmMLP, Gated, Parallel, Plain, tiny_llama
+from tests.helpers.models import AddmmMLP, Gated, Parallel, Plain, tiny_llama
 
 IDS = torch.arange(3, 20)[None]
 MODELS = {

@@ -1,0 +1,255 @@
+"""``guards="prompt"``: a decode step does not look at the model, and a changed one is noticed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+
+import popc
+from popc.errors import ConfigError
+from tests.helpers.generation import POLICIES, compiled_of, generated, prompt
+from tests.helpers.models import tiny_llama
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+def kept(caplog: pytest.LogCaptureFixture) -> list[tuple[int, int]]:
+    """How many guards decode steps keep, of how many, one after the other."""
+    found = re.findall(r"a decode step keeps (\d+) of (\d+) guards", caplog.text)
+    return [(int(some), int(whole)) for some, whole in found]
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def epsilon(model: nn.Module, value: float = 9.0) -> None:
+    model.model.norm.variance_epsilon = value
+
+
+def activation(model: nn.Module) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def scaling(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_leaves_out_what_its_prompt_checks(
+    policy: str, static: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cache(model: nn.Module):
+        return StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache()
+
+    model = tiny_llama()
+    whole, before = compiled_of(model, policy), graphs()
+    expected = [generated(whole, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
+    compiled = graphs()
+    torch.compiler.reset()
+    with caplog.at_level(logging.INFO, "popc"):
+        twin = compiled_of(model, policy, guards="prompt")
+        got = [generated(twin, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    # Prompts of other lengths are no change of the model.
+    assert graphs() - compiled == compiled - before
+    assert "after all" not in caplog.text
+    assert kept(caplog)
+    # What is left is of the cache, a few for each layer, and of the call.
+    assert all(some < 0.3 * of for some, of in kept(caplog))
+
+
+@pytest.mark.parametrize("change", [epsilon, activation, scaling])
+def test_a_change_is_noticed_with_the_next_prompt(change: Callable[[nn.Module], None]) -> None:
+    model = tiny_llama()
+    twin = compiled_of(model, guards="prompt")
+    before = generated(twin, prompt(0))
+    change(model)
+    got = generated(twin, prompt(0))
+    again = generated(twin, prompt(0))
+    torch.compiler.reset()
+    changed = tiny_llama()
+    change(changed)
+    expected = generated(compiled_of(changed), prompt(0))
+    assert torch.equal(got, expected)
+    assert torch.equal(again, expected)
+    assert not torch.allclose(got, before, atol=1e-3)
+
+
+def test_changes_to_and_fro_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    twin, whole = compiled_of(model, guards="prompt"), compiled_of(tiny_llama())
+    mlp = model.model.layers[1].mlp
+    plain, other = mlp.act_fn, nn.ReLU()
+    first = generated(whole, prompt(0))
+    activation(whole)
+    second = generated(whole, prompt(0))
+    with caplog.at_level(logging.WARNING, "popc"):
+        for i in range(3):
+            for mlp.act_fn, expected in ((plain, first), (other, second)):
+                assert torch.equal(generated(twin, prompt(0)), expected)
+                assert torch.equal(generated(twin, prompt(0)), expected)
+            assert ("again and again" in caplog.text) == (i > 0)
+
+
+class Scaled(nn.Module):
+    """Its decode steps read what its prompts do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_llama()
+        self.config = self.inner.config
+        self.factor = 1.0
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        if input_ids.shape[1] == 1:
+            out.logits = out.logits * self.factor
+        return out
+
+
+def test_what_no_prompt_reads_is_looked_at_with_each_token() -> None:
+    model = Scaled().eval()
+    twin = compiled_of(model, guards="prompt")
+    before = generated(twin, prompt(0))
+    model.factor = 2.0
+    got = generated(twin, prompt(0))
+    assert torch.equal(got[:, 0], before[:, 0])
+    torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
+
+
+class Asking(Scaled):
+    """Its prompts ask whether a dict has one key, its steps for another."""
+
+    given: dict[str, int]
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        name = "twice" if input_ids.shape[1] == 1 else "once"
+        if name in self.given:
+            out.logits = out.logits * 2
+        return out
+
+
+def test_what_a_guard_asks_for_counts() -> None:
+    model = Asking().eval()
+    model.given = {"never": 1}
+    twin = compiled_of(model, guards="prompt")
+    before = generated(twin, prompt(0))
+    del model.given["never"]
+    model.given["twice"] = 1
+    got = generated(twin, prompt(0))
+    assert torch.equal(got[:, 0], before[:, 0])
+    torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
+
+
+class Counting(Scaled):
+    """Each call goes by what the one before left."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        self.factor = 3.0 - self.factor  # 1, 2, 1, 2
+        if self.factor > 1.5:
+            out.logits = out.logits * 2
+        return out
+
+
+def test_a_model_that_changes_itself_keeps_its_guards(caplog: pytest.LogCaptureFixture) -> None:
+    whole = compiled_of(Counting().eval())
+    expected = [generated(whole, prompt(0), 7) for _ in range(2)]
+    torch.compiler.reset()
+    with caplog.at_level(logging.WARNING, "popc"):
+        twin = compiled_of(Counting().eval(), guards="prompt")
+        assert all(torch.equal(generated(twin, prompt(0), 7), one) for one in expected)
+    assert "changes itself" in caplog.text
+    # Every second row is doubled.
+    assert not torch.allclose(expected[0][:, 1], expected[0][:, 2], rtol=0.2)
+
+
+class Named(Scaled):
+    """Takes an argument with the name that the model has in guards."""
+
+    def forward(self, input_ids: Tensor, popc_forward: float, **options: object) -> object:
+        out = self.inner(input_ids, **options)
+        out.logits = out.logits * popc_forward
+        return out
+
+
+def test_an_argument_is_no_model_whatever_its_name() -> None:
+    model = Named().eval()
+    twin = compiled_of(model, guards="prompt")
+
+    def logits(factor: float) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            twin(prompt(0), popc_forward=1.0, past_key_values=cache)
+            return twin(prompt(0)[:, :1], popc_forward=factor, past_key_values=cache).logits
+
+    torch.testing.assert_close(3 * logits(1.0), logits(3.0))
+
+
+doubled = False
+
+
+class Alternating(Scaled):
+    """Each call goes by a global that the one before wrote to."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        global doubled
+        out = self.inner(input_ids, **options)
+        out.logits = out.logits * (2 if doubled else 1)
+        doubled = not doubled
+        return out
+
+
+def test_a_global_that_calls_write_to_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    global doubled
+    found = []
+    for options in ({}, {"guards": "prompt"}):
+        torch.compiler.reset()
+        doubled = False
+        twin = compiled_of(Alternating().eval(), **options)
+        with caplog.at_level(logging.INFO, "popc"):
+            found.append([generated(twin, prompt(0), 7) for _ in range(2)])
+    assert all(map(torch.equal, *found))
+    assert not torch.allclose(found[0][0][:, 1], found[0][0][:, 2], rtol=0.2)
+    assert any(some < of for some, of in kept(caplog))  # the model's are left out all the same
+
+
+class Broken(Scaled):
+    """Dynamo breaks its graph in two."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        out = self.inner.model(input_ids, **options)
+        torch._dynamo.graph_break()
+        out.logits = self.inner.lm_head(out.last_hidden_state)
+        return out
+
+
+def test_graphs_in_pieces_are_right() -> None:
+    model = Broken().eval()
+    expected = generated(compiled_of(model), prompt(0))
+    torch.compiler.reset()
+    twin = compiled_of(model, guards="prompt")
+    for change in (lambda _: None, epsilon):
+        change(model.inner)
+        got = generated(twin, prompt(0))
+        assert torch.equal(got, generated(compiled_of(model), prompt(0)))
+    assert not torch.allclose(got, expected, atol=1e-3)
+
+
+def test_torch_compile_makes_the_guards_itself() -> None:
+    compiled = torch.compile(tiny_llama(), backend="popc", options={"guards": "prompt"})
+    with torch.no_grad(), pytest.raises(Exception, match="guards='prompt' is not allowed"):
+        compiled(prompt(0))
+    with pytest.raises(ConfigError, match="'token', 'prompt'"):
+        popc.Config(guards="never")
