@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 QUICK := $(addprefix tests/,test_imports.py test_config.py runtime/test_mirror.py \
 	analysis/test_regions.py analysis/test_mutation.py analysis/test_tokens.py ops/test_measure.py \
-	ops/test_pages.py ops/test_ops.py passes/test_pack.py passes/test_statistics.py)
+	ops/test_pages.py ops/test_ops.py passes/test_pack_weights.py passes/test_measure_units.py)
 
 .PHONY: demo test quick test-thorough asan soak lint clean
 

@@ -12,7 +12,7 @@ from popc.errors import ConfigError, GraphError, ModelError, PopcError, PopcWarn
 from popc.policies import Counts, InputPolicy, UnitPolicy
 from popc.policies import register as register_policy
 from popc.report.explain import Explanation, explain
-from popc.runtime.sessions import prefill
+from popc.sessions import prefill
 from popc.version import __version__
 
 __all__ = [
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> object:
     if name == "Policy":
         now, place, attribute = "popc.UnitPolicy, or popc.policies.Pop", "popc.policies", "Pop"
     elif name == "state":
-        now, place, attribute = "popc.runtime.sessions", "popc.runtime", "sessions"
+        now, place, attribute = "popc.sessions", "popc", "sessions"
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"popc.{name} is {now} now", DeprecationWarning, stacklevel=2)

@@ -16,7 +16,7 @@ from popc.analysis.regions import find_regions
 from popc.compiled_model import Compiled, dense
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
-from popc.runtime.binding import InputGroupBinding, RegionBinding
+from popc.passes.region_binding import InputGroupBinding, RegionBinding
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from popc import compat
+from popc import compat, sessions
 from popc.analysis.plan import Plan
 from popc.backend import popc_backend
 from popc.config import Config
 from popc.errors import ModelError, PopcWarning
-from popc.runtime import sessions
 from popc.runtime.caches import in_session
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.guards import PromptGuards

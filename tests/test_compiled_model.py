@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 import popc
-from popc.runtime import sessions
+from popc import sessions
 from popc.testing.oracle import MaskedAnywhere
 from tests.helpers.generation import POLICIES, compiled_of, generated, prompt
 from tests.helpers.models import CACHE, Gated, tiny_llama
@@ -506,7 +506,9 @@ def test_what_no_prompt_measured_is_dense_and_the_rest_is_pruned() -> None:
         with pytest.warns(popc.PopcWarning, match="1 of 3 regions"):
             got = compiled(x[:, :1])
         again = compiled(x[:, :1])
-    regions = [r for r in popc.analyze(model, (x[:, :1],)).regions if r.key in session.regions]
+    regions = [
+        r for r in popc.analyze(model, (x[:, :1],)).regions if r.key in session.units.regions
+    ]
     assert len(regions) == 2  # the outputs of the first are the inputs of the second
     oracle = MaskedAnywhere(model, popc.Plan(regions=regions), popc.Config(**options))
     with oracle:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import popc
-from popc.runtime import sessions
+from popc import sessions
 from tests.helpers.generation import prompt
 from tests.helpers.models import CACHE, tiny_llama
 from tests.helpers.oracle import relative
@@ -24,7 +24,7 @@ OPTIONS = {"policy": "pop", "sparsity": 0.5, "candidate": 0.2, "codegen": "eager
 
 def index_of(cache: object) -> Tensor:
     """The packed channel lists of a cache's partition, after a decoded token."""
-    (partition,) = sessions.of_cache(cache)._partitions.values()
+    (partition,) = sessions.of_cache(cache).units._partitions.values()
     return partition.index
 
 
@@ -136,10 +136,10 @@ def test_a_later_turn_adds_to_the_statistics() -> None:
         run.step()
         session = sessions.of_cache(run.cache)
         key = next(r.key for r in twin.popc_plan.regions if r.kind == "mlp")
-        first, before = index_of(run.cache), session.statistics(key, "batch").clone()
+        first, before = index_of(run.cache), session.units.statistics(key, "batch").clone()
         run.feed(ids[:, 8:])
         run.step()
-    after = session.statistics(key, "batch")
+    after = session.units.statistics(key, "batch")
     assert sessions.of_cache(run.cache) is session
     assert (after >= before).all()
     assert (after > before).any()

@@ -9,7 +9,8 @@ from pathlib import Path
 import popc
 
 LAYERS = """
-errors log version files plots compat ops policies config analysis planning passes runtime backend
+errors log version files plots compat stages ops policies config analysis planning sessions passes
+runtime backend
 compiled_model api models tools bench report harness testing cli
 """.split()
 ROOT = Path(popc.__file__).parent

@@ -17,8 +17,8 @@ import popc
 from popc import testing
 from popc.analysis.capture import Captured, capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.packing import Slot
-from popc.passes.prune_units import prune_units
+from popc.passes.prune_units import gather_units
+from popc.planning.packing import Slot
 from popc.policies import Counts
 from popc.testing import MLP, Attention, Decoding, Layer, Low, MoE, Prompt, Transformer
 from tests.helpers.checks import checked
@@ -61,7 +61,7 @@ def pruned(captured: Captured, live: list[int]) -> tuple[torch.Tensor, torch.Ten
     """Rewrite the graph's one region, of which the units ``live`` are retained; its inputs."""
     (region,) = find_regions(captured).regions
     counts = Counts(len(live), 0, len(live))
-    packing = prune_units(captured, [Slot(region, counts, rows=True)], "batch")
+    packing = gather_units(captured, [Slot(region, counts, rows=True)], "batch")
     index = packing.pack([torch.tensor([live])], [None])[0]
     return index, torch.ones(len(live))
 
@@ -295,7 +295,7 @@ def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float
     (region,) = find_regions(captured).regions
     config = popc.Config(policy="pop", sparsity=sparsity, candidate=candidate)
     counts = config.counts(region.units)
-    packing = prune_units(captured, [Slot(region, counts, rows=True)], "batch")
+    packing = gather_units(captured, [Slot(region, counts, rows=True)], "batch")
     live = torch.arange(counts.live)[None]
     inputs = arguments(captured, module, x)
     read = 0

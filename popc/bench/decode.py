@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import popc
+from popc import sessions
 from popc.analysis.plan import Plan
 from popc.bench.rates import WARMING, Context, Progress, interleaved
 from popc.bench.reads import channels_read, counting
@@ -19,7 +20,6 @@ from popc.bench.results import Run, Spread, runs_of, step_bytes
 from popc.bench.settings import Settings
 from popc.config import Config
 from popc.errors import ModelError
-from popc.runtime import sessions
 
 EAGER, COMPILED = "dense, eager", "dense, compiled"
 
@@ -169,8 +169,8 @@ def check_pruned(plan: Plan, config: Config, session: sessions.Session | None) -
         if not wanted or config.counts(region.units, region.kind).active == region.units:
             continue
         policy = config.unit_policy(region.kind).name
-        if session is None or session.statistics(region.key, config.scope, policy) is None:
+        if session is None or session.units.statistics(region.key, config.scope, policy) is None:
             raise ModelError(f"{region.name} was not pruned: its prefill is not known at decode")
     for group in plan.inputs:
-        if session is None or session.histogram(group.key, config.scope) is None:
+        if session is None or session.inputs.histogram(group.key, config.scope) is None:
             raise ModelError(f"{group.name} was not pruned: its prefill is not known at decode")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from popc import compat
+from popc import compat, sessions
 from popc.analysis.plan import Plan
 from popc.backend import popc_backend
 from popc.bench.decode import COMPILED, EAGER, check_pruned, name_of
@@ -26,7 +26,6 @@ from popc.bench.reads import channels_read, counting
 from popc.bench.results import Run, Spread, runs_of, step_bytes
 from popc.bench.settings import DTYPES, Settings
 from popc.config import Config
-from popc.runtime import sessions
 
 PROMPT = 64  # tokens that the partition is made from
 WEIGHTS = 512 << 20  # bytes of all blocks, at least

@@ -9,7 +9,7 @@ from typing import Any
 from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.errors import ModelError
-from popc.runtime.sessions import Session
+from popc.sessions import Session
 
 
 def counting(config: Config) -> Config:
@@ -33,8 +33,8 @@ def channels_read(
     contracts = any(config.prunes_inputs(group.kind) for group in plan.inputs)
     if session is None or not contracts or not config.sparsity:
         return {}
-    session.reads.clear()  # the session serves other sparsities too
+    session.inputs.reads.clear()  # the session serves other sparsities too
     decode(*args)
-    if not session.reads:
+    if not session.inputs.reads:
         raise ModelError(f"steps at r={config.sparsity:g} were dense: no channels were counted")
-    return {key: list(counts) for key, counts in session.reads.items()}
+    return {key: list(counts) for key, counts in session.inputs.reads.items()}

@@ -32,15 +32,15 @@ def valid_rows_node(
         if mask not in memo:
             judged = partial(valid_tokens, hides=mask.hides)
             memo[mask] = GraphBuilder(captured, mask.node).splice(judged, mask.node)
-        emit = GraphBuilder(captured, hidden)
+        builder = GraphBuilder(captured, hidden)
         valid = memo[mask]
         if not same_size(shape(valid)[0], shape(rows.grid)[0]):  # one mask for all sequences
-            valid = emit.call(aten.expand.default, valid, [emit.size(rows.grid, 0), -1])
-        valid = emit.call(aten.unsqueeze.default, valid, -1)
+            valid = builder.call(aten.expand.default, valid, [builder.size(rows.grid, 0), -1])
+        valid = builder.call(aten.unsqueeze.default, valid, -1)
         for step in rows.path:
             if step.target in VIEWS:
-                sizes = [emit.size(step, d) for d in range(len(shape(step)) - 1)]
-                valid = emit.call(aten.reshape.default, valid, [*sizes, 1])
+                sizes = [builder.size(step, d) for d in range(len(shape(step)) - 1)]
+                valid = builder.call(aten.reshape.default, valid, [*sizes, 1])
             else:
-                valid = emit.call(step.target, valid, *step.args[1:], **step.kwargs)
+                valid = builder.call(step.target, valid, *step.args[1:], **step.kwargs)
     return valid

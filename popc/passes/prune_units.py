@@ -9,25 +9,88 @@ With a gate, ``active`` is chosen by ``f``'s first factor, and its second is com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.linears import Linear
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask
 from popc.ops import gather_experts, gather_linear, select_kernel, select_units
+from popc.passes.base import UNCHANGED, Binding, Call, PassResult, UnitState
 from popc.passes.builder import GraphBuilder, add_input, finish, replace
 from popc.passes.experts import expert_of_rows, flat_input, shaped_output
-from popc.passes.packing import Packing, Slot
 from popc.passes.padding import valid_rows_node
+from popc.passes.region_binding import RegionBinding, weights_of
+from popc.planning.packing import Packing, Slot
+from popc.planning.rewrite_plan import RewritePlan
 
 aten = torch.ops.aten
 
 
-def prune_units(captured: Captured, slots: Sequence[Slot], scope: str) -> Packing:
+def prune_units(captured: Captured, work: RewritePlan) -> PassResult:
+    """Prune the regions of ``work.pruned``."""
+    if not work.pruned:
+        return UNCHANGED
+    binding = _Partitions(captured, work)
+    binding.packing = gather_units(captured, work.pruned, work.config.scope)
+    return PassResult(len(work.pruned), binding)
+
+
+class _Partitions(Binding[UnitState]):
+    """Feeds the lists of a partition, their norms, and what compensates for pruned units."""
+
+    prunes = True
+    owners: Sequence[RegionBinding]
+    packing: Packing
+
+    def __init__(self, captured: Captured, work: RewritePlan) -> None:
+        self.slots, self.config = work.pruned, work.config
+        self.owners = [RegionBinding.of(slot.region, captured) for slot in work.pruned]
+
+    def state(self, args: Sequence[Any]) -> UnitState:
+        pairs = zip(self.owners, self.slots, strict=True)
+        return UnitState(
+            [
+                owner.state(args, slot.counts, self.config.unit_policy(slot.region.kind))
+                for owner, slot in pairs
+            ]
+        )
+
+    def feed(self, call: Call, state: UnitState) -> Sequence[Tensor] | None:
+        partition = call.session.units.partition(
+            state, state.owners, self.packing, self.config.scope, call.batch
+        )
+        if partition is None:
+            return None
+        call.partition = partition
+        if not self.packing.compensating:
+            return partition.index, partition.norm
+        if partition.compensation is None:
+            partition.compensation = self._compensation(call.args, partition.lost)
+        return partition.index, partition.norm, partition.compensation
+
+    def known(self, call: Call, state: UnitState) -> Mapping[Hashable, bool]:
+        knows = call.session.units.knows
+        return {r.key: knows(r, self.config.scope, call.sequences) for r in state.owners}
+
+    def _compensation(self, args: Sequence[Any], lost: Sequence[Tensor]) -> Tensor:
+        """``W`` times the means of pruned units, consumer after consumer, float32."""
+        pairs = zip(self.owners, self.packing.slots, strict=True)
+        compensating = [owner for owner, slot in pairs if slot.compensates]
+        parts = []
+        for owner, mean in zip(compensating, lost, strict=True):
+            for linear, weight in weights_of(owner.region.consumers, owner.weights, args):
+                wide = weight.float()
+                parts.append(mean @ (wide.mT if linear.weight.out_dim == 0 else wide))
+        total = torch.cat(parts, dim=-1)
+        return total if self.config.scope == "sequence" else total[0]
+
+
+def gather_units(captured: Captured, slots: Sequence[Slot], scope: str) -> Packing:
     """Rewrite the regions of ``slots``; the graph gains two inputs, or three.
 
     - ``popc_index`` int64 ``[total]``: the lists, as the returned packing lays them out;
@@ -108,14 +171,14 @@ class _Rewrite:
                     y = self._compensated(y, node, *place)
             replace(node, y)
 
-    def _list(self, emit: GraphBuilder, *name: object) -> fx.Node | None:
+    def _list(self, builder: GraphBuilder, *name: object) -> fx.Node | None:
         place = self.packing.place(*name)
-        return None if place is None else emit.call(aten.slice.Tensor, self.index, -1, *place)
+        return None if place is None else builder.call(aten.slice.Tensor, self.index, -1, *place)
 
     def _compensated(self, y: fx.Node, linear: fx.Node, start: int, stop: int) -> fx.Node:
-        emit = GraphBuilder(self.captured, linear)
-        part = emit.part(self.compensation, start, stop, y)
-        return emit.call(aten.add.Tensor, y, part)
+        builder = GraphBuilder(self.captured, linear)
+        part = builder.part(self.compensation, start, stop, y)
+        return builder.call(aten.add.Tensor, y, part)
 
     def _select(self, i: int, at: fx.Node, h: fx.Node, linear: Linear) -> fx.Node:
         """The active units' columns: ``[k]``, or a list for each sequence or expert's row.
@@ -129,28 +192,29 @@ class _Rewrite:
         if region.one_pass:
             valid = valid_rows_node(self.captured, h, at, self.memo)
         with self.graph.inserting_before(at):
-            emit = GraphBuilder(self.captured, h)
+            builder = GraphBuilder(self.captured, h)
             if valid is not None:
-                h = emit.call(aten.where.self, valid, h, emit.call(aten.zeros_like.default, h))
+                zeros = builder.call(aten.zeros_like.default, h)
+                h = builder.call(aten.where.self, valid, h, zeros)
             stack = (region.experts,) if region.experts else ()
-            lead = tuple(emit.size(h, 0) for _ in self.lead)
-            listed = self._list(emit, "columns", i)
+            lead = tuple(builder.size(h, 0) for _ in self.lead)
+            listed = self._list(builder, "columns", i)
             shaped = [*lead, *stack, counts.live, region.columns.shape[1]]
-            listed = emit.call(aten.view.default, listed, shaped)
+            listed = builder.call(aten.view.default, listed, shaped)
             start = self.packing.norm_starts[i]
             stop = start + counts.live * max(1, region.experts)
-            norm = emit.call(aten.slice.Tensor, self.norm, -1, start, stop)
+            norm = builder.call(aten.slice.Tensor, self.norm, -1, start, stop)
             if stack:
-                norm = emit.call(aten.view.default, norm, [*stack, counts.live])
-                expert = self._expert(emit, linear)
-                h = flat_input(emit, linear)
-                listed = emit.call(aten.index.Tensor, listed, [expert])
-                norm = emit.call(aten.index.Tensor, norm, [expert])
-            return emit.call(select_units, h, norm, listed, counts.retained, counts.active)
+                norm = builder.call(aten.view.default, norm, [*stack, counts.live])
+                expert = self._expert(builder, linear)
+                h = flat_input(builder, linear)
+                listed = builder.call(aten.index.Tensor, listed, [expert])
+                norm = builder.call(aten.index.Tensor, norm, [expert])
+            return builder.call(select_units, h, norm, listed, counts.retained, counts.active)
 
-    def _expert(self, emit: GraphBuilder, linear: Linear) -> fx.Node:
+    def _expert(self, builder: GraphBuilder, linear: Linear) -> fx.Node:
         if linear not in self.experts:
-            self.experts[linear] = expert_of_rows(emit, linear)
+            self.experts[linear] = expert_of_rows(builder, linear)
         return self.experts[linear]
 
     def _linear(
@@ -167,13 +231,13 @@ class _Rewrite:
             chosen_rows: in place of those, where it comes after a gate.
             chosen: the active units' columns of each slot that it contracts.
         """
-        emit = GraphBuilder(self.captured, linear.node)
+        builder = GraphBuilder(self.captured, linear.node)
         weight = linear.weight
-        listed = [self._rows(emit, i, linear) for i in producing]
-        rows = chosen_rows or self._joined(emit, listed, "fixed rows", linear)
-        columns = self._joined(emit, list(chosen.values()), "fixed columns", linear)
+        listed = [self._rows(builder, i, linear) for i in producing]
+        rows = chosen_rows or self._joined(builder, listed, "fixed rows", linear)
+        columns = self._joined(builder, list(chosen.values()), "fixed columns", linear)
         op = select_kernel(gather_linear, linear.x.meta["val"], weight.node.meta["val"])
-        return emit.call(op, linear.x, weight.node, linear.bias, rows, columns, weight.out_dim)
+        return builder.call(op, linear.x, weight.node, linear.bias, rows, columns, weight.out_dim)
 
     def _stack(
         self, linear: Linear, producing: Sequence[int], chosen: Mapping[int, fx.Node]
@@ -183,36 +247,36 @@ class _Rewrite:
         Which of them run dense is marked for each slot, and the op takes one mark: a linear of
         several slots reads the columns of one by its lists, and computes all rows of the others.
         """
-        emit = GraphBuilder(self.captured, linear.node)
+        builder = GraphBuilder(self.captured, linear.node)
         owner = next(iter([*chosen, *producing]))
         listed = []
         for i in producing if {*producing, *chosen} == {owner} else []:
             sizes = [linear.experts.count, -1]  # type: ignore[union-attr]
-            listed.append(emit.call(aten.view.default, self._rows(emit, i, linear), sizes))
-        rows = self._joined(emit, listed, "fixed rows", linear)
-        columns = self._joined(emit, list(chosen.values()), "fixed columns", linear)
-        full = self._list(emit, "full", owner)
-        x, expert = flat_input(emit, linear), self._expert(emit, linear)
+            listed.append(builder.call(aten.view.default, self._rows(builder, i, linear), sizes))
+        rows = self._joined(builder, listed, "fixed rows", linear)
+        columns = self._joined(builder, list(chosen.values()), "fixed columns", linear)
+        full = self._list(builder, "full", owner)
+        x, expert = flat_input(builder, linear), self._expert(builder, linear)
         weight = linear.weight
         op = select_kernel(gather_experts, linear.x.meta["val"], weight.node.meta["val"])
-        y = emit.call(op, x, weight.node, expert, full, rows, columns, weight.out_dim - 1)
-        return shaped_output(emit, linear, y)
+        y = builder.call(op, x, weight.node, expert, full, rows, columns, weight.out_dim - 1)
+        return shaped_output(builder, linear, y)
 
-    def _rows(self, emit: GraphBuilder, i: int, linear: Linear) -> fx.Node:
-        rows = self._list(emit, "rows", i, linear.node)
+    def _rows(self, builder: GraphBuilder, i: int, linear: Linear) -> fx.Node:
+        rows = self._list(builder, "rows", i, linear.node)
         assert rows is not None
         return rows
 
     def _joined(
-        self, emit: GraphBuilder, lists: list[fx.Node], rest: str, linear: Linear
+        self, builder: GraphBuilder, lists: list[fx.Node], rest: str, linear: Linear
     ) -> fx.Node | None:
         """Lists of several regions, and the channels that are in none, as one."""
         if not lists:
             return None
-        fixed = self._list(emit, rest, linear.node)
+        fixed = self._list(builder, rest, linear.node)
         if fixed is not None:
             if len(shape(lists[0])) > len(shape(fixed)):
-                sizes = [emit.size(lists[0], 0), shape(fixed)[0]]
-                fixed = emit.call(aten.expand.default, fixed, sizes)
+                sizes = [builder.size(lists[0], 0), shape(fixed)[0]]
+                fixed = builder.call(aten.expand.default, fixed, sizes)
             lists = [*lists, fixed]
-        return emit.call(aten.cat.default, lists, -1) if len(lists) > 1 else lists[0]
+        return builder.call(aten.cat.default, lists, -1) if len(lists) > 1 else lists[0]

@@ -1,4 +1,4 @@
-"""Layout pass: a weight lies in memory by the channels that its lists name.
+"""Layout pass: a weight is stored in memory by the channels that its lists name.
 
 A gather saves bytes only where a channel's values are neighbours: ``down [D, F]``, read by columns,
 is to be stored as ``[F, D]``. The change is made once, in place of the original storage: the
@@ -10,47 +10,82 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.capture import Captured
 from popc.analysis.input_groups import InputGroup
+from popc.analysis.labels import same_size
 from popc.analysis.linears import Linear, Weight, is_view_of_weight
-from popc.analysis.plan import Region
-from popc.log import logger
 from popc.ops.pages import collapse, page_out
+from popc.passes.base import UNCHANGED, PassResult
+from popc.passes.builder import map_arguments
+from popc.passes.pack_weights import has_kernel
+from popc.planning.rewrite_plan import Owner, RewritePlan
 
 aten = torch.ops.aten
 
-Owner = Region | InputGroup
 
+def store_channel_major(captured: Captured, work: RewritePlan) -> PassResult:
+    """Store the weights of ``work.owners`` channel-major; refuse those that can't be stored so.
 
-def store_channel_major(
-    captured: Captured, owners: Sequence[Owner]
-) -> tuple[list[Tensor], dict[Owner, str]]:
-    """Lay the weights of regions and of inputs out by channel, in place.
-
-    Returns:
-        The parameters that changed, as graphs traced before are out of date then; and the owners
-        that can't be read by channel, with the reason.
+    Devices without a kernel for gathers have no use for it: see :mod:`popc.passes.pack_weights`.
     """
-    turned: list[Tensor] = []
+    if work.device is None or not has_kernel(work.device):
+        return UNCHANGED
+    turned: list[fx.Node] = []
     try:
-        return turned, _turn_all(captured, owners, turned)
-    except Exception:
-        if not turned:
-            raise
-        # Whatever comes now must know of these first. It runs again then, and fails again.
-        return turned, {}
+        refused = _turn_all(captured, work.owners, turned)
+    finally:
+        # Even if a later one fails: whatever comes now must know of these.
+        if turned:
+            compat.take_new_strides([captured.parameters[node] for node in turned])
+            _propagate_strides(captured, turned)
+    for owner, reason in refused.items():
+        work.refuse(owner, reason, "layout")
+    return PassResult(len(turned))
+
+
+def _propagate_strides(captured: Captured, parameters: Sequence[fx.Node]) -> None:
+    """Give the graph's values the strides that follow from those of ``parameters`` now."""
+    changed = set(parameters)
+    for node in parameters:
+        real = captured.parameters[node]
+        node.meta["val"] = compat.fakify(captured.fake_mode, real)
+    for node in captured.gm.graph.nodes:
+        if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+            continue
+        before = node.meta["val"]
+        args, kwargs = map_arguments(node.args, node.kwargs, lambda n: n.meta["val"])
+        with captured.fake_mode:
+            value = node.target(*args, **kwargs)
+        if not _lie_alike(before, value):
+            node.meta["val"] = value
+            changed.add(node)
+
+
+def _lie_alike(before: Any, value: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(value), strict=True)
+    return all(
+        all(map(same_size, one.stride(), other.stride()))
+        for one, other in pairs
+        if isinstance(one, Tensor)
+    )
 
 
 def _turn_all(
-    captured: Captured, owners: Sequence[Owner], turned: list[Tensor]
+    captured: Captured, owners: Sequence[Owner], turned: list[fx.Node]
 ) -> dict[Owner, str]:
-    """:func:`store_channel_major`; ``turned`` gains what changes, as soon as it does."""
+    """Turn what gains by it; ``turned`` gains each parameter that changes, as soon as it does.
+
+    Returns:
+        The owners that can't be read by channel, with the reason.
+    """
     linears = {linear.node for owner in owners for linear, _ in _uses(owner)}
     roles: dict[fx.Node, list[tuple[Weight, int]]] = {}
     for owner in owners:
@@ -58,29 +93,26 @@ def _turn_all(
             roles.setdefault(linear.weight.parameter, []).append((linear.weight, dim))
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
-        held = captured.parameters[parameter]
-        lies = any(is_contiguous_along(weight.node.meta["val"], dim) for weight, dim in uses)
-        if lies or not any(_turning_helps(weight, dim, held) for weight, dim in uses):
+        real = captured.parameters[parameter]
+        fits = any(is_contiguous_along(weight.node.meta["val"], dim) for weight, dim in uses)
+        if fits or not any(_turning_helps(weight, dim, real) for weight, dim in uses):
             # Where it lies for one of its lists, what another gained that one would lose.
-            _claimed[held] = True
+            _claimed[real] = True
             continue
         reason = _refusal(parameter, captured, linears)
-        if held in _claimed:
+        if real in _claimed:
             warnings.warn(_TAKEN, stacklevel=2)  # and what lists leave out is still left out
         elif reason is None:
             # One parameter at a time: the peak is one weight above what the model holds.
-            before = held.detach()
-            held.data = turn(before)
-            turned.append(held)
+            before = real.detach()
+            real.data = turn(before)
+            turned.append(parameter)
             page_out(before)
             del before
-            _claimed[held] = True
+            _claimed[real] = True
         else:
             refused[parameter] = reason
-    if turned:
-        logger.info("%d weights now lie by channel", len(turned))
-    else:
-        _collapse(captured.parameters[parameter] for parameter in roles)
+    _collapse(captured.parameters[parameter] for parameter in roles)
     return {
         owner: refused[linear.weight.parameter]
         for owner in owners
@@ -130,10 +162,10 @@ def _is_plain(value: Tensor) -> bool:
     return type(value) in (Tensor, torch.nn.Parameter) and not value.is_inference()
 
 
-def _turning_helps(weight: Weight, dim: int, held: Tensor) -> bool:
-    if is_contiguous_along(weight.node.meta["val"], dim) or held.dim() < 2:
+def _turning_helps(weight: Weight, dim: int, real: Tensor) -> bool:
+    if is_contiguous_along(weight.node.meta["val"], dim) or real.dim() < 2:
         return False
-    turned = weight.replayed(turn(torch.empty_like(held, device="meta")))
+    turned = weight.replayed(turn(torch.empty_like(real, device="meta")))
     return is_contiguous_along(turned, dim)
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import popc
+from popc import sessions
 from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.errors import ConfigError
 from popc.models import cache_keyword
-from popc.runtime import sessions
-from popc.runtime.partition import RegionState, split
-from popc.runtime.sessions import Session
+from popc.sessions import Session
+from popc.sessions.units import RegionState, split
 
 PRUNED, CANDIDATE, RETAINED = 0, 1, 2
 
@@ -120,7 +120,7 @@ def _session(twin: Any, prompt: Tensor, text: Tensor | None = None) -> Session:
 def _regions(plan: Plan, first: Session, later: Sequence[Session]) -> list[RegionDrift]:
     found = []
     for region in plan.regions:
-        held = first.regions.get(region.key)
+        held = first.units.regions.get(region.key)
         if held is None:
             continue
         index = _live(first, held)
@@ -140,7 +140,7 @@ def _regions(plan: Plan, first: Session, later: Sequence[Session]) -> list[Regio
 
 def _live(session: Session, region: RegionState) -> np.ndarray:
     """The units that the session's tokens keep alive, R then C, ``[1, n]`` or ``[E, n]``."""
-    sums = session.statistics(region.key, "batch", region.policy.name)
+    sums = session.units.statistics(region.key, "batch", region.policy.name)
     assert sums is not None
     index, _ = split(sums, region)
     return index.cpu().numpy()
@@ -148,7 +148,7 @@ def _live(session: Session, region: RegionState) -> np.ndarray:
 
 def _reads(plan: Plan, session: Session) -> list[Reads]:
     return [
-        Reads(group.name, tuple(count / group.width for count in session.reads[group.key]))
+        Reads(group.name, tuple(count / group.width for count in session.inputs.reads[group.key]))
         for group in plan.inputs
-        if group.key in session.reads
+        if group.key in session.inputs.reads
     ]

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from popc import compat
+from popc import compat, sessions
 from popc.log import logger
-from popc.runtime import sessions
 
 _DEPTH = 3  # a cache's layers, one of them, and its keys
 
@@ -50,9 +49,9 @@ def in_session(
     if known is None or empty or not _is_one_token((*args, *kwargs.values())):
         begin()
     session = _continued(known, empty, caches, base, by_sequence)
-    if not empty and not session.told:
-        session.told = True
-        _tell_what_grows(caches, [*args, *kwargs.values()])
+    if not empty and not session.growth_is_marked:
+        session.growth_is_marked = True
+        _mark_growth(caches, [*args, *kwargs.values()])
     held = [length for length in lengths if isinstance(length, Tensor)]
     writes = [compat.writes_to(tensor) for tensor in held]
     with sessions.use(session):
@@ -93,7 +92,7 @@ def _leave(session: sessions.Session, caches: Sequence[Any], by_sequence: bool) 
             sessions.bind(cache, session)
     if by_sequence:
         left = _tensor_of(caches)
-        session.left = None if left is None else TensorWeakRef(left)
+        session.first_tensor = None if left is None else TensorWeakRef(left)
 
 
 def _values(out: Any) -> Iterable[Any]:
@@ -136,7 +135,7 @@ def _is_zero(length: int | Tensor | None, session: sessions.Session | None) -> b
     return length is not None and int(length) == 0
 
 
-def _tell_what_grows(caches: Sequence[Any], given: Sequence[Any]) -> None:
+def _mark_growth(caches: Sequence[Any], given: Sequence[Any]) -> None:
     """Say that lengths will change, which Dynamo else learns by compiling the next token again.
 
     What a prompt leaves may lie by tokens, where the concatenation of the next step is contiguous:
@@ -157,7 +156,7 @@ def _tell_what_grows(caches: Sequence[Any], given: Sequence[Any]) -> None:
 def _is_as_left(caches: Sequence[Any], session: sessions.Session) -> bool:
     """Whether the first tensor held is the one that the last call left there."""
     held = _tensor_of(caches)
-    return held is None or (session.left is not None and session.left() is held)
+    return held is None or (session.first_tensor is not None and session.first_tensor() is held)
 
 
 def _tensor_of(held: Any) -> Tensor | None:

@@ -14,14 +14,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import popc
+from popc import sessions
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.plan import Plan, Region
-from popc.backend import prunable
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
 from popc.planning.budget_solver import resolve
+from popc.planning.choose import prunable
 from popc.policies import Pop, UnitPolicy
-from popc.runtime import interpreter, sessions
+from popc.runtime import interpreter
 from popc.testing.feed import Feed, result
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs
 from popc.testing.products import Observer, Uses
@@ -167,7 +168,7 @@ class _Check:
     ) -> Iterator[tuple[MaskedAnywhere, MaskedInputs, Callable[[int], None]]]:
         """Both oracles, one around the other, and what begins a call of theirs."""
         config = resolve(self.config, self.parameters, plan)
-        measured = session.regions if session is not None else {}
+        measured = session.units.regions if session is not None else {}
         regions = [
             r for r in plan.regions if r.key in measured or (r.one_pass and prunable(r, config))
         ]
@@ -175,7 +176,7 @@ class _Check:
         units = MaskedAnywhere(self.model, kept, config, observer, traced)
         held = sessions.Session() if session is None else session
         inputs = MaskedInputs(
-            self.model, plan, held.thresholds, held.centers, config, observer, traced
+            self.model, plan, held.inputs.thresholds, held.inputs.centers, config, observer, traced
         )
 
         def begin(number: int) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import popc
+from popc import sessions
 from popc.config import Config
 from popc.models import cache_keyword
-from popc.runtime import sessions
 from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs
 
@@ -127,8 +127,10 @@ def session_machine(
             got = self.run(twin, held.cache, ids)
             session = sessions.of_cache(held.cache) or sessions.Session()
             # A prompt came before, so what is decoded is contracted.
-            assert length > 1 or not contracted or session.thresholds
-            inputs = MaskedInputs(model, plan, session.thresholds, session.centers, config)
+            assert length > 1 or not contracted or session.inputs.thresholds
+            inputs = MaskedInputs(
+                model, plan, session.inputs.thresholds, session.inputs.centers, config
+            )
             inputs.decoding = length == 1
             held.units.begin(length > 1, batch=held.batch)
             with held.units, inputs:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
+from popc import sessions
 from popc.analysis.plan import Plan
 from popc.models import cache_keyword
-from popc.runtime import sessions
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def evaluate(
         dense_loss += float(cross_entropy(dense, expected, reduction="sum"))
         same += int((logits.argmax(-1) == dense.argmax(-1)).sum())
         session = sessions.of_cache(next(iter(cache.values())))
-        for key, steps in session.reads.items() if session is not None else ():
+        for key, steps in session.inputs.reads.items() if session is not None else ():
             reads.setdefault(key, []).extend(steps)
         progress()
     read = None

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import popc
+from popc import sessions
 from popc.ops import gather_linear
-from popc.runtime import sessions
 from tests.helpers.generation import run, tokens
 from tests.helpers.models import Gated, tiny_llama
 from tests.helpers.oracle import relative

@@ -24,7 +24,7 @@ from popc.bench.reads import channels_read
 from popc.bench.show import plot
 from popc.errors import ModelError
 from popc.planning.cost import region_cost
-from popc.runtime.sessions import Session
+from popc.sessions import Session
 from tests.helpers.models import tiny_llama
 
 PNG = b"\x89PNG\r\n\x1a\n"

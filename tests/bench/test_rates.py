@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import popc
+from popc import sessions
 from popc.bench import Settings, decode, extras
 from popc.bench.rates import WARMING, Context, Spread, Stopwatch, decode_rates, interleaved
 from popc.errors import ModelError
-from popc.runtime import sessions
 from tests.helpers.models import tiny_llama
 
 KV, HEAD, ROOM = 2, 16, 12  # of tiny_llama, and tokens that a cache has room for

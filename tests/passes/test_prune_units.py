@@ -9,8 +9,8 @@ from torch import nn
 import popc
 from popc.analysis.capture import capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.packing import Slot
-from popc.passes.prune_units import prune_units
+from popc.passes.prune_units import gather_units
+from popc.planning.packing import Slot
 from tests.helpers import models
 from tests.helpers.checks import assert_meta_is_true
 
@@ -35,7 +35,7 @@ def test_is_the_masked_module(mlp: type, scope: str) -> None:
     module, x = mlp().eval(), torch.randn(2, 1, 16)
     captured, regions = captured_mlp(module, x)
     config = popc.Config(policy="pop", sparsity=0.5, candidate=0.0, scope=scope)
-    packing = prune_units(captured, slots(regions, config), scope)
+    packing = gather_units(captured, slots(regions, config), scope)
     count = config.counts(40).live
     live = torch.stack([torch.randperm(40)[:count].sort().values for _ in range(2)])
     if scope == "batch":
@@ -67,7 +67,7 @@ def test_reads_only_what_it_needs_and_leaves_the_rest() -> None:
         return [n.name for n in captured.gm.graph.nodes if n.target in kept]
 
     before = others()
-    prune_units(captured, slots(regions, popc.Config(policy="pop", sparsity=0.5)), "batch")
+    gather_units(captured, slots(regions, popc.Config(policy="pop", sparsity=0.5)), "batch")
     targets = [n.target for n in captured.gm.graph.nodes]
     assert targets.count(torch.ops.popc.gather_linear.default) == 3
     assert targets.count(torch.ops.popc.select_units.default) == 1
@@ -82,7 +82,7 @@ def test_a_linear_of_two_regions_keeps_what_is_in_none() -> None:
     captured, regions = captured_mlp(module, x)
     assert sorted(region.units for region in regions) == [24, 40]
     config = popc.Config(policy="pop", sparsity=0.5, candidate=0.0)
-    packing = prune_units(captured, slots(regions, config), "batch")
+    packing = gather_units(captured, slots(regions, config), "batch")
     live = [torch.arange(config.counts(r.units).live)[None] for r in regions]
     norm = torch.ones(packing.norm_total)
     index = packing.pack(live, [None, None])[0]

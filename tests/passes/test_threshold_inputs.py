@@ -10,7 +10,9 @@ from popc.analysis.capture import capture_module
 from popc.analysis.input_groups import find_input_groups
 from popc.ops import measure_inputs, threshold_linear, threshold_linears
 from popc.ops.measure import BINS
-from popc.passes.threshold_inputs import measure_input_groups, segment_offsets, threshold_inputs
+from popc.passes.measure_inputs import append_statistics
+from popc.passes.segments import segment_offsets
+from popc.passes.threshold_inputs import rewrite_linears
 from tests.helpers.checks import assert_meta_is_true
 
 
@@ -57,7 +59,7 @@ def test_is_the_module_with_masked_inputs(module: type[Three], together: list[in
     model, x = module().eval(), torch.randn(batch, 1, 16)
     captured = capture_module(model, (x,))
     groups = find_input_groups(captured, [])
-    threshold_inputs(captured, groups, "batch", counting=True)
+    rewrite_linears(captured, groups, "batch", counting=True)
     ops = [n for n in captured.gm.graph.nodes if n.target in (threshold_linear, threshold_linears)]
     many = [n.target is threshold_linears for n in ops]
     assert [len(n.args[1]) if m else 1 for n, m in zip(ops, many, strict=True)] == together
@@ -96,7 +98,7 @@ def test_tokens_of_a_batch_are_measured_by_position(module: type[Three], scope: 
     model, x = module().eval(), torch.randn(3, 7, 16) + torch.randn(16)
     captured = capture_module(model, (x,))
     groups = find_input_groups(captured, [])
-    measure_input_groups(captured, groups, scope)
+    append_statistics(captured, groups, scope)
     width, lead = segment_offsets(groups)[-1][1], 1 if scope == "batch" else 3
     known = torch.zeros(lead, 2 * width + 1, dtype=torch.float64)
     norm = torch.rand(width)

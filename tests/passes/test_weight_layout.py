@@ -13,7 +13,7 @@ from torch import nn
 import popc
 from popc.ops.pages import collapse
 from popc.passes.weight_layout import turn
-from popc.runtime.sessions import Session, use
+from popc.sessions import Session, use
 from tests.helpers.models import AddmmMLP, Gated, tiny_llama
 
 IDS = torch.arange(3, 20)[None]

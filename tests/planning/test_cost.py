@@ -15,6 +15,7 @@ from popc.analysis.capture import capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
 from popc.passes.dense.fold_repeat_kv import fold_repeat_kv
 from popc.planning import cost
+from popc.planning.rewrite_plan import RewritePlan
 from tests.helpers.forms import ATTENTIONS, D, Experts, heads, merged
 from tests.helpers.models import CACHE, Gated, Plain, tiny_llama
 
@@ -111,7 +112,7 @@ def test_a_decode_graph_has_the_prefill_graphs_cost(dynamic: bool | None) -> Non
         captured = capture_dynamo(gm, inputs)
         found.extend(find_regions(captured).regions)
         before = [cost.region_cost(region) for region in found]
-        assert fold_repeat_kv(captured) == 2
+        assert fold_repeat_kv(captured, RewritePlan()).matches == 2
         assert before == expected
         return gm.forward
 

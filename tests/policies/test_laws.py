@@ -14,7 +14,7 @@ import popc
 from popc import ops
 from popc.ops.measure import BINS, SAMPLE
 from popc.policies import Counts
-from popc.runtime.partition import RegionState, split
+from popc.sessions.units import RegionState, split
 from tests.helpers.profiles import examples
 
 SHARES = st.floats(0, 0.95)

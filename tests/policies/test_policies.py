@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 import popc
-from popc import policies
+from popc import policies, sessions
 from popc.models import cache_keyword
 from popc.planning.cost import B, T, region_cost
-from popc.runtime import sessions
 from tests.helpers.models import tiny_llama
 from tests.helpers.oracle import relative
 from tests.helpers.profiles import few

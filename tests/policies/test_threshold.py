@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
 
 import popc
-from popc import policies
+from popc import policies, sessions
 from popc.models import cache_keyword
 from popc.ops import native
 from popc.policies.allocation import at_shares
-from popc.runtime import sessions
 from popc.testing import assert_equivalent
 from tests.helpers.models import CACHE, tiny_llama
 from tests.helpers.oracle import relative
@@ -88,7 +87,7 @@ def decoded(model: nn.Module, ids: Tensor, prompt: int, cache: object) -> Tensor
 
 def thresholds_of(session: sessions.Session) -> Tensor:
     """Of the first decode graph; a later one, with a symbolic length, has the same."""
-    first, *rest = (limits.thresholds for limits in session._limits.values())
+    first, *rest = (limits.thresholds for limits in session.inputs._fed.values())
     assert all(torch.equal(first, limits) for limits in rest)
     return first
 
@@ -110,7 +109,7 @@ def test_is_the_oracle(codegen: str, scope: str) -> None:
     dense = decoded(tiny_llama(), ids, 16, DynamicCache())
     assert relative(got, dense) > 1e-2
     # What was counted is what the oracle kept.
-    assert sorted(chain(*session.reads.values())) == sorted(masked.read)
+    assert sorted(chain(*session.inputs.reads.values())) == sorted(masked.read)
 
 
 def test_the_static_cache_and_the_backend_string_agree() -> None:
@@ -217,7 +216,7 @@ def test_policies_by_kind() -> None:
     assert {group.kind for group in twin.popc_plan.inputs} == {"attention"}
     session = sessions.of_cache(cache)
     for region in twin.popc_plan.regions:
-        measured = session.statistics(region.key, "batch") is not None
+        measured = session.units.statistics(region.key, "batch") is not None
         assert measured == (region.kind == "mlp")
     with pytest.raises(popc.ConfigError, match="policy"):
         popc.Config(policy={"mlp": "best"})
@@ -323,7 +322,7 @@ def test_one_token_measures_nothing_after_a_prompt() -> None:
     x, session = torch.randn(1, 20, 32), sessions.Session()
     with torch.no_grad(), sessions.use(session):
         twin(x[:, :16])
-        measured = dict(session._histograms)
+        measured = dict(session.inputs._histograms)
         with pytest.warns(popc.PopcWarning, match=r"2 of 3 inputs of linears.*splits the model"):
             twin(x[:, 16:17])
         for token in x[:, 17:].split(1, dim=1):
@@ -332,13 +331,13 @@ def test_one_token_measures_nothing_after_a_prompt() -> None:
                 got = twin(token)
             # one and two read all, and head what exceeds its threshold.
             h = torch.tanh(model.one(token)) + torch.tanh(model.two(token))
-            (limits,) = session._limits.values()
+            (limits,) = session.inputs._fed.values()
             center, threshold = limits.center[:, 2 * 32 :], limits.thresholds[2]
             score = (h - center).abs() * model.head.weight.norm(dim=0)
             kept = torch.where(score > threshold, h, center)
             assert relative(got, model.head(kept)) < 1e-5 < relative(got, model(token))
-    assert session._histograms.keys() == measured.keys()
-    assert all(session._histograms[key] is counted for key, counted in measured.items())
+    assert session.inputs._histograms.keys() == measured.keys()
+    assert all(session.inputs._histograms[key] is counted for key, counted in measured.items())
 
 
 def test_the_first_token_is_a_prompt() -> None:

@@ -25,8 +25,7 @@ from torch._inductor.compile_fx import compile_fx
 from transformers import StaticCache
 
 import popc
-from popc import compat
-from popc.runtime import sessions
+from popc import compat, sessions
 from tests.helpers.models import CACHE, tiny_llama
 
 OPTIONS = {"sparsity": 0.4, "inductor": {"triton.cudagraphs": True}}

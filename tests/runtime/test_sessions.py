@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from popc.runtime import sessions
+from popc import sessions
 from tests.helpers.generation import POLICIES, compiled_of, generated, prompt, step
 from tests.helpers.models import tiny_llama
 from tests.helpers.oracle import relative
@@ -131,10 +131,10 @@ def test_turns_go_on() -> None:
     generated(twin, prompt(0), cache=cache)
     session = sessions.of_cache(cache)
     assert session is not None
-    (key, *_) = session.regions
-    before = session.statistics(key, "batch")
+    (key, *_) = session.units.regions
+    before = session.units.statistics(key, "batch")
     generated(twin, prompt(1, 5), cache=cache)
-    after = session.statistics(key, "batch")
+    after = session.units.statistics(key, "batch")
     assert sessions.of_cache(cache) is session
     assert bool((after >= before).all()) and bool((after > before).any())
 

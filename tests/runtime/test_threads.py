@@ -14,8 +14,8 @@ from torch import nn
 from popc import compat
 from popc.analysis import capture
 from popc.runtime import weight_watch
-from popc.runtime.compiled_graph import _Last
 from popc.runtime.guards import PromptGuards
+from popc.runtime.instances import LastInstance
 from tests.helpers.generation import compiled_of, generated, prompt
 from tests.helpers.models import tiny_llama
 from tests.helpers.oracle import relative
@@ -127,7 +127,7 @@ def test_the_instance_of_the_last_call_goes_with_its_weights() -> None:
     """An id may be another tensor's, once its own is gone; a weight that Python has let go of while
     torch still holds it is not gone."""
     kept, dropped = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    last = _Last([kept, dropped], SimpleNamespace())
+    last = LastInstance([kept, dropped], SimpleNamespace())
     assert last.instance is not None
     holder = nn.Module()
     holder.weight = dropped
@@ -138,20 +138,20 @@ def test_the_instance_of_the_last_call_goes_with_its_weights() -> None:
 
 
 def test_a_changed_weight_leaves_other_models_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from popc.runtime.compiled_graph import CompiledGraph
+    from popc.runtime.instances import Instances
 
     one, other = tiny_llama(), tiny_llama(seed=1)
     first, second = compiled_of(one), compiled_of(other)
     before = generated(second, prompt(0))
     generated(first, prompt(0))
     made: list[object] = []
-    make = CompiledGraph._new_instance
+    make = Instances._new
 
-    def counted(self: CompiledGraph, args: object) -> object:
+    def counted(self: Instances, args: object) -> object:
         made.append(self)
         return make(self, args)
 
-    monkeypatch.setattr(CompiledGraph, "_new_instance", counted)
+    monkeypatch.setattr(Instances, "_new", counted)
     number = weight_watch.changes()
     with torch.no_grad():
         one.model.layers[0].mlp.up_proj.weight.mul_(2)

@@ -9,7 +9,8 @@ import torch
 
 import popc
 from popc import testing
-from popc.runtime import compiled_graph, partition, sessions
+from popc.passes import region_binding
+from popc.sessions import units
 from popc.testing import MLP, Attention, EquivalenceError, Layer, Prompt, Transformer
 
 SPEC = Transformer(
@@ -35,7 +36,7 @@ def test_what_is_right_passes() -> None:
 
 def test_a_wrong_choice_is_named(monkeypatch) -> None:
     """In the second MLP alone, the least important units are kept."""
-    right = partition.split
+    right = units.split
 
     def wrong(sums, region, living=None):
         index, norm = right(sums, region, living)
@@ -43,7 +44,7 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
             index = (15 - index.flip(-1)).contiguous()
         return index, norm
 
-    monkeypatch.setattr(sessions, "split", wrong)
+    monkeypatch.setattr(units, "split", wrong)
     with pytest.raises(EquivalenceError, match=r"the output differs by") as caught:
         check()
     said = str(caught.value)
@@ -52,20 +53,20 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
     held: dict[str, object] = {}
     with pytest.raises(EquivalenceError):
         exec(script, held)
-    monkeypatch.setattr(sessions, "split", right)
+    monkeypatch.setattr(units, "split", right)
     torch.compiler.reset()
     exec(script, held)
 
 
 def test_a_wrong_threshold_is_named(monkeypatch) -> None:
     """One linear's norms are another's."""
-    right = compiled_graph.InputGroupBinding.scale
+    right = region_binding.InputGroupBinding.scale
 
-    def wrong(self, args):
-        norm = right(self, args)
+    def wrong(self, args, policy):
+        norm = right(self, args, policy)
         return norm.flip(0) if self.group.width == 16 else norm
 
-    monkeypatch.setattr(compiled_graph.InputGroupBinding, "scale", wrong)
+    monkeypatch.setattr(region_binding.InputGroupBinding, "scale", wrong)
     with pytest.raises(EquivalenceError, match=r"layers\.1\.block"):
         check(policy="threshold")
 

@@ -19,7 +19,9 @@ from popc.analysis.mutation import Written, writes
 from popc.analysis.propagation import argument, order_of, shape
 from popc.analysis.tokens import VIEWS
 from popc.ops import attend, native
+from popc.passes.base import PassResult
 from popc.passes.builder import GraphBuilder, finish
+from popc.planning.rewrite_plan import RewritePlan
 
 aten = torch.ops.aten
 
@@ -29,13 +31,10 @@ _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 _MOVES = (aten.transpose.int, aten.permute.default)
 
 
-def fold_repeat_kv(captured: Captured) -> int:
+def fold_repeat_kv(captured: Captured, work: RewritePlan) -> PassResult:
     """Let attentions on CPUs read keys and values as they were before they were repeated.
 
     One token's are also left to the kernel where nothing is repeated, if that gains.
-
-    Returns:
-        How many do.
     """
     graph = captured.gm.graph
     written = Written(graph, writes)
@@ -53,18 +52,18 @@ def fold_repeat_kv(captured: Captured) -> int:
             continue
         q, k, v, mask, dropout, causal, scale = (argument(node, name) for name in _ARGUMENTS)
         with graph.inserting_before(node):
-            emit = GraphBuilder(captured, node)
+            builder = GraphBuilder(captured, node)
             if repeats is not None:
-                k, v = (repeat.unrepeated(emit) for repeat in repeats)
+                k, v = (repeat.unrepeated(builder) for repeat in repeats)
         if one:
-            emit.change(node, attend, q, k, v, mask, scale)
+            builder.change(node, attend, q, k, v, mask, scale)
         else:
             args, options = (q, k, v, mask, dropout, causal), {"scale": scale, "enable_gqa": True}
-            emit.change(node, node.target, *args, **options)
+            builder.change(node, node.target, *args, **options)
         count += 1
     if count:
         finish(captured)
-    return count
+    return PassResult(count)
 
 
 def _is_one_tokens(attention: fx.Node) -> bool:
@@ -100,12 +99,12 @@ class _Repeat:
     copy: fx.Node
     moves: tuple[fx.Node, ...]
 
-    def unrepeated(self, emit: GraphBuilder) -> fx.Node:
+    def unrepeated(self, builder: GraphBuilder) -> fx.Node:
         value = self.source
         if self.expanded is not None:
-            value = emit.call(aten.squeeze.dim, value, self.expanded)
+            value = builder.call(aten.squeeze.dim, value, self.expanded)
         for move in self.moves:
-            value = emit.call(move.target, value, *move.args[1:], **move.kwargs)
+            value = builder.call(move.target, value, *move.args[1:], **move.kwargs)
         return value
 
 

@@ -1,4 +1,4 @@
-"""Stream pass: linears that read all of their weight do so by popc's kernel, where ATen is slower.
+"""GEMV pass: linears that read all of their weight do so by popc's kernel, where ATen is slower.
 
 The same rows are read, so a result differs by the order of sums alone.
 """
@@ -12,22 +12,20 @@ from popc.analysis.linears import Linear, as_linear
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import is_one_token
 from popc.ops import gather_linear, native
+from popc.passes.base import PassResult
 from popc.passes.builder import GraphBuilder, finish
 from popc.passes.weight_layout import is_contiguous_along
+from popc.planning.rewrite_plan import RewritePlan
 
 _FEW = 8  # rows of x that the kernel takes in one reading of the weight
-_SERVED = {torch.float32, torch.bfloat16, torch.float16}
+_TYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def use_gemv_kernels(captured: Captured, decodes: bool) -> int:
+def use_gemv_kernels(captured: Captured, work: RewritePlan) -> PassResult:
     """Let plain linears on CPUs run through popc's kernel, those that gain by it.
 
-    Args:
-        decodes: whether the graph is one of decode steps: where tokens and batch can't be told
-            apart, rows are then taken to be of one token each.
-
-    Returns:
-        How many do.
+    In a graph of decode steps alone, where tokens and batch can't be told apart, rows are taken to
+    be of one token each.
     """
     count = 0
     for node in list(captured.gm.graph.nodes):
@@ -36,18 +34,18 @@ def use_gemv_kernels(captured: Captured, decodes: bool) -> int:
             continue
         if linear.weight.node.meta["val"].device.type != "cpu":
             continue
-        if not _lies_across(linear) and not _has_few_rows(linear, decodes):
+        if not _is_input_major(linear) and not _has_few_rows(linear, work.decodes):
             continue
         args = (linear.x, linear.weight.node, linear.bias, None, None, linear.weight.out_dim)
         GraphBuilder(captured, node).change(node, gather_linear, *args)
         count += 1
     if count:
         finish(captured)
-    return count
+    return PassResult(count)
 
 
-def _lies_across(linear: Linear) -> bool:
-    """Whether the weight lies by input channel, in 16 bits.
+def _is_input_major(linear: Linear) -> bool:
+    """Whether the weight is stored by input channel, in 16 bits.
 
     ATen's products with such a weight are slow on CPUs without instructions for these types: 20
     times slower and more were seen.
@@ -72,7 +70,7 @@ def _has_few_rows(linear: Linear, decodes: bool) -> bool:
     if not (decodes if one is None else one):
         return False
     types = {n.meta["val"].dtype for n in (linear.x, linear.weight.node, linear.node)}
-    if len(types) > 1 or not types <= _SERVED or not native.load():
+    if len(types) > 1 or not types <= _TYPES or not native.load():
         return False
     sizes = [size for size in shape(linear.x)[:-1] if isinstance(size, int)]
     return all(size <= _FEW for size in sizes)

@@ -16,17 +16,15 @@ from popc.analysis.labels import same_size
 from popc.analysis.mutation import Written, writes_first
 from popc.analysis.propagation import argument, shape
 from popc.ops import additive_mask
+from popc.passes.base import PassResult
 from popc.passes.builder import GraphBuilder, finish
+from popc.planning.rewrite_plan import RewritePlan
 
 aten = torch.ops.aten
 
 
-def hoist_masks(captured: Captured) -> int:
-    """Give attentions of many tokens that share a mask of bools, on CPUs, one mask of numbers.
-
-    Returns:
-        How many masks of numbers there are now.
-    """
+def hoist_masks(captured: Captured, work: RewritePlan) -> PassResult:
+    """Give attentions of many tokens that share a mask of bools, on CPUs, one mask of numbers."""
     graph = captured.gm.graph
     attention = aten.scaled_dot_product_attention.default
     readers: dict[tuple[fx.Node, torch.dtype], dict[fx.Node, fx.Node]] = defaultdict(dict)
@@ -49,7 +47,7 @@ def hoist_masks(captured: Captured) -> int:
         count += 1
     if count:
         finish(captured)
-    return count
+    return PassResult(count)
 
 
 def _may_be_mask(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ import popc
 from popc.analysis.capture import capture_module
 from popc.ops import attend, native
 from popc.passes.dense.fold_repeat_kv import fold_repeat_kv
+from popc.planning.rewrite_plan import RewritePlan
 from popc.runtime.interpreter import Interpreted
 from tests.helpers.checks import assert_meta_is_true
 from tests.helpers.models import tiny_llama
@@ -86,7 +87,7 @@ def count(graph: fx.Graph, *targets: object) -> int:
 def shared(module: nn.Module, *given: Tensor) -> fx.Graph | None:
     """The graph, if it changed, once it is seen to give what the module gives."""
     captured = capture_module(module, given)
-    done = fold_repeat_kv(captured)
+    done = fold_repeat_kv(captured, RewritePlan()).matches
     (y,) = assert_meta_is_true(captured.gm, module, *given)
     assert relative(y, module(*given)) < (1e-5 if given[0].dtype != torch.bfloat16 else 2e-2)
     assert done == count(captured.gm.graph, attend) + sum(
@@ -152,7 +153,7 @@ class Grouped(nn.Module):
 def test_what_says_so_itself() -> None:
     assert shared(Grouped(), *inputs()) is not None
     captured = capture_module(Grouped(), tuple(inputs(5)))
-    assert fold_repeat_kv(captured) == 0
+    assert fold_repeat_kv(captured, RewritePlan()).matches == 0
 
 
 class Named(nn.Module):

@@ -11,6 +11,7 @@ import popc
 from popc.analysis.capture import capture_module
 from popc.ops import additive_mask
 from popc.passes.dense.hoist_masks import hoist_masks
+from popc.planning.rewrite_plan import RewritePlan
 from popc.runtime.interpreter import Interpreted
 from tests.helpers.checks import assert_meta_is_true
 from tests.helpers.models import tiny_llama
@@ -43,7 +44,7 @@ class Layers(nn.Module):
 def shared(module: nn.Module, x: Tensor, mask: Tensor) -> int:
     """How many masks of numbers there are, once the graph is seen to give what the module gives."""
     captured = capture_module(module, (x, mask))
-    made = hoist_masks(captured)
+    made = hoist_masks(captured, RewritePlan()).matches
     (y,) = assert_meta_is_true(captured.gm, module, x, mask)
     assert relative(y, module(x, mask)) < 1e-6
     count = len(captured.gm.graph.find_nodes(op="call_function", target=additive_mask))

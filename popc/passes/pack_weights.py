@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from popc.analysis.capture import Captured
 from popc.analysis.propagation import shape
 from popc.ops import gather_linear, native, select_units, triton_gather
+from popc.passes.base import UNCHANGED, Binding, Call, PassResult, State
 from popc.passes.builder import GraphBuilder, add_input, finish, replace
+from popc.planning.rewrite_plan import RewritePlan
 
 aten = torch.ops.aten
 
@@ -31,11 +33,39 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and triton_gather.available()
 
 
-def pack_weights(captured: Captured) -> Packer | None:
+def pack_weights(captured: Captured, work: RewritePlan) -> PassResult:
+    """Copy what gathers list, where the device has no kernel for them."""
+    if not work.pruned or work.device is None or has_kernel(work.device):
+        return UNCHANGED
+    packer, count = copy_listed_rows(captured)
+    return PassResult(count, None if packer is None else _Copies(packer))
+
+
+class _Copies(Binding[State]):
+    """Feeds the copies that go with a partition."""
+
+    prunes = True
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+
+    def state(self, args: Sequence[Any]) -> State:
+        return State(owners=())
+
+    def feed(self, call: Call, state: State) -> Sequence[Tensor]:
+        partition = call.partition
+        assert partition is not None  # prune_units runs before
+        if partition.weights is None:
+            partition.weights = self.packer(call.inputs)
+        return partition.weights
+
+
+def copy_listed_rows(captured: Captured) -> tuple[Packer | None, int]:
     """Let gathers that share one list for the batch read copies, which become the last inputs.
 
     Returns:
-        What makes the copies from the graph's other inputs; None where there is nothing to copy.
+        What makes the copies from the graph's other inputs, and how many there are; None and 0
+        where there is nothing to copy.
         Gathers of experts, after a gate, and with a list for each sequence stay as they are.
     """
     graph = captured.gm.graph
@@ -50,38 +80,38 @@ def pack_weights(captured: Captured) -> Packer | None:
         dim = out_dim if columns is None else 1 - out_dim
         held = recipe.add(weight, dim, listed)
         with graph.inserting_before(node):
-            emit = GraphBuilder(captured, node)
-            turned = held if out_dim == 0 else emit.call(aten.t.default, held)
+            builder = GraphBuilder(captured, node)
+            turned = held if out_dim == 0 else builder.call(aten.t.default, held)
             y = (
-                _by_rows(emit, x, turned, bias, rows, node)
+                _by_rows(builder, x, turned, bias, rows, node)
                 if columns is None
-                else _by_columns(emit, x, turned, bias, listed, columns)
+                else _by_columns(builder, x, turned, bias, listed, columns)
             )
         replace(node, y)
     if not recipe.outputs:
-        return None
+        return None, 0
     packer = recipe.build()
     finish(captured)
-    return packer
+    return packer, len(recipe.outputs)
 
 
 def _by_rows(
-    emit: GraphBuilder,
+    builder: GraphBuilder,
     x: fx.Node,
     held: fx.Node,
     bias: fx.Node | None,
     rows: fx.Node,
     node: fx.Node,
 ) -> fx.Node:
-    part = None if bias is None else emit.call(aten.index_select.default, bias, 0, rows)
-    y = emit.call(aten.linear.default, x, held, part)
-    sizes = [emit.size(x, d) for d in range(len(shape(x)) - 1)]
-    zeros = emit.call(aten.new_zeros.default, y, [*sizes, shape(node)[-1]])
-    return emit.call(aten.index_copy.default, zeros, -1, rows, y)
+    part = None if bias is None else builder.call(aten.index_select.default, bias, 0, rows)
+    y = builder.call(aten.linear.default, x, held, part)
+    sizes = [builder.size(x, d) for d in range(len(shape(x)) - 1)]
+    zeros = builder.call(aten.new_zeros.default, y, [*sizes, shape(node)[-1]])
+    return builder.call(aten.index_copy.default, zeros, -1, rows, y)
 
 
 def _by_columns(
-    emit: GraphBuilder,
+    builder: GraphBuilder,
     x: fx.Node,
     held: fx.Node,
     bias: fx.Node | None,
@@ -89,11 +119,11 @@ def _by_columns(
     columns: fx.Node,
 ) -> fx.Node:
     # By copying, not by a product with 0: NaN in a channel that is left out counts for nothing.
-    zeros = emit.call(aten.zeros_like.default, x)
-    kept = emit.call(aten.index_select.default, x, -1, columns)
-    masked = emit.call(aten.index_copy.default, zeros, -1, columns, kept)
-    live = emit.call(aten.index_select.default, masked, -1, listed)
-    return emit.call(aten.linear.default, live, held, bias)
+    zeros = builder.call(aten.zeros_like.default, x)
+    kept = builder.call(aten.index_select.default, x, -1, columns)
+    masked = builder.call(aten.index_copy.default, zeros, -1, columns, kept)
+    live = builder.call(aten.index_select.default, masked, -1, listed)
+    return builder.call(aten.linear.default, live, held, bias)
 
 
 def _live(captured: Captured, active: fx.Node) -> fx.Node | None:

@@ -11,30 +11,25 @@ from torch import Tensor, nn
 import popc
 from popc.errors import PopcWarning
 from popc.ops import native
+from popc.passes import pipeline
 from tests.helpers.generation import prompt, run, tokens
 from tests.helpers.models import CachedAttention, Plain, tiny_llama
 from tests.helpers.oracle import relative
 from tests.helpers.profiles import few
 
 # What is to fail, and what it is called in the warning; under which policy it runs.
-PASSES = {
+STAGES = {
     "popc.backend.capture_dynamo": ("capture", "pop"),
-    "popc.backend.find_regions": ("find regions", "pop"),
-    "popc.backend.find_input_groups": ("find inputs", "threshold"),
-    "popc.backend.store_channel_major": ("lay out weights", "pop"),
-    "popc.backend._work": ("choose work", "pop"),
-    "popc.runtime.compiled_graph.threshold_inputs": ("contract inputs", "threshold"),
-    "popc.runtime.compiled_graph.measure_input_groups": ("measure inputs", "threshold"),
-    "popc.runtime.compiled_graph.measure_units": ("measure regions", "pop"),
-    "popc.runtime.compiled_graph.prune_units": ("prune regions", "pop"),
-    "popc.runtime.compiled_graph.pack_weights": ("pack weights", "pop"),
-    "popc.runtime.compiled_graph.RegionBinding.of": ("construct", "pop"),
-    "popc.runtime.compiled_graph._batch_of": ("construct", "pop"),
-    "popc.passes.dense.pipeline.fold_repeat_kv": ("share heads", "pop"),
-    "popc.passes.dense.pipeline.hoist_masks": ("share masks", "pop"),
-    "popc.passes.dense.pipeline.use_gemv_kernels": ("stream linears", "threshold"),
-    "popc.passes.dense.pipeline.use_gemv_kernels ": ("stream linears", "dense"),
+    "popc.planning.rewrite_plan.find_regions": ("find regions", "pop"),
+    "popc.planning.rewrite_plan.find_input_groups": ("find inputs", "threshold"),
+    "popc.planning.rewrite_plan.choose": ("choose regions", "pop"),
+    "popc.planning.rewrite_plan._split": ("choose work", "pop"),
+    "popc.runtime.signature._batch_of": ("read the signature", "pop"),
+    "popc.passes.measure_units.RegionBinding.of": ("measure_units", "pop"),
 }
+POLICY = {"threshold_inputs": "threshold", "measure_inputs": "threshold"}
+PASSES = {one.__name__: (one.__name__, POLICY.get(one.__name__, "pop")) for one in pipeline.PASSES}
+CASES = {**STAGES, **PASSES, "use_gemv_kernels ": ("use_gemv_kernels", "dense")}
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +42,22 @@ def fail(monkeypatch, name: str) -> None:
     def failing(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of no account\nat all")
 
-    monkeypatch.setattr(name.strip(), failing)
-    if "pack_weights" in name:
+    name = name.strip()
+    if name in PASSES:
+        failing.__name__ = name
+        passes = [failing if one.__name__ == name else one for one in pipeline.PASSES]
+        monkeypatch.setattr(pipeline, "PASSES", passes)
+    else:
+        monkeypatch.setattr(name, failing)
+    if name == "pack_weights":
         monkeypatch.setattr(native, "load", lambda: False)
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_graph_runs_dense_and_the_warning_names_the_pass(name: str, monkeypatch) -> None:
     model, ids = tiny_llama(), tokens()
     expected = run(copy.deepcopy(model), ids, 10)
-    called, policy = PASSES[name]
+    called, policy = CASES[name]
     fail(monkeypatch, name)
     twin = popc.compile(model, policy=policy, sparsity=0.5, codegen="eager")
     with pytest.warns(PopcWarning, match=f"^popc: the pass '{called}' failed.*ZeroDivisionError"):
@@ -70,11 +71,11 @@ def test_the_graph_runs_dense_and_the_warning_names_the_pass(name: str, monkeypa
     )
 
 
-@pytest.mark.parametrize("name", few(list(PASSES)[1:], 3))
+@pytest.mark.parametrize("name", few(list(CASES)[1:], 3))
 def test_it_is_raised_where_that_is_asked_for(name: str, monkeypatch) -> None:
     monkeypatch.setenv("POPC_RAISE", "1")
     fail(monkeypatch, name)
-    twin = popc.compile(tiny_llama(), policy=PASSES[name][1], sparsity=0.5, codegen="eager")
+    twin = popc.compile(tiny_llama(), policy=CASES[name][1], sparsity=0.5, codegen="eager")
     with pytest.raises(Exception, match="of no account"):
         run(twin, tokens(), 10)
 
@@ -85,10 +86,7 @@ def test_what_is_raised_on_purpose_reaches_the_user() -> None:
         run(twin, tokens(), 10)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["popc.runtime.compiled_graph.prune_units", "popc.runtime.compiled_graph.run_dense_passes"],
-)
+@pytest.mark.parametrize("name", ["prune_units", "use_gemv_kernels"])
 def test_weights_that_were_laid_out_are_read_right(name: str, monkeypatch) -> None:
     """Generated code goes by strides, and these are others than the first trace saw."""
     model, x = Plain().eval(), torch.randn(1, 1, 16)
@@ -118,7 +116,7 @@ def test_a_layout_that_fails_half_way(monkeypatch) -> None:
     x = torch.randn(1, 1, 16)
     expected = model(x).detach()
     compiled = torch.compile(model, backend="popc", options={"policy": "pop", "sparsity": 0.5})
-    with torch.no_grad(), pytest.warns(PopcWarning, match="'lay out weights' failed"):
+    with torch.no_grad(), pytest.warns(PopcWarning, match="'store_channel_major' failed"):
         assert relative(compiled(x), expected) < 1e-5
     assert [model[i].c.weight.is_contiguous() for i in (0, 2)] == [False, True]
 
@@ -150,8 +148,8 @@ def test_the_plan_is_told_once_the_graph_is_made(monkeypatch) -> None:
         listed = {region.key for region in twin.popc_plan.regions}
         assert listed and not any(s.kind == "failed" for s in twin.popc_plan.skipped)
         with monkeypatch.context() as patched:
-            fail(patched, "popc.runtime.compiled_graph.prune_units")
-            with pytest.warns(PopcWarning, match="prune regions"):
+            fail(patched, "prune_units")
+            with pytest.warns(PopcWarning, match="prune_units"):
                 run(twin, ids, 10)
         assert not twin.popc_plan.regions
         assert {s.key for s in twin.popc_plan.skipped if s.kind == "failed"} >= listed

@@ -7,7 +7,7 @@ import torch
 
 import popc
 from popc.ops import native
-from popc.runtime.sessions import Session, use
+from popc.sessions import Session, use
 from tests.helpers.models import AddmmMLP, Gated, Parallel, Plain, tiny_llama
 
 IDS = torch.arange(3, 20)[None]
@@ -48,10 +48,10 @@ def test_packed_is_what_the_kernels_do(codegen, name, monkeypatch) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     expected, without = steps(model, codegen="eager")
-    assert all(p.weights is None for p in without._partitions.values())
+    assert all(p.weights is None for p in without.units._partitions.values())
     monkeypatch.setattr(native, "load", lambda: False)
     given, session = steps(model, codegen=codegen)
-    (partition,) = session._partitions.values()
+    (partition,) = session.units._partitions.values()
     assert partition.weights is not None
     assert len(partition.weights) == len([w for w in model.parameters() if w.dim() == 2])
     read = sum(weight.numel() for weight in partition.weights)
@@ -78,7 +78,7 @@ def test_each_prompt_has_copies_of_its_own(no_kernels) -> None:
 
 def test_a_sequence_of_its_own_list_is_left_to_the_reference(no_kernels) -> None:
     _, session = steps(Gated().eval(), codegen="eager", scope="sequence")
-    (partition,) = session._partitions.values()
+    (partition,) = session.units._partitions.values()
     assert partition.weights is None
 
 

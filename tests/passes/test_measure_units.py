@@ -7,7 +7,7 @@ import torch
 
 from popc.analysis.capture import capture_module
 from popc.analysis.regions import find_regions
-from popc.passes.statistics import measure_units
+from popc.passes.measure_units import append_statistics
 from popc.policies import get
 from tests.helpers import models
 from tests.helpers.checks import assert_meta_is_true
@@ -20,7 +20,7 @@ def test_adds_the_sum_of_squares(mlp: type, scope: str) -> None:
     module, x = mlp().eval(), torch.randn(2, 5, 16)
     captured = capture_module(module, (x,))
     regions = find_regions(captured).regions
-    measure_units(captured, regions, [get("pop")] * len(regions), scope)
+    append_statistics(captured, regions, [get("pop")] * len(regions), scope)
     captured.gm.graph.lint()
     hidden = []
     module.c.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
@@ -40,7 +40,7 @@ def test_heads_that_left_the_cache_count_for_nothing() -> None:
     captured = capture_module(module, (x,))
     (region,) = find_regions(captured).regions
     assert (region.kind, region.units, region.cached) == ("attention", 4, True)
-    measure_units(captured, [region], [get("pop")], "batch")
+    append_statistics(captured, [region], [get("pop")], "batch")
     keep = torch.ones(1, 16)
     keep[:, region.columns[1]] = 0
     y, k, v, sums = assert_meta_is_true(captured.gm, module, x, keep)

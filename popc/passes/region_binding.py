@@ -1,0 +1,119 @@
+"""Regions and input groups of a compiled graph, for the parameters that a call brings.
+
+Dynamo runs one graph for several layers where they differ in their parameters alone, so what
+belongs to a parameter is looked up by each call's own inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from popc.analysis.capture import Captured, identity
+from popc.analysis.input_groups import InputGroup
+from popc.analysis.linears import Linear
+from popc.analysis.plan import Region
+from popc.policies import Counts, InputPolicy, UnitPolicy
+from popc.policies.allocation import GroupSpec
+from popc.sessions.inputs import InputGroupState
+from popc.sessions.units import RegionState
+
+
+@dataclass(frozen=True, eq=False)
+class RegionBinding:
+    """A region, and at which inputs of the graph the weights are that contract it."""
+
+    region: Region
+    weights: tuple[int, ...]
+
+    @classmethod
+    def of(cls, region: Region, captured: Captured) -> RegionBinding:
+        """``region`` of the graph ``captured``."""
+        return cls(region, _input_positions(region.consumers, captured))
+
+    def named(self, args: Sequence[Any]) -> Region:
+        """The region as it is for the parameters among ``args``."""
+        identities = _identities(self.region.consumers, self.weights, args)
+        return replace(self.region, key=(identities, *self.region.key[1:]))
+
+    def state(self, args: Sequence[Any], counts: Counts, policy: UnitPolicy) -> RegionState:
+        """What sessions must know of it, norms of the weights among ``args`` included."""
+        region = self.region
+        columns = torch.from_numpy(region.columns)
+        squares = []
+        for linear, weight in weights_of(region.consumers, self.weights, args):
+            norm = norm_of(linear, weight)
+            squares.append(norm.square()[..., columns.to(norm.device)].sum(-1))
+        return RegionState(
+            key=self.named(args).key,
+            columns=columns,
+            width=region.width,
+            experts=region.experts,
+            counts=counts,
+            norm=torch.stack(squares).sum(0).sqrt().float(),
+            cached=region.cached,
+            one_pass=region.one_pass,
+            policy=policy,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class InputGroupBinding:
+    """Linears that share an input, and at which inputs of the graph their weights are."""
+
+    group: InputGroup
+    weights: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: InputGroup, captured: Captured) -> InputGroupBinding:
+        """``group`` of the graph ``captured``."""
+        return cls(group, _input_positions(group.linears, captured))
+
+    def named(self, args: Sequence[Any]) -> InputGroup:
+        """The group as it is for the parameters among ``args``."""
+        identities = _identities(self.group.linears, self.weights, args)
+        return replace(self.group, key=(identities, *self.group.key[1:]))
+
+    def state(self, args: Sequence[Any], policy: InputPolicy) -> InputGroupState:
+        """What sessions must know of it."""
+        group = self.group
+        spec = GroupSpec(group.width, group.weight_bytes, group.alike)
+        return InputGroupState(self.named(args).key, spec, policy)
+
+    def scale(self, args: Sequence[Any], policy: InputPolicy) -> torch.Tensor:
+        """What scores are scaled with, float32 ``[K]``: of ``‖W[:, c]‖`` over all the linears."""
+        pairs = weights_of(self.group.linears, self.weights, args)
+        squares = [norm_of(linear, weight).square() for linear, weight in pairs]
+        return policy.scale(torch.stack(squares).sum(0).sqrt().float())
+
+
+def _input_positions(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
+    """At which of the graph's inputs the weights of ``linears`` are."""
+    placeholders = captured.gm.graph.find_nodes(op="placeholder")
+    position = {node: i for i, node in enumerate(placeholders)}
+    return tuple(position[linear.weight.parameter] for linear in linears)
+
+
+def _identities(
+    linears: Sequence[Linear], positions: Sequence[int], args: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Those of the weights, for the parameters among ``args``."""
+    pairs = zip(linears, positions, strict=True)
+    return tuple((identity(args[i]), *linear.weight.identity[1:]) for linear, i in pairs)
+
+
+def weights_of(
+    linears: Sequence[Linear], positions: Sequence[int], args: Sequence[Any]
+) -> Iterator[tuple[Linear, torch.Tensor]]:
+    """Each linear with its weight, a part of the parameter at its position among ``args``."""
+    for linear, i in zip(linears, positions, strict=True):
+        yield linear, linear.weight.replayed(args[i].detach())
+
+
+def norm_of(linear: Linear, weight: torch.Tensor) -> torch.Tensor:
+    """``‖W[:, c]‖``, at least in float32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=linear.weight.out_dim, dtype=wide)

@@ -1,0 +1,50 @@
+"""``popc_scale``: what the scores of all input groups of a graph are scaled with, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from popc.analysis.capture import Captured
+from popc.analysis.input_groups import InputGroup
+from popc.passes.base import State
+from popc.passes.builder import add_input
+from popc.passes.region_binding import InputGroupBinding
+from popc.policies import InputPolicy
+from popc.sessions.inputs import InputGroupState
+
+
+@dataclass(frozen=True, eq=False)
+class InputState(State):
+    """Input groups, and ``popc_scale`` for the parameters of one layer, or of one model."""
+
+    owners: Sequence[InputGroupState]
+    scale: Tensor
+
+
+def add_scale(captured: Captured, groups: Sequence[InputGroup]) -> fx.Node:
+    """A new input, float32 ``[ΣK]``, group by group."""
+    with captured.fake_mode:
+        device = groups[0].x.meta["val"].device
+        scale = torch.empty(sum(group.width for group in groups), device=device)
+    return add_input(captured, "popc_scale", scale)
+
+
+def segment_offsets(groups: Sequence[InputGroup]) -> list[tuple[int, int]]:
+    """Where each group's channels start and stop in ``popc_scale``."""
+    stops = list(accumulate(group.width for group in groups))
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def input_state(
+    owners: Sequence[InputGroupBinding], policies: Sequence[InputPolicy], args: Sequence[Any]
+) -> InputState:
+    """The groups and their scales for the parameters among ``args``."""
+    pairs = list(zip(owners, policies, strict=True))
+    states = [owner.state(args, policy) for owner, policy in pairs]
+    return InputState(states, torch.cat([owner.scale(args, policy) for owner, policy in pairs]))

@@ -1,0 +1,125 @@
+"""Which of the regions and inputs that the analysis found a configuration prunes, and gains by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable
+
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from popc.analysis.capture import Captured
+from popc.analysis.input_groups import InputGroup
+from popc.analysis.linears import Linear
+from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.propagation import shape
+from popc.analysis.tokens import rows_of
+from popc.config import Config
+from popc.planning.cost import saves
+
+UNMEASURED = "its prompt was measured in a graph that splits the model otherwise"
+
+
+def choose(plan: Plan, config: Config, only: Collection[Hashable] | None) -> None:
+    """Leave out of ``plan`` what ``config`` does not prune, or not with a gain.
+
+    Args:
+        only: keys of the regions that are pruned by units; None: all that ``config`` has.
+    """
+
+    def unmeasured(region: Region) -> str | None:
+        if only is None or not region.by_units(config) or region.key in only:
+            return None
+        return UNMEASURED
+
+    leave(plan, lambda region: _refused(region, config), "policy")
+    leave(plan, lambda region: _costs_more(region, config), "costs more")
+    by_units = {
+        linear.node
+        for region in plan.regions
+        if prunable(region, config)
+        for linear in region.linears
+    }
+    plan.inputs = [
+        group
+        for group in plan.inputs
+        # Between two regions, with nothing between them, a linear may be of both kinds.
+        if _prunes(group, config) and by_units.isdisjoint(n.node for n in group.linears)
+    ]
+    leave(plan, unmeasured, "unmeasured")
+
+
+def leave(plan: Plan, reason_of: Callable[[Region], str | None], kind: str) -> None:
+    """Take the regions out of the plan for which there is a reason."""
+    for region in list(plan.regions):
+        reason = reason_of(region)
+        if reason is not None:
+            plan.regions.remove(region)
+            plan.skipped.append(Skipped(region.name, reason, "", region.source, kind))
+
+
+_units = WeakTensorKeyDictionary()
+
+
+def with_known_units(region: Region, captured: Captured) -> Region:
+    """The region with the coarsest units that any graph has shown.
+
+    Where keys and values of another sequence come from a cache, the graph shows query heads alone:
+    that some share a KV head stands in the graph that filled the cache.
+    """
+    by_key = _units.setdefault(captured.parameters[region.consumers[0].weight.parameter], {})
+    known = by_key.get(region.key)
+    if known is None or len(known) > region.units:
+        by_key[region.key] = region.columns
+    elif len(known) < region.units:
+        return region.coarsened(known)
+    return region
+
+
+def prunable(region: Region, config: Config) -> bool:
+    """Whether ``config`` wants the region rewritten; with every unit active it stays dense."""
+    if not region.by_units(config):
+        return False
+    if region.experts and (
+        region.one_pass or config.scope == "sequence" or not all(map(_can_flatten, region.linears))
+    ):
+        return False
+    if config.scope == "sequence" and len(shape(region.hidden)) != 3:
+        rows = rows_of(region.hidden)
+        if region.one_pass or rows is None or not rows.is_plain:
+            return False
+    return _active(region, config) < region.units
+
+
+def _can_flatten(linear: Linear) -> bool:
+    """Whether the rows of the linear can be laid out as ``[S, K]`` without a transpose."""
+    return (
+        linear.experts is None
+        or linear.experts.form != "batch"
+        or (linear.x_dim == 2 and len(shape(linear.x)) == 3)
+    )
+
+
+def _refused(region: Region, config: Config) -> str | None:
+    if not region.by_units(config):
+        return None
+    reason = config.unit_policy(region.kind).refuses(region)
+    return None if reason is None else f"{config.policy_of(region.kind)}: {reason}"
+
+
+def _costs_more(region: Region, config: Config) -> str | None:
+    """Why the lists of a targeted region are larger than what pruning leaves unread."""
+    if not region.by_units(config) or _active(region, config) == region.units:
+        return None
+    return saves(region, config)
+
+
+def _prunes(group: InputGroup, config: Config) -> bool:
+    if not config.prunes_inputs(group.kind) or config.input_budget.share >= 1:
+        return False
+    if config.scope == "batch" or len(shape(group.x)) == 3:
+        return True
+    rows = rows_of(group.x)
+    return rows is not None and rows.is_plain
+
+
+def _active(region: Region, config: Config) -> int:
+    return config.counts(region.units, region.kind).active
