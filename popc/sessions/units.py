@@ -113,7 +113,7 @@ def split(sums: Tensor, region: RegionState, living: Tensor | None = None) -> tu
     retained = order[:, : counts.retained].sort(dim=-1).values
     candidate = order[:, counts.retained : counts.live].sort(dim=-1).values
     index = torch.cat((retained, candidate), dim=-1)
-    norm = policy.scale(region.norm, *squares).expand(index.shape[0], -1)
+    norm = policy.scale(region.norm, *squares).float().expand(index.shape[0], -1)
     return index, norm.gather(-1, index)
 
 

@@ -21,10 +21,9 @@ from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
 from popc.planning.budget_solver import resolve
 from popc.planning.choose import prunable
-from popc.policies import Pop, UnitPolicy
 from popc.runtime import interpreter
 from popc.testing.feed import Feed, result
-from popc.testing.oracle import MaskedAnywhere, MaskedInputs
+from popc.testing.oracle import MaskedAnywhere, MaskedInputs, covers
 from popc.testing.products import Observer, Uses
 
 # Choices nearer than this are decided by the rounding of float32, in which scores are compared.
@@ -72,14 +71,15 @@ def assert_equivalent(
     The first call is given ``inputs``; where the model takes a KV cache, ``steps`` calls with one
     token each follow, the dense model's most likely ones. (Where it is given values, not ids, a
     token is what it gave last, if that is as wide.) The oracle runs eagerly and makes POP's choices
-    by itself; of policies of inputs it is given the thresholds.
+    by itself, those of other policies of units by their methods; of policies of inputs it is given
+    the thresholds.
 
     Args:
         model: yours; it is not changed.
         inputs: what ``forward`` takes first, as token ids ``[B, T]``, T > 1; or its keywords, in
             which tensors may be nested. Floating values are brought to ``dtype`` too.
-        config, options: as :func:`popc.compile` takes them; policies ``"pop"`` and
-            ``"dense"``, and any of inputs.
+        config, options: as :func:`popc.compile` takes them; any policy but those of
+            units that are calibrated, staged, or measure more than one value.
         dtype: what the copy's floating-point weights are brought to; None leaves them. Wide ones
             leave fewer near-ties.
         tolerance: relative to an output's largest value; by default as ``dtype`` allows.
@@ -91,9 +91,9 @@ def assert_equivalent(
     """
     config = Config.of(config, options)
     for policy in map(config.policy_for, config.target_kinds):
-        if isinstance(policy, UnitPolicy) and type(policy) is not Pop:
-            covered = "'pop', or a policy of inputs, which the oracle covers"
-            raise ConfigError("policy", policy.name, covered)
+        if not covers(policy):
+            covered = "one that measures a single value of the prompt itself, or one of inputs"
+            raise ConfigError("policy", policy.name, f"{covered}: the oracle covers these")
     copied = copy.deepcopy(model).eval()
     copied = copied if dtype is None else copied.to(dtype)
     allowed = tolerance or TOLERANCE.get(_dtype(copied), COARSE)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from popc.analysis.plan import Plan, Region
 from popc.config import Config
+from popc.policies import Policy, Pop, UnitPolicy
 from popc.testing.products import Observer, Watched
 
 
@@ -83,8 +84,31 @@ def experts_of(x: Tensor, selector: Any) -> Tensor:
     return selector
 
 
+class _Eager:
+    """In place of a graph's builder: an op of values, computed at once."""
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``op(*args, **kwargs)``."""
+        return op(*args, **kwargs)
+
+
+def covers(policy: Policy) -> bool:
+    """Whether :class:`MaskedAnywhere` can make the choices of a policy of units.
+
+    It measures one value made of h, of the prompt itself.
+    """
+    if not isinstance(policy, UnitPolicy):
+        return True
+    own_values = type(policy).values is not UnitPolicy.values
+    return not (own_values or policy.calibrated or policy.staged or policy.compensates)
+
+
 class MaskedAnywhere(Watched):
-    """POP's own choice: measured in the first call, masked in later ones; encoders at once.
+    """A policy's choice of units: measured in the first call, masked in later ones.
+
+    Encoders, which run in one pass, are masked at once.
+
+    POP's is made here from the paper's text; of another policy its own methods are asked.
 
     Args:
         plan: of :func:`popc.analyze`, for this very model.
@@ -164,7 +188,7 @@ class MaskedAnywhere(Watched):
         """What to multiply x with, ``[..., K]``; None: nothing."""
         key = region.key
         measures = self.measuring and not region.one_pass
-        energy = self._energy(region, x, measures)
+        energy = self._energy(region, self._measured(region, x) if measures else x, measures)
         if measures:
             living = self.living.get(key)
             if living is not None:
@@ -181,6 +205,16 @@ class MaskedAnywhere(Watched):
         self.active[key] = torch.stack(each)
         return _spread(_by_column(self.active[key], region, x), x)
 
+    def _policy(self, region: Region) -> UnitPolicy | None:
+        """The region's policy; None where it is POP."""
+        policy = self.config.unit_policy(region.kind)
+        return None if type(policy) is Pop else policy
+
+    def _measured(self, region: Region, x: Tensor) -> Tensor:
+        """What a prompt measures of h."""
+        policy = self._policy(region)
+        return x if policy is None else policy.measured(_Eager(), x.detach())
+
     def _energy(self, region: Region, x: Tensor, measures: bool) -> Tensor:
         """``Σ h²`` over tokens that are no padding, ``[S, U]``."""
         rows = x.detach().double().square()[..., torch.from_numpy(region.columns)].sum(-1)
@@ -194,7 +228,8 @@ class MaskedAnywhere(Watched):
 
     def _of_experts(self, region: Region, x: Tensor, norm: Tensor, expert: Tensor) -> Tensor | None:
         columns = torch.from_numpy(region.columns)
-        rows = x.detach().double().reshape(-1, x.shape[-1]).square()[:, columns].sum(-1)
+        h = self._measured(region, x) if self.measuring else x
+        rows = h.detach().double().reshape(-1, x.shape[-1]).square()[:, columns].sum(-1)
         if self.measuring:
             if self.valid is not None and not len(rows) % self.valid.numel():
                 valid = self.valid.flatten()
@@ -213,32 +248,38 @@ class MaskedAnywhere(Watched):
             masks.append(active if bool((total > 0).any()) else torch.ones_like(active))
         return _by_column(torch.stack(masks), region, x).view(x.shape)
 
-    def _cuts(self, units: int) -> tuple[int, int, int]:
+    def _cuts(self, region: Region) -> tuple[int, int, int]:
         """|R|, |R| + |C| and k, as the paper has them, within what there is."""
-        r, gamma = self.config.sparsity, self.config.candidate
+        r, gamma, units = self.config.sparsity, self.config.candidate, region.units
+        policy = self._policy(region)
+        if policy is not None:
+            counts = policy.counts(units, r, gamma)
+            return counts.retained, counts.live, counts.active
         active = max(1, round((1 - r) * units))
         retained = min(max(0, round((1 - r - gamma / 2) * units)), active)
         live = max(active, round((1 - r + gamma / 2) * units), round(gamma * units))
         return retained, min(units, live), active
 
     def _ranked(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
-        importance = (total.sqrt() * norm).nan_to_num(nan=0.0)
+        policy = self._policy(region)
+        importance = total.sqrt() * norm if policy is None else policy.importance(total, norm)
+        importance = importance.double().nan_to_num(nan=0.0)
         if region.key in self.living:
             importance = importance.masked_fill(~self.living[region.key][s], -1)
         ranked, order = importance.sort(descending=True, stable=True)
-        retained, live, _ = self._cuts(region.units)
+        retained, live, _ = self._cuts(region)
         for cut in (retained, live):
             self._note(ranked, cut)
         return order
 
     def _live(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
-        _, live, _ = self._cuts(region.units)
+        _, live, _ = self._cuts(region)
         order = self._ranked(region, s, total, norm)
         return torch.zeros(region.units, dtype=torch.bool).scatter(0, order[:live], True)
 
     def _choose(self, region: Region, s: int, total: Tensor, now: Tensor, norm: Tensor) -> Tensor:
         """Bool ``[U]``."""
-        retained, live, active = self._cuts(region.units)
+        retained, live, active = self._cuts(region)
         if region.one_pass:
             retained, live = 0, region.units
             pool = torch.arange(region.units)
@@ -246,6 +287,9 @@ class MaskedAnywhere(Watched):
         else:
             order = self._ranked(region, s, total, norm)
             kept, pool = order[:retained], order[retained:live].sort().values
+        policy = self._policy(region)
+        if policy is not None and not region.one_pass:
+            norm = policy.scale(norm, total)
         score = ((total if region.one_pass else now).sqrt() * norm)[pool]
         ranked, best = score.sort(descending=True, stable=True)
         self._note(ranked, active - retained)

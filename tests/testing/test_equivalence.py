@@ -90,8 +90,50 @@ def test_near_ties_are_not_decided() -> None:
 
 
 def test_what_the_oracle_does_not_cover_is_refused() -> None:
-    with pytest.raises(popc.ConfigError, match="griffin"):
-        check(policy="griffin")
+    for policy in ("staged", "flap"):
+        with pytest.raises(popc.ConfigError, match=policy):
+            check(policy=policy, targets=("mlp",))
+
+
+class Firing(popc.UnitPolicy):
+    """Of one's own: how often a channel was positive; a token re-chooses among the middle ones."""
+
+    name = "firing"
+
+    def counts(self, units: int, sparsity: float, candidate: float) -> popc.Counts:
+        active = round((1 - sparsity) * units)
+        return popc.Counts(active - 2, min(4, units - active + 2), active)
+
+    def measured(self, emit, h):
+        positive = emit.call(torch.ops.aten.gt.Scalar, h, 0.1)
+        return emit.call(torch.ops.aten.to.dtype, positive, torch.float32)
+
+    def importance(self, squares, norm, *more):
+        return squares * norm
+
+    def scale(self, norm, *squares):
+        return norm * (1 + squares[0])
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("policy", ["griffin", "firing"])
+def test_other_policies_of_units_choose_by_their_methods(policy: str, scope: str) -> None:
+    popc.register_policy(Firing())
+    assert check(policy=policy, scope=scope).masked > 0
+
+
+def test_a_policy_that_is_applied_otherwise_is_caught(monkeypatch) -> None:
+    """Its scale is not what the compiled model scores with."""
+    popc.register_policy(Firing())
+    right = units.split
+
+    def wrong(sums, region, living=None):
+        index, norm = right(sums, region, living)
+        return index, torch.rand_like(norm)
+
+    monkeypatch.setattr(units, "split", wrong)
+    with pytest.raises(EquivalenceError):
+        check(policy="firing")
 
 
 def test_masked_dense() -> None:
