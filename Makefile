@@ -6,7 +6,7 @@ QUICK := $(addprefix tests/,test_imports.py test_config.py runtime/test_mirror.p
 	analysis/test_regions.py analysis/test_mutation.py analysis/test_tokens.py ops/test_measure.py \
 	ops/test_pages.py ops/test_ops.py passes/test_pack_weights.py passes/test_measure_units.py)
 
-.PHONY: demo test quick test-thorough asan soak lint clean
+.PHONY: demo test quick test-thorough asan soak docs lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/popc demo
@@ -33,6 +33,14 @@ asan: $(INSTALLED)
 # 20,000 tokens over changing prompts: tokens, memory and speed must not drift.
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak
+
+# The pages of docs/, into build/site. Once the extra is installed, nothing is fetched.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+.venv/docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from popc.models import cache_keyword
 from popc.testing.oracle import MaskedAnywhere
 from tests.helpers.oracle import relative
 from tests.helpers.profiles import THOROUGH, few
-from tests.helpers.support import README, START, with_table
+from tests.helpers.support import PAGE, START, with_table
 from tests.helpers.zoo import ZOO, Entry
 
 CONFIG = popc.Config(
@@ -160,8 +160,8 @@ def test_contraction_that_leaves_little_out_is_dense(entry: Entry) -> None:
     assert shows or not any(entry.found)  # where nothing is found, weights may change as it runs
 
 
-def test_readme_has_the_table() -> None:
-    text = README.read_text()
+def test_the_support_page_has_the_table() -> None:
+    text = PAGE.read_text()
     assert START in text
     assert with_table(text) == text, "run: python -m tests.helpers.support"
 

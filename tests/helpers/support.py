@@ -1,4 +1,4 @@
-"""The README's support table, from the zoo: ``python -m tests.helpers.support`` writes it anew.
+"""The table in ``docs/support.md``, from the zoo: ``python -m tests.helpers.support`` writes it.
 
 What it says is what ``tests/test_zoo.py`` checks.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.helpers.zoo import ZOO, Entry
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 START, END = (
     "<!-- support table: python -m tests.helpers.support -->",
     "<!-- end of support table -->",
@@ -53,4 +53,4 @@ def with_table(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))
