@@ -1,8 +1,8 @@
-"""The CPU kernels: C++ in ``popc/ops/cpu``, built when they are first needed.
+"""Builds and loads the CPU kernels, C++ in ``popc/ops/cpu``, when they are first needed.
 
-The build is Inductor's own: its compiler, its flags for this machine's vector instructions, its
-cache folder and lock. It takes about half a minute once, and is found in the cache from then on.
-Where it fails, the plain ATen reference serves, after a warning.
+The build is Inductor's: its compiler, its flags for this machine's vector instructions, its cache
+folder and lock. It takes about half a minute, once; later processes load it from the cache. Where
+it fails, the ATen reference runs instead, after a warning.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from popc.log import logger
 from popc.ops import measure
 
 FOLDER = Path(__file__).parent / "cpu"
-_OWN = re.compile(r'#include "(\w+\.h)"\n')
-# What C++ must know as Python has it, in the namespace popc::constants.
+_INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
+# Shared with C++, in the namespace popc::constants.
 _CONSTANTS = {
     "steady": measure.STEADY,
     "doubt": measure.DOUBT,
@@ -35,7 +35,7 @@ _CONSTANTS = {
 
 
 def constants() -> str:
-    """The text of ``constants.h``, which is in no file."""
+    """The text of ``constants.h``, which is generated."""
     types = {int: "int64_t", float: "double"}
     lines = [f"constexpr {types[type(v)]} {name} = {v!r};" for name, v in _CONSTANTS.items()]
     body = "\n".join(lines)
@@ -43,20 +43,20 @@ def constants() -> str:
 
 
 def units() -> list[str]:
-    """The files that are translation units of their own, in any order."""
+    """The names of the translation units, each of which compiles alone."""
     return sorted(path.name for path in FOLDER.glob("*.cpp"))
 
 
 def source(names: Sequence[str] | None = None) -> str:
-    """The text of ``units()`` as one unit, with each header of popc's once, before its first use.
+    """The text of ``units()`` as one unit, with each of popc's headers once, before its first use.
 
-    One, as every unit takes Inductor's compiler seconds to read PyTorch's headers. Each file has a
-    namespace of its own, so they may come in any order.
+    One, as PyTorch's headers take seconds to compile in each unit. Every unit has a namespace of
+    its own, so they may come in any order.
     """
     seen: set[str] = set()
 
     def with_headers(text: str) -> str:
-        return _OWN.sub(lambda found: header(found[1]), text)
+        return _INCLUDE.sub(lambda match: header(match[1]), text)
 
     def header(name: str) -> str:
         if name in seen:
@@ -74,9 +74,9 @@ def _read(name: str) -> str:
 
 @functools.cache
 def load() -> bool:
-    """Build the kernels, or find them built, and register them; False if that fails.
+    """Build the kernels, or load them from the cache, and register them; False if that fails.
 
-    Once in a process: a second call answers as the first did.
+    Runs once in a process: later calls return the same answer.
     """
     text = source()
     try:
@@ -86,22 +86,22 @@ def load() -> bool:
     except Exception as error:
         reason = str(error).strip().splitlines()
         warnings.warn(
-            "popc's CPU kernels could not be built, so gathers run as plain ATen: right, but "
+            "popc's CPU kernels could not be built, so its ops run as plain ATen: correct, but "
             f"slower. {reason[0] if reason else type(error).__name__}",
             stacklevel=2,
         )
         logger.debug("kernel build failed: %s", error)
         return False
-    with contextlib.suppress(OSError):  # then a damaged library is not noticed
+    with contextlib.suppress(OSError):  # without it, damage is not noticed
         write_whole(record, json.dumps([built, _digest(Path(built).read_bytes())]))
     return True
 
 
 def _discard_if_damaged(record: Path) -> None:
-    """Remove a library that is not as it was built: loading half of one ends the process.
+    """Remove a library whose digest is not the recorded one: loading it could crash the process.
 
-    A record is a file that anything may have written, so of what it names only a library inside
-    the folder of the record, Inductor's cache, is ever removed; any other record is ignored.
+    Anything may have written the record, so only a library in the record's own folder, Inductor's
+    cache, is ever removed; any other record is ignored.
     """
     try:
         path, digest = json.loads(record.read_text(encoding="utf-8"))
@@ -109,11 +109,11 @@ def _discard_if_damaged(record: Path) -> None:
         ours = library.is_relative_to(record.parent.resolve(strict=True))
         if not ours or not library.is_file() or _digest(library.read_bytes()) == digest:
             return
-    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: a loop of symlinks
+    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: a symlink loop
         return
     logger.warning("%s is damaged: it is built anew", path)
-    library.unlink(missing_ok=True)  # another process may have seen it too
+    library.unlink(missing_ok=True)  # another process may have removed it
 
 
-def _digest(held: bytes) -> str:
-    return hashlib.sha256(held).hexdigest()[:32]
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -1,16 +1,14 @@
-// popc::gather_linear on CPUs, for kernels that leave a case to it.
+// The C++ entry point of popc::gather_linear, for kernels that fall back on it.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
-#include <optional>
+
+#include "dispatch.h"
 
 namespace popc {
 
-at::Tensor gather_linear(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& columns,
-    int64_t out_dim);
+Tensor gather_linear(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& rows,
+    const MaybeTensor& columns, int64_t out_dim);
 
 }  // namespace popc

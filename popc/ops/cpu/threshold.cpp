@@ -2,100 +2,114 @@
 // they mean.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "dispatch.h"
 #include "gather.h"
-#include "lines.h"
+#include "sparse_gemv.h"
+#include "vec.h"
 
 namespace popc::threshold {
 namespace {
 
-// A row of `width` values for each sequence, or one for all; nullptr where there are none. They stand
-// in longer rows, `from` on.
-struct Rows {
-  Tensor held;
-  int64_t from = 0, step = 0;
-
-  Rows(
-      const MaybeTensor& values, int64_t from, int64_t width, int64_t sequences, const char* name)
-      : from(from) {
+// A slice `[offset:offset + width]` of a float32 row, of one for each sequence or one for all.
+class SequenceRows {
+ public:
+  SequenceRows(
+      const MaybeTensor& values, int64_t offset, int64_t width, int64_t sequences,
+      const char* name)
+      : offset_(offset) {
     if (!values) return;
     TORCH_CHECK_VALUE(
-        values->scalar_type() == at::kFloat && values->dim() == 2 && from >= 0 &&
-            from + width <= values->size(1) &&
+        values->scalar_type() == at::kFloat && values->dim() == 2 && offset >= 0 &&
+            offset + width <= values->size(1) &&
             (values->size(0) == 1 || values->size(0) == sequences),
-        "popc::threshold_linear: ", name, " must be float32 [1 or B, ", from + width,
+        "popc::threshold_linear: ", name, " must be float32 [1 or B, ", offset + width,
         " or more], not ", values->scalar_type(), " ", values->sizes());
-    held = values->contiguous();
-    if (values->size(0) > 1) step = values->size(1);
+    values_ = values->contiguous();
+    if (values->size(0) > 1) stride_ = values->size(1);
   }
-  const float* of(int64_t sequence) const {
-    return held.defined() ? held.const_data_ptr<float>() + sequence * step + from : nullptr;
+  // nullptr where there are no values.
+  const float* row(int64_t sequence) const {
+    return values_.defined() ? values_.const_data_ptr<float>() + sequence * stride_ + offset_
+                             : nullptr;
   }
+
+ private:
+  Tensor values_;
+  int64_t offset_ = 0, stride_ = 0;
 };
 
-// One token's x - center without the channels that do not count; of those that do, the bits of
-// `left` become 0. Without branches, as every second one would be foretold wrongly.
+// One token: out = x - center where |x - center| · norm > limit, else 0; of the channels that pass,
+// the bits of `skipped` are cleared. Branch-free, as about half of the branches would be
+// mispredicted.
 template <typename T, bool centered>
-void keep_row(
+void threshold_row(
     const T* __restrict x, const float* __restrict center, const float* __restrict norm,
-    float limit, int64_t inputs, T* __restrict kept, int32_t* __restrict left) {
-  const Lanes limits(limit), zero(0.0f);
-  const auto keep = [&](Lanes value, int64_t c) {
-    if constexpr (centered) value = value - Lanes::loadu(center + c);
-    const Lanes leaves = value.abs() * Lanes::loadu(norm + c) <= limits;  // a NaN counts
-    (Lanes::loadu(left + c) & leaves).store(left + c);
-    return Lanes::blendv(value, zero, leaves);
+    float limit, int64_t inputs, T* __restrict out, int32_t* __restrict skipped) {
+  const Vec limits(limit), zero(0.0f);
+  const auto apply = [&](Vec value, int64_t c) {
+    if constexpr (centered) value = value - Vec::loadu(center + c);
+    const Vec fails = value.abs() * Vec::loadu(norm + c) <= limits;  // a NaN passes
+    (Vec::loadu(skipped + c) & fails).store(skipped + c);
+    return Vec::blendv(value, zero, fails);
   };
   int64_t c = 0;
-  for (; c + step <= inputs; c += step) {
-    const auto [low, high] = load_plain(x + c);
-    store_plain(keep(low, c), keep(high, c + lanes), kept + c);
+  for (; c + pair_lanes <= inputs; c += pair_lanes) {
+    const auto [low, high] = load_ordered_pair(x + c);
+    store_ordered_pair(apply(low, c), apply(high, c + lanes), out + c);
   }
   for (; c < inputs; ++c) {
     float value = static_cast<float>(x[c]);
     if constexpr (centered) value -= center[c];
-    const bool leaves = std::fabs(value) * norm[c] <= limit;
-    kept[c] = static_cast<T>(leaves ? 0.0f : value);
-    left[c] &= -static_cast<int32_t>(leaves);
+    const bool fails = std::fabs(value) * norm[c] <= limit;
+    out[c] = static_cast<T>(fails ? 0.0f : value);
+    skipped[c] &= -static_cast<int32_t>(fails);
   }
 }
 
-constexpr int64_t least_kept = 1 << 13;  // values for a thread
+constexpr int64_t threshold_grain = 1 << 13;  // a thread's least share, in values
 
-// The same for all tokens; returns the channels that count for any of them.
+// threshold_row() for all tokens, `sequence_tokens` in each sequence; returns the channels that
+// pass for any of them, in order.
 template <typename T>
-std::vector<int64_t> keep(
+std::vector<int64_t> threshold_and_compact(
     const T* x, int64_t tokens, int64_t inputs, const float* norm, const float* limits,
-    int64_t limit_count, const Rows& centers, int64_t each, T* kept) {
-  std::vector<int32_t> left(inputs, -1);
-  at::parallel_for(0, inputs, 1 + least_kept / tokens, [&](int64_t begin, int64_t end) {
+    int64_t limit_count, const SequenceRows& centers, int64_t sequence_tokens, T* out) {
+  std::vector<int32_t> skipped(inputs, -1);
+  at::parallel_for(0, inputs, 1 + threshold_grain / tokens, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < tokens; ++n) {
-      const float limit = limits[limit_count > 1 ? n / each : 0];
-      const float* center = centers.of(n / each);
-      const auto row = center ? keep_row<T, true> : keep_row<T, false>;
-      const int64_t at = n * inputs + begin;
-      row(x + at, center ? center + begin : nullptr, norm + begin, limit, end - begin, kept + at,
-          left.data() + begin);
+      const float limit = limits[limit_count > 1 ? n / sequence_tokens : 0];
+      const float* center = centers.row(n / sequence_tokens);
+      const auto threshold = center ? threshold_row<T, true> : threshold_row<T, false>;
+      const int64_t offset = n * inputs + begin;
+      threshold(
+          x + offset, center ? center + begin : nullptr, norm + begin, limit, end - begin,
+          out + offset, skipped.data() + begin);
     }
   });
   std::vector<int64_t> columns(inputs);
   int64_t count = 0;
   for (int64_t c = 0; c < inputs; ++c) {
     columns[count] = c;
-    count += 1 + left[c];
+    count += 1 + skipped[c];
   }
   columns.resize(count);
   return columns;
 }
 
-// What linears of one input have in common, and where their own part of it begins.
-struct Given {
+// What linears of one input share, and where their part of it begins.
+struct Shared {
   const Tensor& x;
   const Tensor& norm;
   const Tensor& threshold;
@@ -109,128 +123,146 @@ struct Given {
   int64_t limit_count() const { return threshold.dim() > 0 ? threshold.size(-1) : 1; }
 };
 
-struct Product {
+struct Linear {
   Tensor weight;
   MaybeTensor bias;
   int64_t out_dim;
-  int64_t at = 0;  // where its outputs stand among those of all: run() says
+  int64_t offset = 0;  // of its outputs among those of all linears
 
   int64_t outputs() const { return weight.size(out_dim); }
 };
 
-void check(const Given& given, const std::vector<Product>& products) {
-  const Tensor& x = given.x;
+void check(const Shared& shared, const std::vector<Linear>& linears) {
+  const Tensor& x = shared.x;
   TORCH_CHECK_TYPE(
-      given.norm.scalar_type() == at::kFloat && given.threshold.scalar_type() == at::kFloat,
+      shared.norm.scalar_type() == at::kFloat && shared.threshold.scalar_type() == at::kFloat,
       "popc::threshold_linear: norm and threshold must be float32");
-  for (const Product& product : products) {
+  for (const Linear& linear : linears) {
     TORCH_CHECK_VALUE(
-        product.weight.dim() == 2 && x.dim() >= 1 && (product.out_dim == 0 || product.out_dim == 1),
+        linear.weight.dim() == 2 && x.dim() >= 1 && (linear.out_dim == 0 || linear.out_dim == 1),
         "popc::threshold_linear takes x [..., K] and weights of two dims, not ", x.sizes(), " and ",
-        product.weight.sizes());
-    const int64_t inputs = product.weight.size(1 - product.out_dim);
+        linear.weight.sizes());
+    const int64_t inputs = linear.weight.size(1 - linear.out_dim);
     TORCH_CHECK_VALUE(
-        x.size(-1) == inputs && given.channel >= 0 && given.norm.dim() == 1 &&
-            given.channel + inputs <= given.norm.numel(),
-        "popc::threshold_linear: x has ", x.size(-1), " channels, norm ", given.norm.sizes(),
-        " from ", given.channel, " on, the weight ", inputs);
+        x.size(-1) == inputs && shared.channel >= 0 && shared.norm.dim() == 1 &&
+            shared.channel + inputs <= shared.norm.numel(),
+        "popc::threshold_linear: x has ", x.size(-1), " channels, norm ", shared.norm.sizes(),
+        " from ", shared.channel, " on, the weight ", inputs);
     TORCH_CHECK_VALUE(
-        !product.bias || (product.bias->scalar_type() == x.scalar_type() &&
-                          product.bias->numel() == product.outputs()),
+        !linear.bias || (linear.bias->scalar_type() == x.scalar_type() &&
+                         linear.bias->numel() == linear.outputs()),
         "popc::threshold_linear: the bias does not fit the weight");
   }
-  const int64_t count = given.limit_count();
-  const int64_t groups = given.threshold.dim() > 1 ? given.threshold.size(0) : 1;
+  const int64_t count = shared.limit_count();
+  const int64_t groups = shared.threshold.dim() > 1 ? shared.threshold.size(0) : 1;
   TORCH_CHECK_VALUE(
-      given.threshold.dim() <= 2 && (count == 1 || (x.dim() > 1 && count == x.size(0))) &&
-          given.group >= 0 && given.group < groups,
-      "popc::threshold_linear: thresholds ", given.threshold.sizes(), " do not fit x ", x.sizes(),
-      " of group ", given.group);
+      shared.threshold.dim() <= 2 && (count == 1 || (x.dim() > 1 && count == x.size(0))) &&
+          shared.group >= 0 && shared.group < groups,
+      "popc::threshold_linear: thresholds ", shared.threshold.sizes(), " do not fit x ", x.sizes(),
+      " of group ", shared.group);
 }
 
-// One after the other by the reference, for types and layouts that no kernel is made for.
-std::vector<Tensor> by_reference(const Given& given, const std::vector<Product>& products) {
+// For dtypes and layouts that sparse_gemv.h does not support.
+std::vector<Tensor> run_reference(const Shared& shared, const std::vector<Linear>& linears) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("popc::threshold_linear_reference", "")
           .typed<Tensor(
               const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
               int64_t, const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, int64_t)>();
-  std::vector<Tensor> found;
-  for (const Product& product : products) {
-    found.push_back(op.call(
-        given.x, product.weight, product.bias, given.norm, given.threshold, product.out_dim,
-        given.center, given.base, given.group, given.channel, given.output + product.at));
+  std::vector<Tensor> results;
+  for (const Linear& linear : linears) {
+    results.push_back(op.call(
+        shared.x, linear.weight, linear.bias, shared.norm, shared.threshold, linear.out_dim,
+        shared.center, shared.base, shared.group, shared.channel, shared.output + linear.offset));
   }
-  return found;
+  return results;
 }
 
-// What counts is chosen once; its lines of all the weights are then read together.
-std::vector<Tensor> run(const Given& given, std::vector<Product> products) {
-  check(given, products);
-  int64_t outputs = 0;
-  bool served = given.x.numel() > 0;
-  for (Product& product : products) {
-    product.at = outputs;
-    outputs += product.outputs();
-    served = served && product.weight.numel() > 0 && is_served(given.x, product.weight);
-  }
-  const int64_t inputs = given.inputs(), sequences = given.sequences();
-  const Rows centers(given.center, given.channel, inputs, sequences, "center");
-  const Rows bases(given.base, given.output, outputs, sequences, "base");
-  if (!served) return by_reference(given, products);
-  const Tensor x = given.x.contiguous(), norms = given.norm.contiguous();
-  const Tensor limits = given.threshold.contiguous();
-  const int64_t tokens = given.tokens(), each = tokens / sequences;
-  Tensor kept = at::empty(x.sizes(), x.options());
-  std::vector<Tensor> found, biases;
-  bool done = false;
-  by_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const auto columns = keep<T>(
-        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>() + given.channel,
-        limits.const_data_ptr<float>() + given.group * given.limit_count(), given.limit_count(),
-        centers, each, kept.data_ptr<T>());
-    const auto base_at = [&](int64_t at) {
-      return [&bases, each, at](int64_t n) {
-        const float* base = bases.of(n / each);
-        return base ? base + at : nullptr;
-      };
+// All linears over the listed columns of the thresholded x, in one pass; nothing where a weight is
+// output-major, or there are too many tokens.
+template <typename T>
+std::vector<Tensor> run_axpy(
+    const Shared& shared, const Tensor& x, const std::vector<int64_t>& columns,
+    const SequenceRows& bases, const std::vector<Linear>& linears) {
+  const int64_t inputs = shared.inputs(), tokens = shared.tokens();
+  const int64_t sequence_tokens = tokens / shared.sequences();
+  if (tokens > max_tokens) return {};
+  const auto base_at = [&](int64_t offset) {
+    return [&bases, sequence_tokens, offset](int64_t n) {
+      const float* base = bases.row(n / sequence_tokens);
+      return base ? base + offset : nullptr;
     };
-    std::vector<Sum<T, decltype(base_at(0))>> wanted;
-    for (const Product& product : products) {
-      const Lines<T> lines = lines_of<T>(product.weight, product.out_dim);
-      if (lines.by_output || tokens > most_tokens) return;
-      if (product.bias) biases.push_back(product.bias->contiguous());
-      found.push_back(at::empty(output_sizes(x, product.outputs()), x.options()));
-      wanted.push_back(
-          {lines, product.bias ? biases.back().const_data_ptr<T>() : nullptr,
-           base_at(product.at), found.back().data_ptr<T>()});
-    }
-    const List chosen(columns.data(), columns.size(), inputs, "columns");
-    sums(kept.const_data_ptr<T>(), inputs, tokens, chosen, wanted);
-    done = true;
-  });
-  if (done) return found;
-  // More tokens than share a reading, or a weight that lies the other way: nothing left to save.
-  found.clear();
-  for (const Product& product : products) {
-    found.push_back(gather_linear(
-        kept, product.weight, product.bias, std::nullopt, std::nullopt, product.out_dim));
-    if (given.base) {
-      const Tensor base = given.base->narrow(1, given.output + product.at, product.outputs());
-      found.back().view({base.size(0), -1, product.outputs()}).add_(base.unsqueeze(1));
+  };
+  std::vector<Tensor> results, biases;
+  std::vector<AxpyOutput<T, decltype(base_at(0))>> outputs;
+  for (const Linear& linear : linears) {
+    const WeightRows<T> weight = weight_rows<T>(linear.weight, linear.out_dim);
+    if (weight.output_major) return {};
+    if (linear.bias) biases.push_back(linear.bias->contiguous());
+    results.push_back(at::empty(output_sizes(x, linear.outputs()), x.options()));
+    outputs.push_back(
+        {weight, linear.bias ? biases.back().const_data_ptr<T>() : nullptr,
+         base_at(linear.offset), results.back().data_ptr<T>()});
+  }
+  const IndexList list(columns.data(), columns.size(), inputs, "columns");
+  axpy_gemv(x.const_data_ptr<T>(), inputs, tokens, list, outputs);
+  return results;
+}
+
+// Linear by linear over all of the thresholded x, where a list of columns would save no bytes.
+std::vector<Tensor> run_dense(
+    const Shared& shared, const Tensor& x, const std::vector<Linear>& linears) {
+  std::vector<Tensor> results;
+  for (const Linear& linear : linears) {
+    results.push_back(gather_linear(
+        x, linear.weight, linear.bias, std::nullopt, std::nullopt, linear.out_dim));
+    if (shared.base) {
+      const Tensor base =
+          shared.base->narrow(1, shared.output + linear.offset, linear.outputs());
+      results.back().view({base.size(0), -1, linear.outputs()}).add_(base.unsqueeze(1));
     }
   }
-  return found;
+  return results;
+}
+
+// Thresholds x once, then reads the passing columns of all weights together.
+std::vector<Tensor> run(const Shared& shared, std::vector<Linear> linears) {
+  check(shared, linears);
+  int64_t outputs = 0;
+  bool supported = shared.x.numel() > 0;
+  for (Linear& linear : linears) {
+    linear.offset = outputs;
+    outputs += linear.outputs();
+    supported =
+        supported && linear.weight.numel() > 0 && is_supported(shared.x, linear.weight);
+  }
+  const int64_t inputs = shared.inputs(), sequences = shared.sequences();
+  const SequenceRows centers(shared.center, shared.channel, inputs, sequences, "center");
+  const SequenceRows bases(shared.base, shared.output, outputs, sequences, "base");
+  if (!supported) return run_reference(shared, linears);
+  const Tensor x = shared.x.contiguous(), norms = shared.norm.contiguous();
+  const Tensor limits = shared.threshold.contiguous();
+  const int64_t tokens = shared.tokens(), limit_count = shared.limit_count();
+  Tensor thresholded = at::empty(x.sizes(), x.options());
+  std::vector<Tensor> results;
+  dispatch_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto columns = threshold_and_compact<T>(
+        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>() + shared.channel,
+        limits.const_data_ptr<float>() + shared.group * limit_count, limit_count, centers,
+        tokens / sequences, thresholded.data_ptr<T>());
+    results = run_axpy<T>(shared, thresholded, columns, bases, linears);
+  });
+  return results.empty() ? run_dense(shared, thresholded, linears) : results;
 }
 
 Tensor threshold_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& norm,
     const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base,
     int64_t group, int64_t channel, int64_t output) {
-  const Given given{x, norm, threshold, center, base, group, channel, output};
-  return run(given, {{weight, bias, out_dim}}).front();
+  const Shared shared{x, norm, threshold, center, base, group, channel, output};
+  return run(shared, {{weight, bias, out_dim}}).front();
 }
 
 std::vector<Tensor> threshold_linears(
@@ -242,11 +274,11 @@ std::vector<Tensor> threshold_linears(
       !weights.empty() && weights.size() == biases.size() && weights.size() == out_dims.size(),
       "popc::threshold_linears: ", weights.size(), " weights, ", biases.size(), " biases and ",
       out_dims.size(), " out_dims do not go together");
-  std::vector<Product> products;
+  std::vector<Linear> linears;
   for (size_t i = 0; i < weights.size(); ++i) {
-    products.push_back({weights[i], biases.get(i), out_dims[i]});
+    linears.push_back({weights[i], biases.get(i), out_dims[i]});
   }
-  return run({x, norm, threshold, center, base, group, channel, output}, products);
+  return run({x, norm, threshold, center, base, group, channel, output}, linears);
 }
 
 }  // namespace
