@@ -1,0 +1,3 @@
+"""Every private API of torch that popc uses."""
+
+from popc.compat.dynamo import *  # noqa: F403
