@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from popc.compat import cache_keyword
 from popc.errors import ModelError
-from popc.models import cache_keyword
 
 Progress = Callable[[str], None]
 WARMING = 4  # steps before any is timed: they compile, and CUDA graphs are recorded in the third

@@ -14,9 +14,9 @@ from transformers import DynamicCache
 
 import popc
 from popc.analysis.plan import Plan
+from popc.compat import cache_keyword
 from popc.config import Config
 from popc.errors import ConfigError
-from popc.models import cache_keyword
 from popc.runtime import sessions
 from popc.runtime.partition import RegionState, split
 from popc.runtime.sessions import Session

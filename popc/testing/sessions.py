@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import popc
+from popc.compat import cache_keyword
 from popc.config import Config
-from popc.models import cache_keyword
 from popc.runtime import sessions
 from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from popc.analysis.plan import Plan
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 from popc.runtime import sessions
 
 
