@@ -103,12 +103,12 @@ CANARIES = [
     Canary("GraphModule.compile_subgraph_reason", BREAKS, canaries.graph_breaks_are_counted),
     Canary(
         "torch._dynamo.maybe_mark_dynamic",
-        "a decode step is canaries.compiled anew at each length of a growing cache",
+        "a decode step is compiled anew at each length of a growing cache",
         canaries.fake_mode_is_shared,
     ),
     Canary(
         "torch._inductor.compile_fx.compile_fx",
-        "no graph is canaries.compiled",
+        "no graph is compiled",
         canaries.inductor_takes_options,
     ),
     Canary(

@@ -45,6 +45,7 @@ class Weight:
 
     @property
     def element_bytes(self) -> int:
+        """Bytes of one element."""
         return int(self.node.meta["val"].element_size())
 
     @property
@@ -95,10 +96,12 @@ class Linear:
 
     @property
     def inputs(self) -> int:
+        """Number of input channels."""
         return int(shape(self.weight.node)[self.weight.in_dim])
 
     @property
     def outputs(self) -> int:
+        """Number of output channels."""
         return int(shape(self.weight.node)[self.weight.out_dim])
 
 

@@ -55,6 +55,7 @@ class Block(nn.Module):
         self.down = nn.Linear(shape.channels, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` to the same."""
         y = self.norm(x)
         return x + self.down(silu(self.gate(y)) * self.up(y))
 

@@ -32,6 +32,7 @@ class Spread:
 
     @classmethod
     def of(cls, rounds: Iterable[float]) -> Spread:
+        """That of the rounds of one measurement; at least one."""
         values = tuple(rounds)
         return cls(statistics.median(values), min(values), max(values), values)
 
@@ -215,6 +216,8 @@ class Stopwatch:
         self.seconds = 0.0
 
     def timed(self, call: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        """``call`` with its seconds added, times ``sign``, also where it raises."""
+
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -226,6 +229,7 @@ class Stopwatch:
         return run
 
     def untimed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call`` with its seconds taken off: for what is called within a timed one."""
         return self.timed(call, -1)
 
 

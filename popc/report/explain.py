@@ -93,6 +93,7 @@ class Read:
 
     @classmethod
     def of(cls, region: Region, config: Config) -> Read:
+        """What one token of batch 1 reads of ``region`` under ``config``."""
         targeted = config.prunes(region.kind)
         note = (saves(region, config) or "") if targeted else "not a target"
         dense, pruned = (cost.at(B=1, T=1, S=0).bytes for cost in region_cost(region, config))
@@ -100,6 +101,7 @@ class Read:
 
     @property
     def share(self) -> float:
+        """The part of the dense bytes that is read."""
         return self.pruned / self.dense
 
 

@@ -31,6 +31,7 @@ class RegionBinding:
 
     @classmethod
     def of(cls, region: Region, captured: Captured) -> RegionBinding:
+        """For ``region``, with the places of its weights among the inputs of the graph."""
         return cls(region, _places(region.consumers, captured))
 
     def named(self, args: Sequence[Any]) -> Region:
@@ -39,6 +40,7 @@ class RegionBinding:
         return replace(self.region, key=(own, *self.region.key[1:]))
 
     def state(self, args: Sequence[Any], counts: Counts, policy: UnitPolicy) -> RegionState:
+        """A new state of the region, from the weights among the inputs ``args``."""
         region = self.region
         columns = torch.from_numpy(region.columns)
         squares = []
@@ -80,6 +82,7 @@ class InputGroupBinding:
         return replace(self.group, key=(own, *self.group.key[1:]))
 
     def state(self, args: Sequence[Any]) -> InputGroupState:
+        """A new state of the group, for the weights among the inputs ``args``."""
         group = self.group
         demand = GroupSpec(group.width, group.weight_bytes, group.alike)
         assert self.policy is not None

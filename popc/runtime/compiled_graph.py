@@ -63,6 +63,7 @@ class RewritePlan:
 
     @property
     def prunes(self) -> bool:
+        """Whether anything is pruned."""
         return bool(self.pruned or self.contracted)
 
     @property
@@ -210,6 +211,7 @@ class CompiledGraph:
         log_graph("rewritten", captured.gm)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
+        """The original graph's outputs for its inputs ``args``."""
         session = sessions.named()
         by_tensors = session is None
         if session is None:

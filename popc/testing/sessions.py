@@ -35,6 +35,7 @@ class Generation:
 
     @property
     def length(self) -> int:
+        """Tokens in the cache."""
         return int(self.dense_cache.get_seq_length())
 
 

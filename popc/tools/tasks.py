@@ -58,6 +58,7 @@ def equal_tokens(answer: Sequence[object], said: Sequence[object]) -> float:
 
 
 def contains(answer: str, said: str) -> float:
+    """1.0 where ``answer`` stands in what was said, else 0.0."""
     return float(answer in said)
 
 
