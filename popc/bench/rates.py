@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PreTrainedConfig, StaticCache
 
 from popc.compat import cache_keyword
 from popc.errors import ModelError
@@ -72,7 +72,7 @@ class Context:
 
     def __init__(
         self,
-        model_config: Any,
+        model_config: PreTrainedConfig,
         prompt: Tensor,
         room: int,
         fill: Callable[..., Any],
@@ -158,7 +158,7 @@ class Context:
 @torch.no_grad()
 def decode_rates(
     models: Mapping[str, Any],
-    config: Any,
+    config: PreTrainedConfig,
     prompt: Tensor,
     tokens: int = 32,
     rounds: int = 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -186,7 +186,7 @@ class Explanation:
         return remedy(skipped)
 
     @cached_property
-    def _consumed(self) -> dict[Any, Region]:
+    def _consumed(self) -> dict[Hashable, Region]:
         """The region whose units the weight contracts."""
         return {c.weight.identity: r for r in self.plan.regions for c in r.consumers}
 
@@ -221,7 +221,7 @@ class _Order:
         return list(self.places).index(graph), places[linear.node]
 
 
-def _weight_of(skipped: Skipped) -> Any:
+def _weight_of(skipped: Skipped) -> Hashable:
     return skipped.linear.weight.identity if skipped.linear is not None else None
 
 
