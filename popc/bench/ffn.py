@@ -122,11 +122,8 @@ def _ffn_at(
     for policy in settings.policies:
         progress(f"batch {batch}: compiling the prefill")
         by_policy[policy] = _prefilled(policy, configs, twins, prompt)
-    forwards: dict[str, Callable[[Tensor], Tensor]] = {
-        EAGER: dense.forward,
-        COMPILED: settings.compiled(dense.forward),
-        **twins,
-    }
+    forwards: dict[str, Callable[[Tensor], Tensor]]
+    forwards = {EAGER: dense.forward, COMPILED: settings.compiled(dense.forward), **twins}
 
     def seconds(name: str, times: int) -> float:
         """Of one block."""
