@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-QUICK := $(addprefix tests/,test_imports.py test_config.py runtime/test_mirror.py \
+QUICK := $(addprefix tests/,test_imports.py test_structure.py test_compat.py test_config.py runtime/test_mirror.py \
 	analysis/test_regions.py analysis/test_mutation.py analysis/test_tokens.py ops/test_measure.py \
 	ops/test_pages.py ops/test_ops.py passes/test_pack_weights.py passes/test_measure_units.py)
 
-.PHONY: demo test quick test-thorough asan soak docs lint clean
+.PHONY: demo test quick test-thorough asan soak docs lint hooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/popc demo
@@ -46,6 +46,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Before each commit, what `make lint` runs. Wants pre-commit, which `make test` does without.
+hooks: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check pre-commit
+	$(BIN)/pre-commit install
 
 $(INSTALLED): pyproject.toml constraints.txt data.txt
 	$(PYTHON) -m venv .venv

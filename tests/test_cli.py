@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import popc
 from popc import cli, models
 from tests.helpers.models import tiny_llama
 
@@ -25,6 +26,13 @@ def folder(tmp_path: Path) -> str:
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return str(tmp_path)
+
+
+def test_version() -> None:
+    result = runner.invoke(cli.app, ["--version"])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[0] == f"popc {popc.__version__}"
+    assert f"torch {torch.__version__.split('+')[0]}" in result.output
 
 
 def test_analyze(folder: str) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 import popc
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 from tests.helpers.models import tiny_llama
 
 TASK = """

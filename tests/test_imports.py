@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import popc
+from tests.helpers import private_names
 
 LAYERS = """
 errors log version files plots compat stages ops policies config analysis planning sessions passes
@@ -38,20 +38,10 @@ def test_imports_go_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def private_names(path: Path) -> Iterator[str]:
-    """What a file names of torch that torch marks as private."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "torch" and node.attr[0] == "_" and node.attr[:2] != "__":
-                yield f"torch.{node.attr}"
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch._"):
-            yield str(node.module)
-
-
-def test_private_names_of_torch_stand_in_one_module() -> None:
-    found = {path.name: set(private_names(path)) for path in ROOT.rglob("*.py")}
-    assert found.pop("compat.py")
-    assert not {name: names for name, names in found.items() if names}
+def test_private_names_of_torch_stand_in_one_folder() -> None:
+    found = {path.relative_to(ROOT): private_names.of_torch(path) for path in ROOT.rglob("*.py")}
+    named = {path: names for path, names in found.items() if names}
+    assert named and {path.parts[0] for path in named} == {"compat"}, named
 
 
 def test_every_part_has_its_place() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import popc
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 from popc.testing.oracle import MaskedAnywhere
 from tests.helpers.oracle import relative
 from tests.helpers.profiles import THOROUGH, few

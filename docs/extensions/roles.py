@@ -14,5 +14,6 @@ class Roles(griffe.Extension):
     """Rewrites each docstring once it is read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one definition."""
         if obj.docstring is not None:
             obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)

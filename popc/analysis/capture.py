@@ -17,11 +17,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta, set_current_meta
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
+from popc.compat import is_traceable_wrapper_subclass, pytree
 from popc.errors import GraphError
 
 aten = torch.ops.aten
@@ -201,7 +200,7 @@ def _drop_inplace(gm: fx.GraphModule) -> None:
         name = schema.name.removeprefix("aten::")
         source = node.args[0]
         packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
-        overload = getattr(packet, node.target._overloadname, None) if packet else None
+        overload = getattr(packet, schema.overload_name or "default", None) if packet else None
         is_view = source.op == "call_function" and may_alias(source)
         if (
             overload is None

@@ -60,6 +60,7 @@ class InputGroup:
 
     @property
     def alike(self) -> tuple[Any, ...]:
+        """Equal for groups whose linears have the same sizes: its inputs, and outputs of each."""
         return (self.width, tuple(linear.outputs for linear in self.linears))
 
     @property

@@ -106,6 +106,7 @@ class LabeledValue:
         return LabeledValue((*self.dims[:dim], free(size), *self.dims[dim + 1 :]), self.labels)
 
     def permuted(self, order: Sequence[int]) -> LabeledValue:
+        """Its dims in another order, as ``Tensor.permute`` has it."""
         axes = [axis for dim in order for axis in self.axes(dim)]
         return LabeledValue(tuple(self.dims[d] for d in order), self.labels.transpose(axes))
 
@@ -114,6 +115,7 @@ class LabeledValue:
         return LabeledValue((*self.dims[:dim], *self.dims[dim + 1 :]), self.labels)
 
     def unsqueezed(self, dim: int, size: Any = 1) -> LabeledValue:
+        """With an unlabeled dim of ``size`` put in before ``dim``."""
         return LabeledValue((*self.dims[:dim], free(size), *self.dims[dim:]), self.labels)
 
     def viewed(self, sizes: Sequence[Any]) -> LabeledValue:
@@ -136,6 +138,7 @@ class LabeledValue:
 
 
 def free(size: Any) -> Dim:
+    """An unlabeled dim of ``size``, which may be symbolic; one of size 1 has no factors."""
     return () if isinstance(size, int) and size == 1 else (DimFactor(size, False),)
 
 
@@ -191,6 +194,7 @@ class LabelUnion:
     spoiled: list[Event] = field(default_factory=list)
 
     def fresh(self, size: int) -> np.ndarray:
+        """``size`` new labels, ``[size]`` int, each a set of its own."""
         self.count += size
         return np.arange(self.count - size, self.count)
 

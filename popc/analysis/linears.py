@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from popc import compat
 from popc.analysis.capture import Captured, identity
 from popc.analysis.propagation import argument, is_tensor, shape
 
@@ -44,6 +45,7 @@ class Weight:
 
     @property
     def element_bytes(self) -> int:
+        """Bytes of one element."""
         return int(self.node.meta["val"].element_size())
 
     @property
@@ -94,10 +96,12 @@ class Linear:
 
     @property
     def inputs(self) -> int:
+        """Number of input channels."""
         return int(shape(self.weight.node)[self.weight.in_dim])
 
     @property
     def outputs(self) -> int:
+        """Number of output channels."""
         return int(shape(self.weight.node)[self.weight.out_dim])
 
 
@@ -183,12 +187,9 @@ def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:
     return Linear(node, x, len(shape(x)) - 1, last, weight, bias)  # type: ignore[arg-type]
 
 
-def grouped_ops() -> list[Any]:
+def grouped_ops() -> list[compat.OpOverload]:
     """Grouped matmul ``(x [S, K], w [E, K, N], offsets [E])``: torch's, and those of its schema."""
-    ops: list[Any] = [aten._grouped_mm.default]
-    # transformers' stand-in for dtypes that torch's op does not take under torch.compile
-    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    return [*ops, fallback.default] if fallback is not None else ops
+    return [op for op in (aten._grouped_mm.default, compat.grouped_mm_fallback()) if op is not None]
 
 
 def _as_grouped(node: fx.Node, captured: Captured) -> Linear | None:

@@ -58,6 +58,7 @@ class Written:
         self._at = [place for node, place in self._place.items() if counts(node)]
 
     def between(self, first: fx.Node, last: fx.Node) -> bool:
+        """Whether a write comes after ``first`` and before ``last``."""
         return any(self._place[first] < at < self._place[last] for at in self._at)
 
 

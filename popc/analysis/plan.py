@@ -100,6 +100,7 @@ class Region:
 
     @property
     def producer_bytes(self) -> int:
+        """Bytes of the weights that compute the region's channels."""
         total = 0
         for producer in self.producers:
             weight = producer.linear.weight
@@ -108,6 +109,7 @@ class Region:
 
     @property
     def consumer_bytes(self) -> int:
+        """Bytes of the weights that read the region's channels."""
         return sum(c.weight.bytes * self.columns.size // c.inputs for c in self.consumers)
 
     @property

@@ -62,6 +62,7 @@ Rule = Callable[[Propagation, fx.Node], Labels]
 
 
 def shape(node: Any) -> torch.Size:
+    """The shape of a node's value; sizes may be symbolic."""
     return node.meta["val"].shape
 
 
@@ -76,6 +77,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 def is_tensor(value: Any) -> bool:
+    """Whether ``value`` is a node whose value is one tensor."""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
@@ -117,4 +119,5 @@ def order_of(node: fx.Node) -> list[int]:
 
 
 def mixing(node: fx.Node) -> str:
+    """The reason for which an op that mixes channels ends a region."""
     return f"{node.target} mixes channels"

@@ -45,6 +45,7 @@ def refusal(node: fx.Node, kind: str) -> Skipped:
 
 
 def why(kind: str) -> str:
+    """The reason for which a linear with such a weight is refused."""
     return f"its weight is a {kind}: popc reads plain tensors alone yet"
 
 

@@ -34,6 +34,7 @@ class Way:
 
 
 def name_of(config: Config) -> str:
+    """What the results call a config."""
     return f"{config.policy_name} r={config.sparsity:g}"
 
 
@@ -43,6 +44,7 @@ def dense_ways(model: Any, settings: Settings) -> dict[str, Way]:
 
 
 def pruned_way(model: Any, config: Config) -> Way:
+    """The model compiled by popc with ``config``, as one of the ways to decode."""
     twin = popc.compile(model, config)
     return Way(twin.forward, config, twin.popc_plan)
 

@@ -20,8 +20,8 @@ from popc.bench.decode import COMPILED, Way, dense_ways, pruned_way, random_prom
 from popc.bench.rates import WARMING, Context, Progress, Spread, Stopwatch, interleaved, wait
 from popc.bench.results import Extras, Start
 from popc.bench.settings import Settings
+from popc.compat import cache_keyword
 from popc.config import Config
-from popc.models import cache_keyword
 from popc.runtime import compiled_graph
 
 PREFILL = 512  # tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ class Block(nn.Module):
         self.down = nn.Linear(shape.channels, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` to the same."""
         y = self.norm(x)
         return x + self.down(silu(self.gate(y)) * self.up(y))
 
@@ -119,16 +120,9 @@ def _ffn_at(
     by_policy = {}
     for policy in settings.policies:
         progress(f"batch {batch}: compiling the prefill")
-        ours = [name for name, config in configs.items() if config.policy_name == policy]
-        most = max(ours, key=lambda name: configs[name].sparsity)
-        by_policy[policy] = sessions.Session()
-        with sessions.use(by_policy[policy]):
-            twins[most](prompt)
-    forwards: dict[str, Callable[[Tensor], Tensor]] = {
-        EAGER: dense.forward,
-        COMPILED: settings.compiled(dense.forward),
-        **twins,
-    }
+        by_policy[policy] = _prefilled(policy, configs, twins, prompt)
+    forwards: dict[str, Callable[[Tensor], Tensor]]
+    forwards = {EAGER: dense.forward, COMPILED: settings.compiled(dense.forward), **twins}
 
     def seconds(name: str, times: int) -> float:
         """Of one block."""
@@ -148,13 +142,8 @@ def _ffn_at(
         progress(f"batch {batch}: compiling {name}")
         seconds(name, WARMING)
         if name in configs:
-            config, plan = configs[name], plans[name]
-            session = by_policy[config.policy_name]
-            check_pruned(plan, config, session)
-            backend = functools.partial(popc_backend, config=counting(config))
-            forward = compat.compile_alone(owners[name].forward, backend)
-            with sessions.use(session):
-                reads[name] = channels_read(plan, config, session, forward, x)
+            session = by_policy[configs[name].policy_name]
+            reads[name] = _reads(owners[name], configs[name], plans[name], session, x)
     turns = {name: lambda name=name: seconds(name, settings.tokens) for name in forwards}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(f"batch {batch}: {name}"))
     ways: dict[str, Config | None] = {name: configs.get(name) for name in forwards}
@@ -165,6 +154,36 @@ def _ffn_at(
     }
     each = {name: amount.each(len(dense)) for name, amount in read.items()}
     return runs_of(ways, rounds, each, bandwidth, batch)
+
+
+def _prefilled(
+    policy: str,
+    configs: Mapping[str, Config],
+    compiled: Mapping[str, Callable[[Tensor], Tensor]],
+    prompt: Tensor,
+) -> sessions.Session:
+    """A session with ``prompt [B, T, D]`` prefilled, by the sparsest of the policy's ways."""
+    ours = [name for name, config in configs.items() if config.policy_name == policy]
+    most = max(ours, key=lambda name: configs[name].sparsity)
+    session = sessions.Session()
+    with sessions.use(session):
+        compiled[most](prompt)
+    return session
+
+
+def _reads(
+    owner: nn.Module, config: Config, plan: Plan, session: sessions.Session, x: Tensor
+) -> Mapping[Hashable, Sequence[int]]:
+    """The channels that decode steps of ``x [B, 1, D]`` read, by the key of their group.
+
+    Raises:
+        ModelError: nothing was pruned.
+    """
+    check_pruned(plan, config, session)
+    backend = functools.partial(popc_backend, config=counting(config))
+    forward = compat.compile_alone(owner.forward, backend)
+    with sessions.use(session):
+        return channels_read(plan, config, session, forward, x)
 
 
 def _random(batch: int, tokens: int, shape: Shape, settings: Settings) -> Tensor:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 from transformers.initialization import no_init_weights
 
 from popc.bench.settings import DTYPES, Settings
@@ -70,7 +76,7 @@ def default_dtype(model: str) -> str:
     return "bfloat16" if model in SHAPES else "float32"
 
 
-def build(settings: Settings) -> Any:
+def build(settings: Settings) -> PreTrainedModel:
     """The model in eval mode, on its device; each call gives one with weights of its own.
 
     Raises:
@@ -80,13 +86,14 @@ def build(settings: Settings) -> Any:
     dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
     if settings.model in SHAPES:
         return random_model(SHAPES[settings.model], dtype, device, settings.layers)
-    model, _ = load_model(settings.model, dtype)
-    return _cut(model, settings.layers).to(device)
+    loaded, _ = load_model(settings.model, dtype)
+    model: PreTrainedModel = _cut(loaded, settings.layers).to(device)
+    return model
 
 
 def random_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, layers: int | None = None
-) -> Any:
+) -> PreTrainedModel:
     """A causal language model of the shape that ``config`` tells, with small random weights."""
     config = copy.deepcopy(config)
     if layers is not None:
@@ -137,7 +144,7 @@ def _check_layers(layers: int, most: int) -> None:
         raise ConfigError("layers", layers, f"the model has {most}")
 
 
-def _cut_types(config: Any) -> None:
+def _cut_types(config: PreTrainedConfig) -> None:
     """A list that says what each layer is must be as long as there are layers."""
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PreTrainedConfig, StaticCache
 
+from popc.compat import cache_keyword
 from popc.errors import ModelError
-from popc.models import cache_keyword
 
 Progress = Callable[[str], None]
 WARMING = 4  # steps before any is timed: they compile, and CUDA graphs are recorded in the third
@@ -32,6 +32,7 @@ class Spread:
 
     @classmethod
     def of(cls, rounds: Iterable[float]) -> Spread:
+        """That of the rounds of one measurement; at least one."""
         values = tuple(rounds)
         return cls(statistics.median(values), min(values), max(values), values)
 
@@ -71,7 +72,7 @@ class Context:
 
     def __init__(
         self,
-        model_config: Any,
+        model_config: PreTrainedConfig,
         prompt: Tensor,
         room: int,
         fill: Callable[..., Any],
@@ -157,7 +158,7 @@ class Context:
 @torch.no_grad()
 def decode_rates(
     models: Mapping[str, Any],
-    config: Any,
+    config: PreTrainedConfig,
     prompt: Tensor,
     tokens: int = 32,
     rounds: int = 3,
@@ -215,6 +216,8 @@ class Stopwatch:
         self.seconds = 0.0
 
     def timed(self, call: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        """``call`` with its seconds added, times ``sign``, also where it raises."""
+
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -226,6 +229,7 @@ class Stopwatch:
         return run
 
     def untimed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call`` with its seconds taken off: for what is called within a timed one."""
         return self.timed(call, -1)
 
 

@@ -38,6 +38,7 @@ class Bytes:
 
     @property
     def limit(self) -> float:
+        """The speed-up if decoding took nothing but reading the bytes."""
         return self.dense / self.read
 
     @property

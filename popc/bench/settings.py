@@ -77,11 +77,13 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
+        """What :meth:`to_json` wrote."""
         values: Any = json.loads(text).items()
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values}
         return cls(**values)
 
     def to_json(self) -> str:
+        """All fields as one JSON object, to hand to another process."""
         return json.dumps(asdict(self))
 
     def configs(self) -> Iterator[Config]:
@@ -104,6 +106,7 @@ class Settings:
 
     @property
     def cuda(self) -> bool:
+        """Whether the models lie on a GPU."""
         return self.device == "cuda"
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from popc import plots
+from popc.bench.rates import Decoded
 from popc.bench.results import Extras, Result, Run
 
 
@@ -20,6 +22,30 @@ def show(result: Result) -> RenderableType:
     if result.extras is not None:
         parts.append(_extras(result.extras))
     return Group(*parts)
+
+
+def decoded_table(
+    title: str, results: Mapping[str, Decoded], shares: Mapping[str, float], dense: int
+) -> Table:
+    """Decode rates, a row for each model.
+
+    Args:
+        results: the first ``dense`` of them are dense; the speed-up is over the fastest of these.
+        shares: of the layers' bytes, what a model reads; 1 where it isn't named.
+    """
+    table = Table(title=title)
+    for heading in ("", "tokens/s (low – high)", "speed-up", "bytes read of layers"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    fastest = max(result.rate.median for result in list(results.values())[:dense])
+    for name, result in results.items():
+        rate = result.rate
+        table.add_row(
+            name,
+            f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
+            f"{rate.median / fastest:.2f} ×",
+            f"{shares.get(name, 1.0):.0%}",
+        )
+    return table
 
 
 def _runs(result: Result) -> Table:

@@ -56,6 +56,7 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """One tile of y, or of its split's part of it; what is None is compiled out."""
     group = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1) % SPLITS
     token = tl.program_id(1) // SPLITS * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -70,6 +70,7 @@ class Cost:
 
     @property
     def bytes(self) -> sympy.Expr:
+        """All bytes that a call reads."""
         return self.weights + self.lists + self.context
 
     def __add__(self, other: Cost) -> Cost:

@@ -82,6 +82,7 @@ class UnitPolicy(Policy, ABC):
     staged = compensates = False
 
     def prunes_units(self, region: Region) -> bool:
+        """Whether units of ``region`` are pruned: of every one."""
         return True
 
     @abstractmethod
@@ -139,10 +140,12 @@ class InputPolicy(Policy):
     targets = ("mlp", "attention", "experts", "other")
 
     def prunes_units(self, region: Region) -> bool:
+        """Whether units of ``region`` are pruned: where inputs can't be."""
         return bool(region.experts) or region.one_pass
 
     @property
     def prunes_inputs(self) -> bool:
+        """True: it prunes the inputs of linears."""
         return True
 
     @abstractmethod
@@ -179,5 +182,6 @@ class FixedUnits(UnitPolicy):
     """Policies of units by which no token re-chooses."""
 
     def counts(self, units: int, sparsity: float, candidate: float) -> Counts:
+        """No candidates: the active units are those of the prompt."""
         active = active_units(units, sparsity)
         return Counts(active, 0, active)

@@ -22,10 +22,12 @@ class Griffin(FixedUnits):
     name = "griffin"
 
     def measured(self, emit: Any, h: Any) -> Any:
+        """``h`` in float32, each token divided by its norm."""
         wide = emit.call(aten.to.dtype, h, torch.float32)
         norm = emit.call(aten.linalg_vector_norm.default, wide, 2, [-1], True)
         norm = emit.call(aten.clamp_min.default, norm, torch.finfo(torch.float32).tiny)
         return emit.call(aten.div.Tensor, wide, norm)
 
     def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
+        """The norm of a unit's share of each token, float64 ``[S, U]``; the weights don't count."""
         return squares.sqrt()

@@ -26,6 +26,7 @@ class Wanda(FixedUnits):
     calibrated = True
 
     def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
+        """The norm of what a unit adds to the output, float64 ``[S, U]``."""
         return output_norm(squares, norm)
 
 
@@ -43,20 +44,24 @@ class Flap(FixedUnits):
     calibrated = compensates = True
 
     def values(self, emit: Any, h: Any, region: Region) -> tuple[Any, ...]:
+        """``h``, ``h + 1`` and ones, float32 ``[..., K]``."""
         # Sums of squares alone are measured: (h + 1)² - h² = 2h + 1 tells the mean.
         wide = emit.call(aten.to.dtype, h, torch.float32)
         one = emit.call(aten.ones_like.default, wide)
         return wide, emit.call(aten.add.Tensor, wide, 1.0), one
 
     def importance(self, squares: Tensor, norm: Tensor, *more: Tensor) -> Tensor:
+        """A unit's variance times its weights' norm squared, float64 ``[S, U]``."""
         variance = squares / more[1] - self.mean(squares, *more).square()
         return variance * norm.double().square()
 
     def mean(self, *squares: Tensor) -> Tensor:
+        """Each column's mean over tokens, float64 ``[S, K]``."""
         plain, shifted, count = squares
         return (shifted - plain - count) / (2 * count)
 
     def refuses(self, region: Region) -> str | None:
+        """Regions whose mean has no single weight to be added through."""
         if region.one_pass:
             return "its one pass scores its own tokens, and takes no mask from another text"
         if region.experts or region.columns.shape[1] > 1:

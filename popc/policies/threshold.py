@@ -23,9 +23,11 @@ class Threshold(InputPolicy):
     name = "threshold"
 
     def scale(self, norm: Tensor) -> Tensor:
+        """``norm`` itself: a channel's score is its distance from the mean times that."""
         return norm
 
     def allocate(
         self, histograms: Tensor, groups: Sequence[GroupSpec], budget: Budget
     ) -> Allocation:
+        """The budget shared out by the scores of the prompt: see :func:`allocate`."""
         return allocate(histograms, groups, budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -93,6 +93,7 @@ class Read:
 
     @classmethod
     def of(cls, region: Region, config: Config) -> Read:
+        """What one token of batch 1 reads of ``region`` under ``config``."""
         targeted = config.prunes(region.kind)
         note = (saves(region, config) or "") if targeted else "not a target"
         dense, pruned = (cost.at(B=1, T=1, S=0).bytes for cost in region_cost(region, config))
@@ -100,6 +101,7 @@ class Read:
 
     @property
     def share(self) -> float:
+        """The part of the dense bytes that is read."""
         return self.pruned / self.dense
 
 
@@ -184,7 +186,7 @@ class Explanation:
         return remedy(skipped)
 
     @cached_property
-    def _consumed(self) -> dict[Any, Region]:
+    def _consumed(self) -> dict[Hashable, Region]:
         """The region whose units the weight contracts."""
         return {c.weight.identity: r for r in self.plan.regions for c in r.consumers}
 
@@ -219,7 +221,7 @@ class _Order:
         return list(self.places).index(graph), places[linear.node]
 
 
-def _weight_of(skipped: Skipped) -> Any:
+def _weight_of(skipped: Skipped) -> Hashable:
     return skipped.linear.weight.identity if skipped.linear is not None else None
 
 

@@ -30,6 +30,7 @@ class Sheet:
     numbers: tuple[int, ...] = ()
 
     def rich(self) -> Table:
+        """As a table for a terminal."""
         table = Table(title=Text(self.title), title_justify="left")
         for i, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if i in self.numbers else "left")
@@ -38,6 +39,8 @@ class Sheet:
         return table
 
     def html(self) -> str:
+        """As a heading and a table of a page; texts are escaped."""
+
         def line(tag: str, cells: Iterable[str]) -> str:
             align = [' class="n"' if i in self.numbers else "" for i in range(len(self.headings))]
             pairs = zip(align, cells, strict=True)

@@ -16,7 +16,7 @@ from popc import plots
 from popc.bench.show import sized
 from popc.errors import ConfigError
 from popc.report.html import CSS, Sheet, page
-from popc.report.stability import Drift
+from popc.report.stability import Drift, RegionDrift
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,7 +184,7 @@ def _partitions(drift: Drift) -> str:
     return table.html() + "".join(parts)
 
 
-def _rows_of_units(axes: Axes, regions: Sequence[Any]) -> None:
+def _rows_of_units(axes: Axes, regions: Sequence[RegionDrift]) -> None:
     import numpy as np
 
     widest = max(region.partition.size for region in regions)

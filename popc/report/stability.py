@@ -15,9 +15,9 @@ from transformers import DynamicCache
 import popc
 from popc import sessions
 from popc.analysis.plan import Plan
+from popc.compat import cache_keyword
 from popc.config import Config
 from popc.errors import ConfigError
-from popc.models import cache_keyword
 from popc.sessions import Session
 from popc.sessions.units import RegionState, split
 

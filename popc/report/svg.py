@@ -76,6 +76,7 @@ def _drawn(box: Box, x: float, y: float, width: float) -> str:
 
 
 def legend() -> str:
+    """What the colours of the picture mean, as HTML."""
     names = [*((kind, kind) for kind in _KINDS), ("unread", "not read in a decode step")]
     items = "".join(
         f'<span><svg viewBox="0 0 14 14" width="14" height="14">'

@@ -64,6 +64,7 @@ class CompiledGraph:
         self._warned = False
 
     def __call__(self, *args: Any) -> Sequence[Any]:
+        """What the graph that Dynamo gave returns for ``args``, its parameters among them."""
         session = sessions.named()
         by_tensors = session is None
         if session is None:

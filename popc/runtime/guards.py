@@ -87,6 +87,7 @@ class PromptGuards:
             self._changed, self._relied_on = self._changed or self._relied_on, False
 
     def __call__(self, entries: Sequence[Any]) -> list[bool]:
+        """For each guard whether it is kept: Dynamo's ``guard_filter_fn``."""
         with self._lock:
             return self._kept(entries)
 

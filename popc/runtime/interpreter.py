@@ -30,6 +30,7 @@ class Interpreted:
         self.gm = gm
 
     def __call__(self, *args: Any) -> Sequence[Any]:
+        """The graph's outputs for its inputs ``args``."""
         see = _watcher.get()
         return self.gm(*args) if see is None else _Watched(self.gm, see).run(*args)
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from popc.compat import COMPILED_CALL
+
 REPLACED = "_popc_replaced"  # what a compiled module holds of its own attributes, as they were
 _MISSING = object()
 _CONTAINERS = (dict, list, tuple)
 _DEPTH = 4  # containers within containers that are looked into
 # What nn.Module itself leaves out of a copy, too: it is bound to the module that it was made for.
-_LEFT_OUT = ("_compiled_call_impl", REPLACED)
+_LEFT_OUT = (COMPILED_CALL, REPLACED)
 
 
 class Mirror:
@@ -98,7 +100,7 @@ class Mirror:
             own.update((name, self._mapped(value)) for name, value in held.items())
             for name in _registries(held):
                 own[name] = _mapped_items(held[name], self._mapped)
-            own["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+            own.update((name, set(held[name])) for name in _SETS & held.keys())
             for name in _slots(module):
                 object.__setattr__(self._copies[id(module)], name, getattr(module, name))
         return self.of(model)

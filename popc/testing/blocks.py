@@ -39,6 +39,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.randn(outputs) / 4) if bias or transposed else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
         if not self.transposed or self.bias is None:
             return F.linear(x, self.weight, self.bias)
         rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
@@ -107,6 +108,7 @@ class MLP:
     low: Lows = ()
 
     def make(self, width: int) -> nn.Module:
+        """The module, ``[B, T, width]`` to the same."""
         return _MLP(self, width)
 
     def units(self) -> dict[str, list[int]]:
@@ -158,9 +160,11 @@ class Attention:
     low: Lows = ()
 
     def make(self, width: int) -> nn.Module:
+        """The module, ``[B, T, width]`` to the same."""
         return _Attention(self, width)
 
     def units(self) -> dict[str, list[int]]:
+        """How many units each region has that popc is to find, by kind."""
         names = ["q", "k", "v", "o"] if self.layout == "split" else ["qkv", "o"]
         # A single KV group can't be pruned: no head would be left.
         heads = [self.kv_heads] if self.kv_heads > 1 else []
@@ -244,9 +248,11 @@ class MoE:
     picked: bool = True
 
     def make(self, width: int) -> nn.Module:
+        """The module, ``[B, T, width]`` to the same."""
         return _MoE(self, width)
 
     def units(self) -> dict[str, list[int]]:
+        """How many units each region has that popc is to find, by kind."""
         return {"experts": [self.channels]}
 
 
@@ -288,9 +294,11 @@ class Decoy:
     how: str = "norm"
 
     def make(self, width: int) -> nn.Module:
+        """The module, ``[B, T, width]`` to the same."""
         return _Decoy(self, width)
 
     def units(self) -> dict[str, list[int]]:
+        """None: nothing of it may be pruned."""
         return {}
 
 

@@ -39,9 +39,11 @@ class InBuffers:
         self.held, self.places = held, places
 
     def get_seq_length(self, layer: int = 0) -> Tensor:
+        """Tokens in the cache, as a tensor."""
         return self.places[0]
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write ``k``, ``v`` ``[B, H, T, d]``; the whole buffers ``[B, H, S, d]``."""
         keys, values = getattr(self.held, f"k{layer}"), getattr(self.held, f"v{layer}")
         return keys.index_copy_(2, self.places, k), values.index_copy_(2, self.places, v)
 
@@ -54,9 +56,11 @@ class InTuples:
         self.now: list[tuple[Tensor, Tensor]] = []
 
     def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens in the cache."""
         return 0 if self.past is None else self.past[layer][0].shape[2]
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append ``k``, ``v`` ``[B, H, T, d]``; what there is then, ``[B, H, S, d]``."""
         if self.past is not None:
             k, v = torch.cat((self.past[layer][0], k), 2), torch.cat((self.past[layer][1], v), 2)
         self.now.append((k, v))

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 import popc
 from popc import sessions
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.plan import Plan, Region
+from popc.compat import pytree
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
 from popc.planning.budget_solver import resolve

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import DynamicCache, EncoderDecoderCache
 
 from popc.analysis.tokens import valid_tokens
-from popc.models import cache_keyword
+from popc.compat import cache_keyword, pytree
 
 # What holds the tokens, what the following ones are given as, and the mask that goes with them; a
 # decoder's own come first.

@@ -336,6 +336,7 @@ class MaskedInputs(Watched):
         self.decoding = False
 
     def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
+        """``x`` with the inputs that a decode step leaves out set to their means."""
         if not self.decoding:
             return x
         limits = self.thresholds[owner.key].double()

@@ -75,6 +75,7 @@ def decoys() -> st.SearchStrategy[Decoy]:
 
 
 def blocks() -> st.SearchStrategy[Any]:
+    """Any block: an MLP, a mixture of experts, or one that must not be pruned."""
     return st.one_of(mlps(), moes(), decoys())
 
 

@@ -56,6 +56,7 @@ class Transformer:
     breaks: bool = False
 
     def make(self) -> nn.Module:
+        """The model in eval mode, its weights drawn from ``seed``."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return _MODELS[self.cache](self).to(DTYPES[self.dtype]).eval()
@@ -223,6 +224,7 @@ class Prompt:
 
     @property
     def padded(self) -> bool:
+        """Whether its rows differ in length."""
         return len(set(self.lengths)) > 1
 
     def inputs(self, vocabulary: int) -> dict[str, Tensor]:

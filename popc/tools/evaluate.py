@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from popc import sessions
 from popc.analysis.plan import Plan
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def evaluate(
     """
     loss = dense_loss = 0.0
     same = 0
-    reads: dict[Any, list[int]] = {}
+    reads: dict[Hashable, list[int]] = {}
     for window in windows:
         ids = window[None]
         expected = window[prompt:]

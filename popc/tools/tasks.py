@@ -6,11 +6,13 @@ Prompts are plain text without a chat format, the same for every model and run; 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from popc.errors import ConfigError
 
@@ -58,6 +60,7 @@ def equal_tokens(answer: Sequence[object], said: Sequence[object]) -> float:
 
 
 def contains(answer: str, said: str) -> float:
+    """1.0 where ``answer`` stands in what was said, else 0.0."""
     return float(answer in said)
 
 
@@ -151,7 +154,7 @@ def perform(
     task: Task,
     model: Any,
     compiled: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     count: int,
     progress: Callable[[], None] = lambda: None,
@@ -181,6 +184,6 @@ def perform(
     return Outcome(task.name, score / count, dense_score / count, count)
 
 
-def _answer(model: Any, ids: Any, tokens: int) -> list[int]:
+def _answer(model: Any, ids: Mapping[str, Tensor], tokens: int) -> list[int]:
     out = model.generate(**ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return list(out[0, ids["input_ids"].shape[1] :].tolist())

@@ -6,10 +6,10 @@ import bz2
 import json
 import re
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from popc.errors import ModelError
 from popc.files import key_of, write_whole
@@ -41,7 +41,9 @@ def wikipedia_articles() -> list[str]:
     return articles
 
 
-def windows(tokenizer: Any, count: int, length: int = 512, skip: int = 0) -> torch.Tensor:
+def windows(
+    tokenizer: PreTrainedTokenizerBase, count: int, length: int = 512, skip: int = 0
+) -> torch.Tensor:
     """``[count, length]`` int64: the first ``length`` tokens of each of ``count`` articles.
 
     Args:

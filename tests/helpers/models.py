@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 
 # What this transformers calls a KV cache among the arguments, and in the outputs.
 CACHE = cache_keyword(LlamaForCausalLM.forward)

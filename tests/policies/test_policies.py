@@ -11,7 +11,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 import popc
 from popc import policies, sessions
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 from popc.planning.cost import B, T, region_cost
 from tests.helpers.models import tiny_llama
 from tests.helpers.oracle import relative

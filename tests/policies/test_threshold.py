@@ -13,7 +13,7 @@ from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, Static
 
 import popc
 from popc import policies, sessions
-from popc.models import cache_keyword
+from popc.compat import cache_keyword
 from popc.ops import native
 from popc.policies.allocation import at_shares
 from popc.testing import assert_equivalent

@@ -52,7 +52,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     torch.compiler.reset()
     found = Seen()
     monkeypatch.setattr(
-        compat, "compile_fx", functools.partial(compile_fx, inner_compile=found.inner)
+        compat.codegen, "compile_fx", functools.partial(compile_fx, inner_compile=found.inner)
     )
     yield found
     torch.compiler.reset()

@@ -23,6 +23,7 @@ aten = torch.ops.aten
 
 
 def cat(walk: Propagation, node: fx.Node) -> Labels:
+    """``cat``: the labels of its parts one after the other; empty placeholders are left out."""
     dim = (argument(node, "dim") or 0) % len(shape(node))
     parts: list[Any] = [
         part
@@ -34,6 +35,7 @@ def cat(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def stack(walk: Propagation, node: fx.Node) -> Labels:
+    """``stack``: as ``cat``, along a new dim."""
     dim = (argument(node, "dim") or 0) % len(shape(node))
     parts = list(node.args[0])  # type: ignore[arg-type]
     held = [None if value is None else value.unsqueezed(dim) for value in map(walk.of, parts)]
@@ -147,6 +149,7 @@ def index(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def index_select(walk: Propagation, node: fx.Node) -> Labels:
+    """``index_select``: the picked labels, where the index is a constant."""
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if not value.is_free(dim):
@@ -158,6 +161,7 @@ def index_select(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def gather(walk: Propagation, node: fx.Node) -> Labels:
+    """``gather`` along a dim without labels."""
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if not value.is_free(dim) or not same_rest(node, dim):

@@ -46,12 +46,14 @@ def norm(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def group_norm(walk: Propagation, node: fx.Node) -> Labels:
+    """``group_norm``: all but the batch is mixed."""
     value = only_input(walk, node)
     walk.flow.mix(value, range(1, len(value.dims)), node, mixing(node))
     return value
 
 
 def reduce(walk: Propagation, node: fx.Node) -> Labels:
+    """Sums, means, norms and their like: what they reduce is mixed."""
     value = only_input(walk, node)
     dims = dims_of(node, len(value.dims))
     out = walk.flow.mix(value, dims, node, mixing(node))
@@ -110,11 +112,13 @@ def _scores_pairs(
 
 
 def matmul(walk: Propagation, node: fx.Node) -> Labels:
+    """``matmul``, ``mm``, ``bmm``: a product of two."""
     a, b = node.args[:2]
     return _product(walk, node, a, b)
 
 
 def baddbmm(walk: Propagation, node: fx.Node) -> Labels:
+    """``baddbmm``, ``addmm``: a product to which a third value is added."""
     extra, a, b = node.args[:3]
     return _product(walk, node, a, b, extra)
 
@@ -138,6 +142,7 @@ def linear(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def einsum(walk: Propagation, node: fx.Node) -> Labels:
+    """``einsum`` with its output spelled out: each letter is an axis."""
     equation, operands = node.args[:2]
     spelled = str(equation).replace(" ", "")
     if "->" not in spelled:

@@ -24,20 +24,24 @@ aten = torch.ops.aten
 
 
 def view(walk: Propagation, node: fx.Node) -> Labels:
+    """``view`` and ``reshape``: the factors of the dims, dealt out anew."""
     value = walk.of(node.args[0])
     return None if value is None else value.viewed(shape(node))
 
 
 def reorder(walk: Propagation, node: fx.Node) -> Labels:
+    """``permute``, ``transpose`` and their like."""
     return only_input(walk, node).permuted(order_of(node))
 
 
 def reverse(walk: Propagation, node: fx.Node) -> Labels:
+    """``numpy_T``: the dims in reverse."""
     value = only_input(walk, node)
     return value.permuted(list(reversed(range(len(value.dims)))))
 
 
 def movedim(walk: Propagation, node: fx.Node) -> Labels:
+    """``movedim``."""
     value = only_input(walk, node)
     rank = len(value.dims)
     source, target = dims_of(node, rank, "source"), dims_of(node, rank, "destination")
@@ -48,10 +52,12 @@ def movedim(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def unsqueeze(walk: Propagation, node: fx.Node) -> Labels:
+    """``unsqueeze``: a new dim without labels."""
     return only_input(walk, node).unsqueezed(argument(node, "dim") % len(shape(node)))
 
 
 def squeeze(walk: Propagation, node: fx.Node) -> Labels:
+    """``squeeze``: dims of size 1 fall away."""
     value = only_input(walk, node)
     before = shape(node.args[0])
     for dim in reversed(dims_of(node, len(before))):
@@ -61,6 +67,7 @@ def squeeze(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def expand(walk: Propagation, node: fx.Node) -> Labels:
+    """``expand``: a dim of size 1 without labels takes the new size."""
     value = walk.of(node.args[0])
     if value is None:
         return None
@@ -74,6 +81,7 @@ def expand(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def repeat(walk: Propagation, node: fx.Node) -> Labels:
+    """``repeat``: labels are tiled."""
     value = only_input(walk, node)
     times = argument(node, "repeats")
     for _ in range(len(times) - len(value.dims)):
@@ -87,6 +95,7 @@ def repeat(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def repeat_interleave(walk: Propagation, node: fx.Node) -> Labels:
+    """``repeat_interleave`` by a constant: each label stands several times in a row."""
     value = only_input(walk, node)
     count, dim = argument(node, "repeats"), argument(node, "dim")
     if dim is None:
@@ -115,6 +124,7 @@ def on_dim(change: Callable[[fx.Node, np.ndarray, int], np.ndarray], name: str =
 
 
 def sliced(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
+    """The labels ``[..., n]`` that ``slice`` keeps."""
     bounds = [argument(node, name) for name in ("start", "end", "step")]
     if not all(bound is None or isinstance(bound, int) for bound in bounds):
         raise Mixes("slices channels at a place known only at run time")
@@ -122,6 +132,7 @@ def sliced(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
 
 
 def narrowed(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
+    """The labels ``[..., n]`` that ``narrow`` keeps."""
     start, length = argument(node, "start"), argument(node, "length")
     if not isinstance(start, int) or not isinstance(length, int):
         raise Mixes("slices channels at a place known only at run time")
@@ -130,12 +141,14 @@ def narrowed(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
 
 
 def rolled(node: fx.Node, labels: np.ndarray, at: int) -> np.ndarray:
+    """The labels ``[..., n]`` as ``roll`` turns them."""
     shifts = argument(node, "shifts")
     shift = shifts[at] if isinstance(shifts, list | tuple) else shifts
     return np.roll(labels, shift, axis=-1)
 
 
 def select(walk: Propagation, node: fx.Node) -> Labels:
+    """``select``: one label, its dim dropped."""
     value = only_input(walk, node)
     dim, index = argument(node, "dim") % len(value.dims), argument(node, "index")
     if value.is_free(dim):
@@ -161,6 +174,7 @@ def pieces(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def unbind(walk: Propagation, node: fx.Node) -> Labels:
+    """``unbind``: a value for each place of the dim."""
     value = only_input(walk, node)
     dim = argument(node, "dim") % len(value.dims)
     if value.is_free(dim):
@@ -170,6 +184,7 @@ def unbind(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def unfold(walk: Propagation, node: fx.Node) -> Labels:
+    """``unfold`` along a dim without labels."""
     value = only_input(walk, node)
     dim = argument(node, "dimension") % len(value.dims)
     if not value.is_free(dim):
@@ -179,6 +194,7 @@ def unfold(walk: Propagation, node: fx.Node) -> Labels:
 
 
 def pad(walk: Propagation, node: fx.Node) -> Labels:
+    """``pad``: new labels, of nothing, around those there are."""
     value = only_input(walk, node)
     pads = argument(node, "pad")
     for i in range(len(pads) // 2):

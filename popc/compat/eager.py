@@ -1,0 +1,37 @@
+"""Tensors, modules, ops and nested containers, as eager PyTorch has them.
+
+Seen working on torch 2.11 - 2.13.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils import _pytree as pytree  # torch.utils has no public one
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "COMPILED_CALL",
+    "OpOverload",
+    "grouped_mm",
+    "is_traceable_wrapper_subclass",
+    "pytree",
+    "storage_users",
+    "writes_to",
+]
+
+COMPILED_CALL = "_compiled_call_impl"  # where nn.Module.compile keeps what it made
+OpOverload = torch._ops.OpOverload  # the type of an op in a graph
+grouped_mm = torch._grouped_mm  # what torch.nn.functional.grouped_mm was before torch 2.10
+
+
+def writes_to(tensor: torch.Tensor) -> int | None:
+    """How often ``tensor`` was written to in place; None if that is not counted, as in inference
+    mode. PyTorch's notes on autograd tell of ``_version``, but nothing public gives it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors hold the storage of ``tensor``; private because nothing public tells."""
+    storage = tensor.untyped_storage()
+    # One for the tensor, one for `storage`.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1

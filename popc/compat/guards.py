@@ -1,0 +1,96 @@
+"""What Dynamo guards on and what a frame writes to: where such an object is found.
+
+Seen working on torch 2.11 - 2.13; where a version tells less, more guards are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from typing import Any, Literal, NamedTuple
+
+from torch._guards import ChainedSource, Source
+
+_NUMBER = re.compile(r"___\d+\b")  # of names that Dynamo makes up, for each graph anew
+
+
+class Place(NamedTuple):
+    """Where Dynamo finds an object: ``path`` names all that it is reached through, from what
+    ``root`` tells on: the function given to :func:`compile_alone`, a global, or what a call brings.
+    """
+
+    root: Literal["model", "global", "call"]
+    path: tuple[str, ...]
+
+    def within(self, other: Place) -> bool:
+        """Whether this is, or is reached through, what is at ``other``."""
+        return self.path[: len(other.path)] == other.path
+
+
+def _place(source: Source) -> Place:
+    """Private because a guard and a write tell of a place by ``Source`` alone."""
+    from torch._dynamo.source import GlobalSource, LocalSource
+
+    sources = [source]
+    while isinstance(source, ChainedSource):
+        sources.append(source := source.base)
+    path = tuple(_NUMBER.sub("", _name(each)) for each in reversed(sources))
+    if isinstance(source, GlobalSource):
+        return Place("global", path)
+    # The one variable of the frame that is no argument of it.
+    is_model = isinstance(source, LocalSource) and source.local_name == "popc_forward"
+    return Place("model" if is_model else "call", path)
+
+
+def _name(source: Source) -> str:
+    name: Any = source.name  # a method in earlier versions
+    return name() if callable(name) else name
+
+
+def written_places() -> list[Place] | None:
+    """What the frame that Dynamo compiles now writes to, attributes and globals; None if this torch
+    does not tell. For a backend; private because nothing public tells."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    places = []
+    try:
+        for variable in InstructionTranslator.current_tx().output.side_effects._get_modified_vars():
+            with contextlib.suppress(NotImplementedError):  # of the frame alone, so without a name
+                if variable.source is not None:
+                    places.append(_place(variable.source))
+    except AttributeError:
+        return None
+    return places
+
+
+def guard_place(entry: Any) -> Place:
+    """Where the object is that a guard looks at; ``entry`` is what a ``guard_filter_fn`` is given.
+
+    An entry's own name does not tell a local variable from a key of the same name. What this torch
+    does not tell is taken for the call's: such a guard is kept.
+    """
+    try:
+        return _place(entry.orig_guard.originating_source)
+    except (AttributeError, NotImplementedError):
+        return Place("call", ())
+
+
+def guard_asks(entry: Any) -> str | None:
+    """What makes a guard besides the object it looks at: an attribute, a key, another object.
+
+    It stands in what makes the guard, and nothing public tells. None if that can't be read: two
+    guards may then differ in it.
+    """
+    from torch._dynamo.guards import GuardBuilder
+
+    make = getattr(getattr(entry, "orig_guard", None), "create_fn", None)
+    if entry.guard_type == "TENSOR_MATCH":
+        return ""  # of a tensor, what it is made of is the tensor
+    if make is not None and make is getattr(GuardBuilder, entry.guard_type, None):
+        return ""  # the method itself, which is given the guard alone
+    if not isinstance(make, functools.partial):
+        return None
+    given: dict[Any, Any] = {**dict(enumerate(make.args)), **make.keywords}
+    readable = all(isinstance(v, Source | str | int | type(None)) for v in given.values())
+    return _NUMBER.sub("", repr(given)) if readable else None
