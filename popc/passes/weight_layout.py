@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
@@ -70,7 +69,7 @@ def _propagate_strides(captured: Captured, parameters: Sequence[fx.Node]) -> Non
 
 
 def _lie_alike(before: Any, value: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(value), strict=True)
+    pairs = zip(compat.pytree.tree_leaves(before), compat.pytree.tree_leaves(value), strict=True)
     return all(
         all(map(same_size, one.stride(), other.stride()))
         for one, other in pairs
