@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from itertools import zip_longest
@@ -91,9 +93,13 @@ def no_policy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem
 )
-def test_examples_run_and_print_what_they_say(page: Path, small, no_policy_of_ones_own) -> None:
+def test_examples_run_and_print_what_they_say(
+    page: Path, small, no_policy_of_ones_own, monkeypatch
+) -> None:
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {"__name__": "example"}
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # where Dynamo looks for a class's globals
+    namespace = vars(module)
     for example in examples(page):
         if not example.runs:
             continue

@@ -70,11 +70,11 @@ class Instances:
         samples: bool,
         on_plan: Callable[[Plan], None] | None,
     ) -> None:
-        self._bindings, self._samples, self._on_plan = bindings, samples, on_plan
+        self._bindings, self._on_plan = bindings, on_plan
         owners = [owner for binding in bindings for owner in binding.owners]
         self._weights = sorted({i for owner in owners for i in owner.weights})
-        # One more, as of a single place this would give no tuple; and at each token a loop is slow.
-        self._weights_of = itemgetter(*self._weights, self._weights[0])
+        self._samples = samples and bool(self._weights)
+        self._weights_of = _getter(self._weights)
         self._by_identities: dict[tuple[int, ...], Instance] = {}
         self._last: LastInstance | None = None
         self._changes = weight_watch.changes()
@@ -142,3 +142,11 @@ class Instances:
 
     def _sample(self, args: Sequence[Any]) -> torch.Tensor:
         return weight_watch.sample([args[i] for i in self._weights])
+
+
+def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the values at ``positions``, by itself: at each token a loop is slow."""
+    if not positions:
+        return lambda args: ()
+    # One more, as of a single position this would give no tuple.
+    return itemgetter(*positions, positions[0])
