@@ -17,10 +17,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat, version
 from popc.analysis.capture import Captured, capture_dynamo
+from popc.analysis.findings import Findings, Region
 from popc.analysis.input_groups import InputGroup, find_input_groups
 from popc.analysis.linears import all_linears
 from popc.analysis.mutation import is_written
-from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.plan import Plan, Skipped
 from popc.analysis.propagation import shape
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
@@ -103,9 +104,9 @@ def popc_backend(
         return CompiledGraph(gm, captured, work, example_inputs, config, generate, again, on_plan)
 
     job = _Job(gm, example_inputs, config, measure_only, only, generate, construct)
-    made, plan = job.run()
+    made, found = job.run()
     if on_plan is not None:
-        on_plan(plan)
+        on_plan(found.plan())
     return made
 
 
@@ -124,15 +125,15 @@ class _Job:
     generate: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
     construct: Callable[[Captured, RewritePlan, Config], Compiled]
 
-    def run(self) -> tuple[Compiled, Plan]:
+    def run(self) -> tuple[Compiled, Findings]:
         """What it was compiled to, and what of it is pruned: nothing, if a pass fails.
 
         Passes work on a trace of their own, so the graph that Dynamo gave is as it was then.
         """
-        made, failed, plan = None, None, Plan()
+        made, failed, plan = None, None, Findings()
         try:
             while made is None:
-                plan = Plan()
+                plan = Findings()
                 made = self._attempt(plan)
         except GraphError as error:
             logger.warning("left dense: %s", error)
@@ -144,7 +145,7 @@ class _Job:
             warnings.warn(_FAILED.format(failed), PopcWarning, stacklevel=3)
         return made or self.generate(self.gm, self.example_inputs), plan
 
-    def _attempt(self, plan: Plan) -> Compiled | None:
+    def _attempt(self, plan: Findings) -> Compiled | None:
         """None if weights were laid out otherwise: what was captured is out of date then.
 
         ``plan`` gains what is found, as soon as it is.
@@ -172,7 +173,7 @@ class _Job:
         return self.generate(self.gm, self.example_inputs)
 
     def _unmeasured(self, region: Region, config: Config) -> str | None:
-        if self.only is None or not region.by_units(config) or region.key in self.only:
+        if self.only is None or not config.prunes_units(region) or region.key in self.only:
             return None
         return _UNMEASURED
 
@@ -184,27 +185,28 @@ _FAILED = (
 )
 
 
-def _find(captured: Captured, config: Config, plan: Plan) -> Config:
+def _find(captured: Captured, config: Config, plan: Findings) -> Config:
     """Regions and inputs of the graph, those that ``config`` has pruned: they go to ``plan``.
 
     Returns:
         ``config`` with a sparsity for this graph.
     """
     found = run_pass("find regions", find_regions, captured)
-    plan.extend(found)
-    plan.regions = [_as_known(region, captured) for region in plan.regions]
+    plan.regions = [_as_known(region, captured) for region in found.regions]
+    plan.skipped = found.skipped
     if not captured.runnable:
         reason = "the graph holds values that only its trace had, of a vmap or a loop"
         _leave(plan, lambda _: reason, "vmap")
     else:
         plan.inputs = run_pass("find inputs", find_input_groups, captured, plan.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
-    config = run_pass("resolve budget", resolve, config, sum(sizes.values()), plan)
+    described = run_pass("describe regions", plan.plan)
+    config = run_pass("resolve budget", resolve, config, sum(sizes.values()), described)
     run_pass("choose regions", _choose, plan, config)
     return config
 
 
-def _choose(plan: Plan, config: Config) -> None:
+def _choose(plan: Findings, config: Config) -> None:
     """Leave out of ``plan`` what ``config`` does not prune, or not with a gain."""
     _leave(plan, lambda region: _refused(region, config), "policy")
     _leave(plan, lambda region: _costs_more(region, config), "costs more")
@@ -240,7 +242,7 @@ def _as_known(region: Region, captured: Captured) -> Region:
     return region
 
 
-def _leave(plan: Plan, reason_of: Callable[[Region], str | None], kind: str) -> None:
+def _leave(plan: Findings, reason_of: Callable[[Region], str | None], kind: str) -> None:
     """Take the regions out of the plan for which there is a reason."""
     for region in list(plan.regions):
         reason = reason_of(region)
@@ -250,7 +252,7 @@ def _leave(plan: Plan, reason_of: Callable[[Region], str | None], kind: str) -> 
 
 
 def _refused(region: Region, config: Config) -> str | None:
-    if not region.by_units(config):
+    if not config.prunes_units(region):
         return None
     reason = config.unit_policy(region.kind).refuses(region)
     return None if reason is None else f"{config.policy_of(region.kind)}: {reason}"
@@ -258,13 +260,13 @@ def _refused(region: Region, config: Config) -> str | None:
 
 def _costs_more(region: Region, config: Config) -> str | None:
     """Why the lists of a targeted region are larger than what pruning leaves unread."""
-    if not region.by_units(config) or _active(region, config) == region.units:
+    if not config.prunes_units(region) or _active(region, config) == region.units:
         return None
-    return saves(region, config)
+    return saves(region.record, config)
 
 
 def _laid_out(
-    captured: Captured, plan: Plan, config: Config
+    captured: Captured, plan: Findings, config: Config
 ) -> tuple[list[Region], list[InputGroup]] | None:
     """What to rewrite, its weights laid out by channel; None if that moved some."""
     regions = [r for r in plan.regions if prunable(r, config)]
@@ -304,7 +306,7 @@ def _needs_grad(inputs: Sequence[Any]) -> bool:
 
 def prunable(region: Region, config: Config) -> bool:
     """Whether ``config`` wants the region rewritten; with every unit active it stays dense."""
-    if not region.by_units(config):
+    if not config.prunes_units(region):
         return False
     if region.experts and (
         region.one_pass or config.scope == "sequence" or not all(map(can_flatten, region.linears))

@@ -17,9 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.capture import Captured
+from popc.analysis.findings import Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear, Weight, is_view_of_weight
-from popc.analysis.plan import Region
 from popc.log import logger
 from popc.ops.pages import collapse, page_out
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from popc.analysis.capture import Captured, identity
+from popc.analysis.findings import Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
-from popc.analysis.plan import Region
+from popc.analysis.plan import InputRecord, RegionRecord, with_parameters
 from popc.config import Config
 from popc.policies import Counts, InputPolicy, UnitPolicy
 from popc.policies.allocation import GroupSpec
@@ -31,12 +32,11 @@ class RegionBinding:
 
     @classmethod
     def of(cls, region: Region, captured: Captured) -> RegionBinding:
-        return cls(region, _places(region.consumers, captured))
+        return cls(region, places_of(region.consumers, captured))
 
-    def named(self, args: Sequence[Any]) -> Region:
+    def named(self, args: Sequence[Any]) -> RegionRecord:
         """The region as it is for the parameters among ``args``."""
-        own = _identities(self.region.consumers, self.weights, args)
-        return replace(self.region, key=(own, *self.region.key[1:]))
+        return with_parameters(self.region.record, [identity(args[at]) for at in self.weights])
 
     def state(self, args: Sequence[Any], counts: Counts, policy: UnitPolicy) -> RegionState:
         region = self.region
@@ -72,12 +72,11 @@ class InputGroupBinding:
     ) -> InputGroupBinding:
         """``config``: whose policy prunes the group; None, if nothing does."""
         policy = None if config is None else config.input_policy(group.kind)
-        return cls(group, _places(group.linears, captured), policy)
+        return cls(group, places_of(group.linears, captured), policy)
 
-    def named(self, args: Sequence[Any]) -> InputGroup:
+    def named(self, args: Sequence[Any]) -> InputRecord:
         """The group as it is for the parameters among ``args``."""
-        own = _identities(self.group.linears, self.weights, args)
-        return replace(self.group, key=(own, *self.group.key[1:]))
+        return with_parameters(self.group.record, [identity(args[at]) for at in self.weights])
 
     def state(self, args: Sequence[Any]) -> InputGroupState:
         group = self.group
@@ -93,19 +92,11 @@ class InputGroupBinding:
         return self.policy.scale(torch.stack(squares).sum(0).sqrt().float())
 
 
-def _places(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
+def places_of(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
     """At which of the graph's inputs the weights of ``linears`` are."""
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     place = {node: i for i, node in enumerate(placeholders)}
     return tuple(place[linear.weight.parameter] for linear in linears)
-
-
-def _identities(
-    linears: Sequence[Linear], places: Sequence[int], args: Sequence[Any]
-) -> tuple[Any, ...]:
-    """Those of the weights, for the parameters among ``args``."""
-    pairs = zip(linears, places, strict=True)
-    return tuple((identity(args[at]), *linear.weight.identity[1:]) for linear, at in pairs)
 
 
 def held(

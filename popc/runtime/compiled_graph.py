@@ -16,10 +16,11 @@ from torch import fx
 from torch.utils.weak import WeakIdRef
 
 from popc.analysis.capture import Captured, identity
+from popc.analysis.findings import Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.labels import same_size
 from popc.analysis.mutation import is_written
-from popc.analysis.plan import Plan, Region
+from popc.analysis.plan import Plan
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import rows_of
 from popc.config import Config

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from popc.analysis.plan import Plan, Region
+from popc.analysis.plan import Plan, RegionRecord
 from popc.config import Config
 from popc.testing.products import Observer, Watched
 
@@ -44,7 +44,7 @@ class _Given(Watched):
     def __init__(
         self,
         model: nn.Module,
-        regions: Sequence[Region],
+        regions: Sequence[RegionRecord],
         plan: Plan,
         partition: Mapping[Hashable, Tensor],
     ) -> None:
@@ -58,7 +58,7 @@ class _Given(Watched):
         return x * (mask if mask.dim() == 1 else _spread(mask, x))
 
 
-def _by_column(active: Tensor, region: Region, x: Tensor) -> Tensor:
+def _by_column(active: Tensor, region: RegionRecord, x: Tensor) -> Tensor:
     """Ones for active units' columns and for columns of no unit, ``[..., K]``."""
     columns = torch.from_numpy(region.columns)
     mask = torch.ones(*active.shape[:-1], x.shape[-1], dtype=x.dtype)
@@ -107,7 +107,9 @@ class MaskedAnywhere(Watched):
         observer: Observer | None = None,
         traced: Plan | None = None,
     ) -> None:
-        regions = [r for r in plan.regions if r.by_units(config) and r.kind in config.target_kinds]
+        regions = [
+            r for r in plan.regions if config.prunes_units(r) and r.kind in config.target_kinds
+        ]
         super().__init__(model, regions, traced or plan, observer)
         self.config, self.measuring = config, True
         self.valid: Tensor | None = None
@@ -160,7 +162,7 @@ class MaskedAnywhere(Watched):
         self.masked += int((mask == 0).sum()) if number == 0 else 0
         return x * mask
 
-    def _of_units(self, region: Region, x: Tensor, norm: Tensor) -> Tensor | None:
+    def _of_units(self, region: RegionRecord, x: Tensor, norm: Tensor) -> Tensor | None:
         """What to multiply x with, ``[..., K]``; None: nothing."""
         key = region.key
         measures = self.measuring and not region.one_pass
@@ -181,7 +183,7 @@ class MaskedAnywhere(Watched):
         self.active[key] = torch.stack(each)
         return _spread(_by_column(self.active[key], region, x), x)
 
-    def _energy(self, region: Region, x: Tensor, measures: bool) -> Tensor:
+    def _energy(self, region: RegionRecord, x: Tensor, measures: bool) -> Tensor:
         """``Σ h²`` over tokens that are no padding, ``[S, U]``."""
         rows = x.detach().double().square()[..., torch.from_numpy(region.columns)].sum(-1)
         of_tokens = self.valid is not None and rows.numel() == self.valid.numel() * region.units
@@ -192,7 +194,9 @@ class MaskedAnywhere(Watched):
         sequences = x.shape[0] if x.dim() == 3 else self.batch
         return rows.reshape(sequences, -1, region.units).sum(1)
 
-    def _of_experts(self, region: Region, x: Tensor, norm: Tensor, expert: Tensor) -> Tensor | None:
+    def _of_experts(
+        self, region: RegionRecord, x: Tensor, norm: Tensor, expert: Tensor
+    ) -> Tensor | None:
         columns = torch.from_numpy(region.columns)
         rows = x.detach().double().reshape(-1, x.shape[-1]).square()[:, columns].sum(-1)
         if self.measuring:
@@ -221,7 +225,7 @@ class MaskedAnywhere(Watched):
         live = max(active, round((1 - r + gamma / 2) * units), round(gamma * units))
         return retained, min(units, live), active
 
-    def _ranked(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
+    def _ranked(self, region: RegionRecord, s: int, total: Tensor, norm: Tensor) -> Tensor:
         importance = (total.sqrt() * norm).nan_to_num(nan=0.0)
         if region.key in self.living:
             importance = importance.masked_fill(~self.living[region.key][s], -1)
@@ -231,12 +235,14 @@ class MaskedAnywhere(Watched):
             self._note(ranked, cut)
         return order
 
-    def _live(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
+    def _live(self, region: RegionRecord, s: int, total: Tensor, norm: Tensor) -> Tensor:
         _, live, _ = self._cuts(region.units)
         order = self._ranked(region, s, total, norm)
         return torch.zeros(region.units, dtype=torch.bool).scatter(0, order[:live], True)
 
-    def _choose(self, region: Region, s: int, total: Tensor, now: Tensor, norm: Tensor) -> Tensor:
+    def _choose(
+        self, region: RegionRecord, s: int, total: Tensor, now: Tensor, norm: Tensor
+    ) -> Tensor:
         """Bool ``[U]``."""
         retained, live, active = self._cuts(region.units)
         if region.one_pass:
