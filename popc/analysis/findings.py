@@ -1,6 +1,7 @@
 """What the analysis finds within a graph, tied to its nodes: passes rewrite the graph by it.
 
-What is to outlive the graph is data: ``record`` of each, and :class:`popc.Plan` of all.
+What is to outlive the graph is data: the ``record`` of each (``popc.Region`` is a region's), and
+the :class:`popc.Plan` of all.
 """
 
 from __future__ import annotations

@@ -217,9 +217,8 @@ class _Analysis:
                 pruned.update(producer.linear.node for producer in region.producers)
         found.regions = self._with_bodies(found.regions, groups)
         found.regions.sort(key=lambda region: self.order[region.consumers[0].node])
-        for side in self.producers:
-            if side.linear.node not in pruned:
-                found.skipped.append(self._refusal(side))
+        left = [side for side in self.producers if side.linear.node not in pruned]
+        found.skipped += map(self._refusal, left)
         found.skipped += [refusal(node, kind) for node, kind in self.wrapped.items()]
         return found
 
@@ -341,29 +340,28 @@ class _Analysis:
 
         event = first([*spoiled, *mixes], side.labels, None)
         event = event or first([*spoiled, *mixes], own, self.classes)
-        name, at = where(side.linear.node), source_of(side.linear.node)
-        linear = record_of(side.linear)
+        linear, at = record_of(side.linear), source_of(side.linear.node)
         if event is not None:
             why = event.reason
             if event in mixes:
                 why += ", so all its channels are one unit"
             op = str(getattr(event.node, "target", event.node))
-            return Skipped(name, why, op, source_of(event.node) or at, event.kind, linear)
+            return Skipped(linear.name, why, op, source_of(event.node) or at, event.kind, linear)
         if units == 1:
             why = "a single unit: there is nothing to choose from"
-            return Skipped(name, why, "", at, "single unit", linear)
+            return Skipped(linear.name, why, "", at, "single unit", linear)
         member = np.zeros(len(self.classes), dtype=bool)
         member[own] = True
         consumers = [c for c in self.consumers if self._touches(c, member)]
         if not consumers:
             why = "no linear contracts the channels"
-            return Skipped(name, why, "", at, "no consumer", linear)
+            return Skipped(linear.name, why, "", at, "no consumer", linear)
         if _consumers_differ(consumers):
             why = "different values of the channels are contracted, so no single score ranks them"
             op = str(consumers[1].linear.node.target)
-            return Skipped(name, why, op, at, "different values", linear)
+            return Skipped(linear.name, why, op, at, "different values", linear)
         why = "its units have different numbers of channels"
-        return Skipped(name, why, "", at, "uneven units", linear)
+        return Skipped(linear.name, why, "", at, "uneven units", linear)
 
 
 def _is_mutable(node: fx.Node) -> bool:

@@ -89,7 +89,7 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
             q, *operands = node.args[:3]
             for operand in operands:
                 yield shape(q)[:-2], shape(operand)[:-2], shape(operand)[-1], operand
-        elif node.target in _PRODUCTS and "..." not in str(node.args[0]):
+        elif _is_product(node):
             a, b, left, right, out = _operands(node)
             sizes = dict(zip(right, shape(b), strict=True))
             both = set(left) & set(right) & set(out)
@@ -102,6 +102,17 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
                 yield lead, [sizes[letter] for letter in both], int(width), b
         if node.target in _PRODUCTS or not weights.isdisjoint(node.all_input_nodes):
             weights.add(node)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies two values, in a form that :func:`_operands` reads."""
+    if node.target is aten.einsum.default:
+        equation, operands = str(node.args[0]), node.args[1]
+        return len(operands) == 2 and "..." not in equation and "->" in equation  # type: ignore[arg-type]
+    if node.target not in _PRODUCTS:
+        return False
+    a, b = node.args[1:3] if node.target is aten.baddbmm.default else node.args[:2]
+    return min(len(shape(a)), len(shape(b))) >= 2
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, str, str, str]:

@@ -109,7 +109,11 @@ class UnitPolicy(Policy, ABC):
         return h
 
     def values(self, emit: Any, h: Any, region: Region) -> tuple[Any, ...]:
-        """``parts`` nodes to measure, for policies that need more than one, or other than h."""
+        """``parts`` nodes to measure, for policies that need more than one, or other than h.
+
+        Args:
+            region: the :class:`popc.analysis.findings.Region`, with the nodes of its graph.
+        """
         return (self.measured(emit, h),)
 
     def scale(self, norm: Tensor, *squares: Tensor) -> Tensor:

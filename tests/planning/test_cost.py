@@ -75,6 +75,23 @@ def test_attention_flops_are_the_counted_ones(name: str) -> None:
     assert dense.at(B=2, T=6, S=6).flops == counted(module, x)
 
 
+def test_an_einsum_that_only_lays_out_is_no_product() -> None:
+    class Laid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+            weights = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)
+            y = torch.einsum("bhqd->bqhd", torch.einsum("bhqk,bhkd->bhqd", weights, v))
+            return self.o(y.reshape(x.shape))
+
+    module, x = Laid(), torch.randn(2, 6, D)
+    dense = cost.region_cost(region_of(module, x)).dense
+    assert dense.at(B=2, T=6, S=6).flops == counted(module, x)
+
+
 def test_llama_flops_are_the_counted_ones() -> None:
     """All linears but the last are in a region; attention's products are counted too."""
     model, ids = tiny_llama(), torch.randint(1, 90, (2, 9))
