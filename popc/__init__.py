@@ -5,7 +5,8 @@ The method is POP (arXiv 2602.06822), as a pass over torch.compile's graphs.
 
 from __future__ import annotations
 
-from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.plan import Plan, Skipped
+from popc.analysis.plan import RegionRecord as Region
 from popc.api import analyze, compile
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError, PopcWarning

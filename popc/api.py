@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx
 
 from popc import compat
-from popc.analysis.capture import Captured, capture_dynamo, capture_module
+from popc.analysis.capture import Captured, capture_dynamo, capture_module, identity
+from popc.analysis.findings import Findings
 from popc.analysis.input_groups import find_input_groups
-from popc.analysis.plan import Plan
+from popc.analysis.plan import Plan, Record, with_parameters
 from popc.analysis.regions import find_regions
 from popc.compiled_model import Compiled, dense
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
-from popc.passes.region_binding import InputGroupBinding, RegionBinding
+from popc.passes.region_binding import input_positions
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -97,7 +98,7 @@ def analyze(
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
-        return _found(capture_module(model.module(), args, kwargs))
+        return _found(capture_module(model.module(), args, kwargs)).plan()
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.analyze takes an nn.Module or a graph, not {type(model).__name__}")
     if not args and not kwargs and hasattr(model, "dummy_inputs"):
@@ -105,14 +106,22 @@ def analyze(
     model = dense(model)
     with torch.no_grad():
         if isinstance(model, fx.GraphModule):
-            return _found(capture_module(model, args, kwargs))
+            return _found(capture_module(model, args, kwargs)).plan()
         return _analyze_traced(model, args, kwargs or {})
 
 
-def _found(captured: Captured) -> Plan:
-    plan = find_regions(captured)
-    plan.inputs = find_input_groups(captured, plan.regions)
-    return plan
+def _found(captured: Captured) -> Findings:
+    found = find_regions(captured)
+    found.inputs = find_input_groups(captured, found.regions)
+    return found
+
+
+def _named(
+    records: Sequence[Record], places: Sequence[Sequence[int]], args: Sequence[Any]
+) -> Iterator[Record]:
+    """The records as they are for the parameters among ``args``, at ``places``."""
+    for record, own in zip(records, places, strict=True):
+        yield with_parameters(record, [identity(args[at]) for at in own])
 
 
 def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
@@ -125,15 +134,20 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
             plan.extend(Plan(breaks=[str(error)]))
             return gm.forward
         found = _found(captured)
-        plan.extend(found)
-        templates = [RegionBinding.of(region, captured) for region in found.regions]
-        inputs = [InputGroupBinding.of(group, captured) for group in found.inputs]
+        first = found.plan()
+        plan.extend(first)
+        # ``run`` lives as long as Dynamo's caches do: the graph is not to.
+        regions = [input_positions(region.consumers, captured) for region in found.regions]
+        inputs = [input_positions(group.linears, captured) for group in found.inputs]
 
         def run(*args: Any) -> Any:
             # One graph may serve several layers.
-            named = [template.named(args) for template in templates]
-            groups = [template.named(args) for template in inputs]
-            plan.extend(Plan(regions=named, inputs=groups))
+            plan.extend(
+                Plan(
+                    regions=list(_named(first.regions, regions, args)),
+                    inputs=list(_named(first.inputs, inputs, args)),
+                )
+            )
             return gm.forward(*args)
 
         return run

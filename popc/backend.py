@@ -16,6 +16,7 @@ from torch import fx
 
 from popc import compat, version
 from popc.analysis.capture import Captured, capture_dynamo
+from popc.analysis.findings import Findings
 from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan
 from popc.config import Config
@@ -65,22 +66,22 @@ def popc_backend(
     variant = None
     if not measure_only:
         variant = functools.partial(popc_backend, mode=mode, has_calibration=has_calibration)
-    compiled, plan = None, Plan()
+    compiled, findings = None, Findings()
     try:
         # Passes work on a trace of their own, so the graph that Dynamo gave stays as it is.
         captured = run_stage("capture", capture_dynamo, gm, example_inputs)
         log_graph("captured", captured.gm)
-        work = plan_rewrite(captured, plan, config, measure_only=measure_only, only=only)
+        work = plan_rewrite(captured, findings, config, measure_only=measure_only, only=only)
         if captured.runnable:
             compiled = _rewritten(captured, work, example_inputs, codegen, variant, on_plan)
     except GraphError as error:
         logger.warning("left dense: %s", error)
-        plan.leave(str(error), "capture")
+        findings.leave(str(error), "capture")
     except PassError as error:
-        plan.leave(str(error), "failed")
+        findings.leave(str(error), "failed")
         warnings.warn(_FAILED.format(error), PopcWarning, stacklevel=2)
     if on_plan is not None:
-        on_plan(plan)
+        on_plan(findings.plan())
     return compiled or codegen(gm, example_inputs)
 
 

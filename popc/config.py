@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from popc import policies
 from popc.errors import ConfigError
 from popc.policies import Counts, Dense, InputPolicy, Policy, UnitPolicy
 from popc.policies.allocation import LEAST, Budget
+
+if TYPE_CHECKING:
+    from popc.analysis.findings import Region
+    from popc.analysis.plan import RegionRecord
 
 TARGETS = ("mlp", "attention", "experts", "other", "head")
 GUARDS = ("token", "prompt")
@@ -196,6 +200,17 @@ class Config:
     def prunes_inputs(self, kind: str) -> bool:
         """Whether input channels of linears of ``kind`` are pruned."""
         return self.policy_for(kind).prunes_inputs
+
+    def prunes_units(self, region: Region | RegionRecord) -> bool:
+        """Whether units of ``region`` are pruned, not inputs of its linears.
+
+        Inputs can be left out where all tokens meet one weight, and in a decode phase.
+        """
+        return self.policy_for(region.kind).prunes_units(region)
+
+    def scores_gates(self, region: Region | RegionRecord) -> bool:
+        """Whether a decode step chooses channels of ``region`` by its gate, where it has one."""
+        return not region.one_pass and self.unit_policy(region.kind).staged
 
     def policy_for(self, kind: str) -> Policy:
         """The policy for a kind of target."""

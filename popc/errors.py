@@ -26,7 +26,7 @@ class GraphError(PopcError):
 class PassError(PopcError):
     """A pass failed, by a fault of popc's: the backend leaves the graph dense, with a warning.
 
-    Raised by :func:`popc.passes.base.run_pass`, and never to the user. With the environment
+    Raised by :func:`popc.stages.run_stage`, and never to the user. With the environment
     variable ``POPC_RAISE=1`` the fault itself is raised to the user in its place.
     """
 

@@ -19,6 +19,7 @@ from popc.analysis.capture import Captured, capture_dynamo, capture_module
 from popc.analysis.regions import find_regions
 from popc.passes.prune_units import gather_units
 from popc.planning.packing import Slot
+from popc.planning.reads import decode_bytes
 from popc.policies import Counts
 from popc.testing import MLP, Attention, Decoding, Layer, Low, MoE, Prompt, Transformer
 from tests.helpers.checks import checked
@@ -81,12 +82,13 @@ def test_pruned_block_is_masked_dense(front_end: str, case) -> None:
     """From each front end: the oracle's numbers, true fake values, other nodes as they were."""
     spec, module, x, live = case
     captured = captured_by(front_end, module, x)
-    plan = find_regions(captured)
+    found = find_regions(captured)
+    plan = found.plan()
     assert [region.units for region in plan.regions] == spec.units().get("mlp", [])
     if not plan.regions:
         assert plan.skipped
         return
-    (region,) = plan.regions
+    (region,) = found.regions
     rewritten = {p.linear.node.name for p in region.producers}
     rewritten |= {linear.node.name for linear in region.consumers}
     before = {node.name: node.target for node in captured.gm.graph.nodes}
@@ -293,6 +295,7 @@ def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float
     module, x = spec.make(WIDTH).double().eval(), torch.randn(1, 1, WIDTH).double()
     captured = captured_by("symbolic_trace", module, x)
     (region,) = find_regions(captured).regions
+    record = region.record
     config = popc.Config(policy="pop", sparsity=sparsity, candidate=candidate)
     counts = config.counts(region.units)
     packing = gather_units(captured, [Slot(region, counts, rows=True)], "batch")
@@ -313,7 +316,7 @@ def test_bytes_are_those_that_lists_name(spec, sparsity: float, candidate: float
     with torch.no_grad():
         norms = torch.ones(packing.norm_total)
         Reads(captured.gm).run(*inputs, packing.pack([live], [None])[0], norms)
-    assert read == region.decode_bytes(config)
+    assert read == decode_bytes(record, config)
 
 
 @pytest.mark.parametrize("policy", ["pop", "threshold"])

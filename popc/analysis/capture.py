@@ -48,6 +48,7 @@ class Captured:
     what reads it is in the graph as the program has it, not as ATen ops: see :class:`_Program`.
     ``runnable`` is False where the graph can be read but not run: values of the trace are in it.
     ``breaks_off``: the model goes on in another graph, as Dynamo broke this one here.
+    ``number`` is this capture's alone.
     """
 
     gm: fx.GraphModule
@@ -56,6 +57,7 @@ class Captured:
     runnable: bool = True
     wrapped: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     breaks_off: bool = False
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -175,7 +177,7 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def _slim(graph: fx.Graph) -> None:
-    """Hold less of what only a compiler asks for: plans keep their graphs."""
+    """Hold less of what only a compiler asks for: compiled graphs keep what was captured."""
     _intern_traces(graph)
     for node in graph.nodes:
         for key in ("from_node", "tensor_meta", "source_fn_stack", "original_aten", "seq_nr"):

@@ -12,7 +12,7 @@ from popc.analysis.linears import Linear
 from popc.analysis.tokens import VIEWS
 
 if TYPE_CHECKING:
-    from popc.analysis.plan import Region
+    from popc.analysis.findings import Region
 
 aten = torch.ops.aten
 

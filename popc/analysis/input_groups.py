@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
+from popc.analysis.findings import Region, record_of
 from popc.analysis.linears import Linear, all_linears, uses_of_weights
 from popc.analysis.mutation import depends_on
-from popc.analysis.plan import Region
+from popc.analysis.plan import InputRecord
 from popc.analysis.propagation import shape
 from popc.analysis.provenance import common, source_of, where
 
@@ -68,10 +70,11 @@ class InputGroup:
         """Bytes of the linears' weights."""
         return sum(linear.weight.bytes for linear in self.linears)
 
-    @property
-    def parameters(self) -> int:
-        """How many weights the linears have."""
-        return sum(linear.inputs * linear.outputs for linear in self.linears)
+    @cached_property
+    def record(self) -> InputRecord:
+        """The group as plain data."""
+        linears = tuple(map(record_of, self.linears))
+        return InputRecord(self.kind, self.name, linears, self.key, self.source)
 
 
 def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[InputGroup]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,6 +16,35 @@ from popc.analysis.capture import Captured, identity
 from popc.analysis.propagation import argument, is_tensor, shape
 
 aten = torch.ops.aten
+
+
+class Step(NamedTuple):
+    """An op that leads from a parameter to a part of it, as plain data.
+
+    Attributes:
+        op: the op's ``str``.
+        args: what it takes after the tensor; ``kwargs``: likewise, as pairs.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+class Position(NamedTuple):
+    """Where a linear is in its graph.
+
+    Attributes:
+        graph: the number of the captured graph.
+        place: how many linears come before it.
+        use: how many of these have the same weight, and ``uses``: how many linears of the graph do,
+            itself included. Weights are the same if they are the same values in memory.
+    """
+
+    graph: int
+    place: int
+    use: int
+    uses: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +57,8 @@ class Weight:
         parameter: the graph input behind it.
         out_dim: the dim of N, the output channels.
         path: the nodes that lead from ``parameter`` to ``node``.
-        identity: the same for this part of this parameter in every graph.
+        identity: the same for this part of this parameter in every graph: the parameter's number,
+            then the :class:`Step` of each node of ``path``.
     """
 
     node: fx.Node
@@ -55,10 +85,7 @@ class Weight:
 
     def replayed(self, parameter: torch.Tensor) -> torch.Tensor:
         """What ``node`` is for a given tensor in the place of ``parameter``: a view of it."""
-        value: Any = parameter
-        for node in self.path:
-            value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-        return value
+        return replayed(self.identity, parameter)
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,7 @@ class Linear:
         y_dim: the dim of the output channels in ``node``.
         bias: ``[N]``, or None; experts' biases are ops of their own.
         experts: set where W is a stack of experts.
+        position: set by :func:`all_linears`.
     """
 
     node: fx.Node
@@ -93,6 +121,7 @@ class Linear:
     weight: Weight
     bias: fx.Node | None = None
     experts: Experts | None = None
+    position: Position | None = None
 
     @property
     def inputs(self) -> int:
@@ -143,6 +172,7 @@ _TRANSPOSES = (
     aten.mT.default,
     aten.permute.default,
 )
+_BY_NAME = {str(op): op for op in (*_VIEWS, *_TRANSPOSES, aten.to.dtype)}
 
 
 def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
@@ -170,9 +200,42 @@ def uses_of_weights(linears: Iterable[Linear]) -> dict[fx.Node, int]:
 
 
 def all_linears(captured: Captured) -> list[Linear]:
-    """Every linear of a graph, in its order."""
+    """Every linear of a graph, in its order, each with its position."""
     nodes = [node for node in captured.gm.graph.nodes if node.op == "call_function"]
-    return list(filter(None, (as_linear(node, captured) for node in nodes)))
+    linears = list(filter(None, (as_linear(node, captured) for node in nodes)))
+    weights = [_values_of(linear.weight, captured) for linear in linears]
+    uses, before = Counter(weights), Counter[Hashable]()
+    found = []
+    for place, (linear, weight) in enumerate(zip(linears, weights, strict=True)):
+        position = Position(captured.number, place, before[weight], uses[weight])
+        found.append(replace(linear, position=position))
+        before[weight] += 1
+    return found
+
+
+def view_of(tensor: torch.Tensor) -> Hashable:
+    """The same for views of the same values, transposed or not; None where there are no values."""
+    try:
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.data_ptr(), tuple(sorted(pair for pair in sizes if pair[0] > 1))
+    except (RuntimeError, NotImplementedError):  # as in a vmap, which is no product of a weight
+        return None
+
+
+def _values_of(weight: Weight, captured: Captured) -> Hashable:
+    """The same for weights with the same values in memory, be they two parameters."""
+    real = captured.parameters[weight.parameter]
+    if weight.parameter in captured.wrapped or real.device.type == "meta":
+        return weight.identity
+    return view_of(replayed(weight.identity, real.detach())) or weight.identity
+
+
+def replayed(weight: tuple[Any, ...], parameter: torch.Tensor) -> torch.Tensor:
+    """The part of ``parameter`` that a weight of this identity is, with its memory."""
+    value: Any = parameter
+    for step in weight[1:]:
+        value = _BY_NAME[step.op](value, *step.args, **dict(step.kwargs))
+    return value
 
 
 def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:
@@ -280,6 +343,14 @@ def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> We
             return None
         path.insert(0, at)
         (at,) = at.all_input_nodes
-    steps = tuple((str(step.target), str(step.args[1:])) for step in path)
-    key = (identity(captured.parameters[at]), *steps)
+    key = (identity(captured.parameters[at]), *map(_as_step, path))
     return Weight(stored, at, out_dim, tuple(path), key)
+
+
+def _as_step(node: fx.Node) -> Step:
+    kwargs = tuple((name, _as_tuples(value)) for name, value in node.kwargs.items())
+    return Step(str(node.target), _as_tuples(node.args[1:]), kwargs)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value

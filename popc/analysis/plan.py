@@ -1,41 +1,89 @@
-"""What the analysis found: regions to prune, and why everything else was left alone."""
+"""A plan, as plain data: regions to prune, and why everything else was left alone.
+
+Nothing in it leads to a graph or a tensor: it can be kept, copied, pickled and sent.
+"""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from torch import fx
 
-from popc.analysis.gates import Gate, find_gate
-from popc.analysis.linears import Linear
 from popc.config import Config
 
 if TYPE_CHECKING:
-    from popc.analysis.input_groups import InputGroup
+    from rich.table import Table
+
+    from popc.analysis.linears import Position
     from popc.planning.cost import PlanCost
 
 
-@dataclass(frozen=True, eq=False)
-class Producer:
-    """A linear that writes channels of a region.
+@dataclass(frozen=True)
+class LinearRecord:
+    """A linear ``y = x Wᵀ + b``, or one for each expert.
 
-    ``rows`` int64 ``[U, m]``: its output channels that belong to each unit.
+    Attributes:
+        op: the op that it is, as ``"aten.linear.default"``.
+        name: where in the model, for people.
+        inputs, outputs: K and N, numbers of channels.
+        experts: E, how many weights are stacked; 0 for one weight.
+        weight: the weight's identity: see :func:`popc.analysis.linears.replayed`.
+        out_dim: the dim of N in that weight.
+        bytes: of the whole weight, all experts; ``element_bytes`` of one value.
+        bias_bytes: of the bias of one output channel; 0 without.
+        position: where in its graph.
     """
 
-    linear: Linear
-    rows: np.ndarray
+    op: str
+    name: str
+    inputs: int
+    outputs: int
+    experts: int
+    weight: tuple[Any, ...]
+    out_dim: int
+    bytes: int
+    element_bytes: int
+    bias_bytes: int
+    position: Position
+
+    def to_dict(self) -> dict[str, Any]:
+        """For :meth:`Plan.to_dict`."""
+        names = ("op", "name", "inputs", "outputs", "experts")
+        return {name: getattr(self, name) for name in names} | {"weight_bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class ProducerRecord:
+    """A linear that writes channels of a region.
+
+    Attributes:
+        channels: how many of its output channels belong to each unit.
+        context: it reads not h's tokens, but those that a cross-attention attends to.
+    """
+
+    linear: LinearRecord
+    channels: int
+    context: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """The products ``q kᵀ`` and ``softmax(·) v`` of a region, all heads.
+
+    Attributes:
+        channels: of all heads of both products: a pair of a query and a key takes as many
+            multiplications.
+        context_bytes: bytes of keys and values for each token of a sequence.
+    """
+
+    channels: int
+    context_bytes: int | float
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class RegionRecord:
     """Units that live and die together in one place of a model, from birth to contraction.
 
     A *unit* is the least that can be pruned: one channel of an MLP or of each expert, or one KV
@@ -45,48 +93,43 @@ class Region:
         kind: ``"mlp"``, ``"attention"`` or ``"experts"``.
         name: where in the model, for people; no rule reads it.
         units: U, how many there are.
+        columns: int64 ``[U, m]``, the positions of each unit along the contracted dim of h, which
+            is what the consumers read.
+        rank: the number of h's dims.
         producers: linears that write the units' channels.
-        body: the ops between producers and consumers, in graph order.
-        hidden: h, what the consumers read.
-        columns: int64 ``[U, m]``, the positions of each unit along h's contracted dim.
         consumers: linears that contract h.
         cached: whether the units' keys or values are kept in a cache.
-        key: the same in every graph that this region is part of: the identities of the weights
+        key: the same in every graph that the region is part of: the identities of the weights
             that contract it, which use of them in the graph it is, and its first column.
         source: file and line in the model's code.
         one_pass: whether it surely runs in one forward pass, as in encoders.
+        late: the number of the producer that comes after a gate: of it only the channels are needed
+            that the gate lets through. None without a gate.
+        input_channels: of all values that its linears read, each counted once.
+        experts_met: how many experts each token meets, all where that is not known; 1 without.
+        attention: of an attention's region alone.
     """
 
     kind: str
     name: str
     units: int
-    producers: tuple[Producer, ...]
-    body: tuple[fx.Node, ...]
-    hidden: fx.Node
     columns: np.ndarray
-    consumers: tuple[Linear, ...]
+    rank: int
+    producers: tuple[ProducerRecord, ...]
+    consumers: tuple[LinearRecord, ...]
     cached: bool
     key: tuple[Any, ...]
     source: str = ""
     one_pass: bool = False
+    late: int | None = None
+    input_channels: int = 0
+    experts_met: int = 1
+    attention: AttentionRecord | None = None
 
     @property
     def experts(self) -> int:
         """E, the number of experts whose weights are stacked; 0 in other regions."""
-        held = self.consumers[0].experts
-        return held.count if held is not None else 0
-
-    @property
-    def linears(self) -> list[Linear]:
-        """Those that write its channels, then those that contract them."""
-        return [*(producer.linear for producer in self.producers), *self.consumers]
-
-    def by_units(self, config: Config) -> bool:
-        """Whether ``config`` prunes its units, not its linears' inputs: see :mod:`popc.policies`.
-
-        Inputs can be left out where all tokens meet one weight, and in a decode phase.
-        """
-        return config.policy_for(self.kind).prunes_units(self)
+        return self.consumers[0].experts
 
     @property
     def width(self) -> int:
@@ -100,50 +143,75 @@ class Region:
 
     @property
     def producer_bytes(self) -> int:
-        """Bytes of the weights that compute the region's channels."""
-        total = 0
-        for producer in self.producers:
-            weight = producer.linear.weight
-            total += weight.bytes * producer.rows.size // producer.linear.outputs
-        return total
+        """Bytes of its rows of the producers' weights."""
+        return sum(
+            p.linear.bytes * self.units * p.channels // p.linear.outputs for p in self.producers
+        )
 
     @property
     def consumer_bytes(self) -> int:
-        """Bytes of the weights that read the region's channels."""
-        return sum(c.weight.bytes * self.columns.size // c.inputs for c in self.consumers)
+        """Bytes of its columns of the consumers' weights."""
+        return sum(c.bytes * self.columns.size // c.inputs for c in self.consumers)
+
+    @property
+    def late_bytes(self) -> int:
+        """Bytes of the weight that comes after the gate; 0 without a gate."""
+        return 0 if self.late is None else self.producers[self.late].linear.bytes
 
     @property
     def parameters(self) -> int:
         """How many weights the region has: the rows and columns of its units."""
-        return self.weight_bytes // self.consumers[0].weight.element_bytes
+        return self.weight_bytes // self.consumers[0].element_bytes
 
-    @cached_property
-    def gate(self) -> Gate | None:
-        """Where its channels are a product of which one factor can be computed first."""
-        return find_gate(self)
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`Plan.to_dict`."""
+        names = ("kind", "name", "source", "units", "width", "experts", "one_pass", "cached")
+        return {name: getattr(self, name) for name in (*names, "parameters", "weight_bytes")} | {
+            "producers": [producer.linear.to_dict() for producer in self.producers],
+            "consumers": [linear.to_dict() for linear in self.consumers],
+        }
 
-    def staged(self, config: Config) -> Gate | None:
-        """The gate, if ``config`` has a decode step choose channels by it."""
-        return None if self.one_pass or not config.unit_policy(self.kind).staged else self.gate
 
-    def coarsened(self, columns: np.ndarray) -> Region:
-        """With units that are unions of its own: those of ``columns [U', m']``."""
-        coarse = np.full(self.width, -1)
-        coarse[columns] = np.arange(len(columns))[:, None]
-        order = np.argsort(coarse[self.columns[:, 0]], kind="stable")
-        producers = tuple(
-            Producer(p.linear, p.rows[order].reshape(len(columns), -1)) for p in self.producers
-        )
-        return replace(self, units=len(columns), columns=columns, producers=producers)
+@dataclass(frozen=True, eq=False)
+class InputRecord:
+    """The linears that contract one value.
 
-    def decode_bytes(self, config: Config) -> float:
-        """Weight bytes that one decode step reads: live units' rows, active units' columns, and
-        of what comes after a gate the rows of active units alone."""
-        counts = config.counts(self.units, self.kind)
-        live, active = counts.live / self.units, counts.active / self.units
-        gate = self.staged(config)
-        late = 0 if gate is None else gate.late.weight.bytes
-        return (self.producer_bytes - late) * live + (self.consumer_bytes + late) * active
+    Attributes:
+        kind: ``"mlp"`` or ``"attention"``, after the region that they produce or consume;
+            ``"head"`` where no other linear comes after in the model; else ``"other"``.
+        name: where in the model, for people.
+        linears: those that read the value; each has one weight for all rows.
+        key: the same in every graph that they are part of.
+        source: file and line in the model's code.
+    """
+
+    kind: str
+    name: str
+    linears: tuple[LinearRecord, ...]
+    key: tuple[Any, ...]
+    source: str = ""
+
+    @property
+    def width(self) -> int:
+        """K, how many channels the value has."""
+        return self.linears[0].inputs
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the linears' weights."""
+        return sum(linear.bytes for linear in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the linears have."""
+        return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`Plan.to_dict`."""
+        names = ("kind", "name", "source", "width", "parameters", "weight_bytes")
+        return {name: getattr(self, name) for name in names} | {
+            "linears": [linear.to_dict() for linear in self.linears]
+        }
 
 
 @dataclass(frozen=True)
@@ -162,13 +230,37 @@ class Skipped:
     op: str = ""
     source: str = ""
     kind: str = ""
-    linear: Linear | None = field(default=None, compare=False, repr=False)
+    linear: LinearRecord | None = field(default=None, compare=False, repr=False)
     key: Any = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`Plan.to_dict`."""
+        names = ("name", "reason", "kind", "op", "source")
+        size = 0 if self.linear is None else self.linear.bytes
+        return {name: getattr(self, name) for name in names} | {"weight_bytes": size}
+
+
+Record = TypeVar("Record", RegionRecord, InputRecord)
+
+
+def with_parameters(record: Record, parameters: Sequence[int]) -> Record:
+    """``record`` for other parameters, as its graph may serve several layers.
+
+    Args:
+        parameters: their numbers, one for each weight of the key: see
+            :func:`popc.analysis.capture.identity`.
+    """
+    weights, *rest = record.key
+    own = tuple((p, *steps) for p, (_, *steps) in zip(parameters, weights, strict=True))
+    return replace(record, key=(own, *rest))
 
 
 @dataclass
 class Plan:
     """Regions and refusals of one graph, or of all pieces of a model.
+
+    It can be pickled and copied. Keys tell regions apart within one process: in another, and for a
+    copy of the model, the same keys mean nothing.
 
     Attributes:
         regions: what can be pruned, in graph order.
@@ -177,9 +269,9 @@ class Plan:
         breaks: reasons for which the model was traced in more than one piece.
     """
 
-    regions: list[Region] = field(default_factory=list)
+    regions: list[RegionRecord] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    inputs: list[InputGroup] = field(default_factory=list)
+    inputs: list[InputRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
 
     def extend(self, other: Plan) -> None:
@@ -199,30 +291,42 @@ class Plan:
             self.regions = [region for region in self.regions if region.key not in left]
             self.inputs = [group for group in self.inputs if group.key not in left]
 
-    def leave(self, reason: str, kind: str) -> None:
-        """Make refusals of all that it lists as pruned; where that is nothing yet, of the graph."""
-        owners: list[Region | InputGroup] = [*self.regions, *self.inputs]
-        left = [Skipped(o.name, reason, "", o.source, kind, key=o.key) for o in owners]
-        self.skipped += left or [Skipped("the graph", reason, kind=kind)]
-        self.regions, self.inputs = [], []
-
     def count(self, kind: str) -> int:
         """How many regions there are of a kind."""
         return sum(region.kind == kind for region in self.regions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in dicts, lists, texts and numbers, as JSON takes them.
+
+        - ``"regions"``, in graph order: ``kind``, ``name``, ``source``, ``units``, ``width``,
+          ``experts``, ``one_pass``, ``cached``, ``parameters`` and ``weight_bytes`` as in
+          :class:`RegionRecord`; ``producers`` and ``consumers``, its linears.
+        - ``"inputs"``: ``kind``, ``name``, ``source``, ``width``, ``parameters`` and
+          ``weight_bytes`` as in :class:`InputRecord`; ``linears``.
+        - ``"skipped"``: ``name``, ``reason``, ``kind``, ``op`` and ``source`` as in
+          :class:`Skipped`; ``weight_bytes`` of the linear, 0 where none is meant.
+        - ``"breaks"``: texts.
+
+        Each linear has ``op``, ``name``, ``inputs``, ``outputs``, ``experts`` and ``weight_bytes``,
+        of its whole weight: see :class:`LinearRecord`. Keys of regions and of inputs are left out.
+        """
+        return {
+            "regions": [region.to_dict() for region in self.regions],
+            "inputs": [group.to_dict() for group in self.inputs],
+            "skipped": [skip.to_dict() for skip in self.skipped],
+            "breaks": list(self.breaks),
+        }
+
+    # What is made of a plan stands beside it, above this module: these lead there.
 
     def decode_share(self, config: Config) -> float:
         """The share of the pruned linears' weight bytes that a decode step reads.
 
         Of pruned inputs it is what thresholds are set for; tokens read more and less than that.
         """
-        regions = [region for region in self.regions if region.by_units(config)]
-        dense = sum(region.weight_bytes for region in regions)
-        read = sum(r.decode_bytes(config) for r in regions)
-        for group in self.inputs:
-            if config.prunes_inputs(group.kind):
-                dense += group.weight_bytes
-                read += (1 - config.sparsity) * group.weight_bytes
-        return read / dense if dense else 1.0
+        from popc.planning import reads
+
+        return reads.decode_share(self, config)
 
     def read_share(
         self,
@@ -237,27 +341,12 @@ class Plan:
         Args:
             reads: what was counted, as sessions hold it under ``Config(count=True)``: the channels
                 that groups of ``inputs`` read, step by step. Without it, what thresholds are for.
-            pruned: the plan of a twin that has run, without what it found it must leave dense.
+            pruned: the plan of a compiled model that has run, without what it found it must leave
+                dense.
         """
-        within = pruned or self
-        regions = {region.key for region in within.regions if region.by_units(config)}
-        contracted = {group.key for group in within.inputs if config.prunes_inputs(group.kind)}
-        dense = read = 0.0
-        for region in self.regions:
-            if region.experts or region.one_pass:  # whose linears are in none of the inputs
-                dense += region.weight_bytes
-                read += region.weight_bytes
-            if region.key in regions:
-                read += region.decode_bytes(config) - region.weight_bytes
-        for group in self.inputs:
-            if group.kind == "head":
-                continue
-            share = 1.0
-            if group.key in contracted:
-                share = share_read(group, config, reads)
-            dense += group.weight_bytes
-            read += share * group.weight_bytes
-        return read / dense if dense else 1.0
+        from popc.planning.reads import read_share
+
+        return read_share(self, config, reads, pruned)
 
     def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:
         """FLOPs and bytes read in a call, region by region and in all, dense and pruned.
@@ -266,41 +355,17 @@ class Plan:
             B: sequences. T: new tokens of each. S: keys that they attend to, their own included.
             config: the default one if not given; a ``model_sparsity`` in it must be resolved.
         """
-        from popc.planning.cost import plan_cost  # which imports this module
+        from popc.planning.cost import plan_cost
 
         return plan_cost(self, B, T, S, config or Config())
 
     def table(self) -> Table:
         """A rich table: one row for each region, then one for each distinct refusal."""
-        table = Table(title=f"popc: {len(self.regions)} regions, {len(self.skipped)} refusals")
-        for heading in ("kind", "name", "units", "MB", "linears"):
-            table.add_column(heading, justify="right" if heading in ("units", "MB") else "left")
-        for region in self.regions:
-            linears = f"{len(region.producers)} → {len(region.consumers)}"
-            size = f"{region.weight_bytes / 1e6:.1f}"
-            table.add_row(region.kind, region.name, str(region.units), size, linears)
-        seen = Counter((generic(skip.name), skip.reason) for skip in self.skipped)
-        for (name, reason), times in seen.items():
-            table.add_row("skipped", f"{name} (×{times})" if times > 1 else name, "", "", reason)
-        for reason in self.breaks:
-            table.add_row("break", "traced in pieces", "", "", reason)
-        return table
+        from popc.report.plan_table import plan_table
+
+        return plan_table(self)
 
     def __str__(self) -> str:
-        console = Console(width=140, no_color=True)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        from popc.report.plan_table import plan_text
 
-
-def share_read(
-    group: InputGroup, config: Config, reads: Mapping[Any, Sequence[int]] | None = None
-) -> float:
-    """The share of a contracted group's channels that a step reads: see `Plan.read_share`."""
-    steps = (reads or {}).get(group.key)
-    return sum(steps) / len(steps) / group.width if steps else 1 - config.sparsity
-
-
-def generic(name: str) -> str:
-    """``layers.3.mlp`` and ``layers.4.mlp`` alike, so that a table shows a repeated row once."""
-    return re.sub(r"\b\d+\b", "*", name)
+        return plan_text(self)

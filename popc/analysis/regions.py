@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured, may_alias
+from popc.analysis.findings import Findings, Producer, Region, record_of
 from popc.analysis.labels import NONE, Event, LabeledValue, Mixes
-from popc.analysis.linears import Linear, as_linear, uses_of_weights
-from popc.analysis.plan import Plan, Producer, Region, Skipped
+from popc.analysis.linears import Linear, all_linears, uses_of_weights
+from popc.analysis.plan import Skipped
 from popc.analysis.propagation import Propagation, shape
 from popc.analysis.provenance import common, source_of, where
 from popc.analysis.rules.joins import unview
@@ -33,9 +34,9 @@ class _Side:
     labels: np.ndarray
 
 
-def find_regions(captured: Captured) -> Plan:
+def find_regions(captured: Captured) -> Findings:
     """Every prunable region of the graph, and a refusal for each linear that is in none."""
-    return _Analysis(captured).plan()
+    return _Analysis(captured).findings()
 
 
 class _Analysis:
@@ -47,13 +48,13 @@ class _Analysis:
         self.walk = Propagation(captured)
         self.producers: list[_Side] = []
         self.consumers: list[_Side] = []
-        self.linears: list[Linear] = []
+        self.linears = {linear.node: linear for linear in all_linears(captured)}
         self.leaks: list[fx.Node] = []
         self.caches: set[fx.Node] = set()
         self.wrapped = wrapped_linears(captured)
         for node in self.graph.nodes:
             self._visit(node)
-        self.uses = uses_of_weights(self.linears)
+        self.uses = uses_of_weights(self.linears.values())
         self.cached = self._judge_leaks()
         self.classes = self.walk.flow.classes()
 
@@ -66,9 +67,8 @@ class _Analysis:
             return
         if node.op not in ("call_function", "call_method"):
             return
-        linear = as_linear(node, walk.captured)
+        linear = self.linears.get(node)
         if linear is not None:
-            self.linears.append(linear)
             try:
                 walk.carried[node] = self._through(linear)
             except Mixes as mixes:
@@ -199,8 +199,8 @@ class _Analysis:
 
     # --- conclusions ---
 
-    def plan(self) -> Plan:
-        plan = Plan()
+    def findings(self) -> Findings:
+        found = Findings()
         spoiled = self._marked([event.labels for event in self.walk.flow.spoiled])
         attention = self._marked([held.labels for _, held, _ in self.walk.attention])
         cached = self._marked([np.array(sorted(self.cached), dtype=np.int64)])
@@ -212,16 +212,15 @@ class _Analysis:
                 continue
             region = self._region(group, attention, cached)
             if region is not None:
-                plan.regions.append(region)
+                found.regions.append(region)
                 groups.append(group)
                 pruned.update(producer.linear.node for producer in region.producers)
-        plan.regions = self._with_bodies(plan.regions, groups)
-        plan.regions.sort(key=lambda region: self.order[region.consumers[0].node])
-        for side in self.producers:
-            if side.linear.node not in pruned:
-                plan.skipped.append(self._refusal(side))
-        plan.skipped += [refusal(node, kind) for node, kind in self.wrapped.items()]
-        return plan
+        found.regions = self._with_bodies(found.regions, groups)
+        found.regions.sort(key=lambda region: self.order[region.consumers[0].node])
+        left = [side for side in self.producers if side.linear.node not in pruned]
+        found.skipped += map(self._refusal, left)
+        found.skipped += [refusal(node, kind) for node, kind in self.wrapped.items()]
+        return found
 
     def _marked(self, labels: list[np.ndarray]) -> np.ndarray:
         """For each class, whether it is that of one of ``labels``."""
@@ -341,28 +340,28 @@ class _Analysis:
 
         event = first([*spoiled, *mixes], side.labels, None)
         event = event or first([*spoiled, *mixes], own, self.classes)
-        name, at = where(side.linear.node), source_of(side.linear.node)
+        linear, at = record_of(side.linear), source_of(side.linear.node)
         if event is not None:
             why = event.reason
             if event in mixes:
                 why += ", so all its channels are one unit"
             op = str(getattr(event.node, "target", event.node))
-            return Skipped(name, why, op, source_of(event.node) or at, event.kind, side.linear)
+            return Skipped(linear.name, why, op, source_of(event.node) or at, event.kind, linear)
         if units == 1:
             why = "a single unit: there is nothing to choose from"
-            return Skipped(name, why, "", at, "single unit", side.linear)
+            return Skipped(linear.name, why, "", at, "single unit", linear)
         member = np.zeros(len(self.classes), dtype=bool)
         member[own] = True
         consumers = [c for c in self.consumers if self._touches(c, member)]
         if not consumers:
             why = "no linear contracts the channels"
-            return Skipped(name, why, "", at, "no consumer", side.linear)
+            return Skipped(linear.name, why, "", at, "no consumer", linear)
         if _consumers_differ(consumers):
             why = "different values of the channels are contracted, so no single score ranks them"
             op = str(consumers[1].linear.node.target)
-            return Skipped(name, why, op, at, "different values", side.linear)
+            return Skipped(linear.name, why, op, at, "different values", linear)
         why = "its units have different numbers of channels"
-        return Skipped(name, why, "", at, "uneven units", side.linear)
+        return Skipped(linear.name, why, "", at, "uneven units", linear)
 
 
 def _is_mutable(node: fx.Node) -> bool:

@@ -167,7 +167,7 @@ def check_pruned(plan: Plan, config: Config, session: sessions.Session | None) -
         ModelError: a targeted region has no statistics in the session.
     """
     for region in plan.regions:
-        wanted = region.by_units(config) and not region.one_pass
+        wanted = config.prunes_units(region) and not region.one_pass
         if not wanted or config.counts(region.units, region.kind).active == region.units:
             continue
         policy = config.unit_policy(region.kind).name

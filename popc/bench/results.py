@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from popc.analysis.plan import Plan, share_read
+from popc.analysis.plan import Plan
 from popc.bench.machine import Machine, commit, versions
 from popc.bench.rates import Spread
 from popc.bench.settings import Settings
 from popc.config import Config
 from popc.planning.cost import region_cost
+from popc.planning.reads import share_read
 
 SCHEMA = 2
 

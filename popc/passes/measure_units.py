@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from popc.analysis.capture import Captured
-from popc.analysis.plan import Region
+from popc.analysis.findings import Region
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask, rows_of
 from popc.ops import sum_squares

@@ -7,15 +7,16 @@ belongs to a parameter is looked up by each call's own inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from popc.analysis.capture import Captured, identity
+from popc.analysis.findings import Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
-from popc.analysis.plan import Region
+from popc.analysis.plan import InputRecord, RegionRecord, with_parameters
 from popc.policies import Counts, InputPolicy, UnitPolicy
 from popc.policies.allocation import GroupSpec
 from popc.sessions.inputs import InputGroupState
@@ -32,12 +33,11 @@ class RegionBinding:
     @classmethod
     def of(cls, region: Region, captured: Captured) -> RegionBinding:
         """``region`` of the graph ``captured``."""
-        return cls(region, _input_positions(region.consumers, captured))
+        return cls(region, input_positions(region.consumers, captured))
 
-    def named(self, args: Sequence[Any]) -> Region:
+    def named(self, args: Sequence[Any]) -> RegionRecord:
         """The region as it is for the parameters among ``args``."""
-        identities = _identities(self.region.consumers, self.weights, args)
-        return replace(self.region, key=(identities, *self.region.key[1:]))
+        return with_parameters(self.region.record, [identity(args[i]) for i in self.weights])
 
     def state(self, args: Sequence[Any], counts: Counts, policy: UnitPolicy) -> RegionState:
         """What sessions must know of it, norms of the weights among ``args`` included."""
@@ -70,12 +70,11 @@ class InputGroupBinding:
     @classmethod
     def of(cls, group: InputGroup, captured: Captured) -> InputGroupBinding:
         """``group`` of the graph ``captured``."""
-        return cls(group, _input_positions(group.linears, captured))
+        return cls(group, input_positions(group.linears, captured))
 
-    def named(self, args: Sequence[Any]) -> InputGroup:
+    def named(self, args: Sequence[Any]) -> InputRecord:
         """The group as it is for the parameters among ``args``."""
-        identities = _identities(self.group.linears, self.weights, args)
-        return replace(self.group, key=(identities, *self.group.key[1:]))
+        return with_parameters(self.group.record, [identity(args[i]) for i in self.weights])
 
     def state(self, args: Sequence[Any], policy: InputPolicy) -> InputGroupState:
         """What sessions must know of it."""
@@ -90,19 +89,11 @@ class InputGroupBinding:
         return policy.scale(torch.stack(squares).sum(0).sqrt().float())
 
 
-def _input_positions(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
+def input_positions(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
     """At which of the graph's inputs the weights of ``linears`` are."""
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
     position = {node: i for i, node in enumerate(placeholders)}
     return tuple(position[linear.weight.parameter] for linear in linears)
-
-
-def _identities(
-    linears: Sequence[Linear], positions: Sequence[int], args: Sequence[Any]
-) -> tuple[Any, ...]:
-    """Those of the weights, for the parameters among ``args``."""
-    pairs = zip(linears, positions, strict=True)
-    return tuple((identity(args[i]), *linear.weight.identity[1:]) for linear, i in pairs)
 
 
 def weights_of(

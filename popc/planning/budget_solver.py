@@ -7,6 +7,7 @@ from dataclasses import replace
 from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.errors import ConfigError
+from popc.planning.reads import decode_bytes
 
 _STEPS = 30
 _MOST = 0.99  # sparsity
@@ -22,7 +23,7 @@ def resolve(config: Config, parameters: int, plan: Plan) -> Config:
         ConfigError: what is targeted is too little to meet it.
     """
     if config.model_sparsity is not None:
-        prunable = sum(r.parameters for r in plan.regions if r.by_units(config))
+        prunable = sum(r.parameters for r in plan.regions if config.prunes_units(r))
         prunable += sum(g.parameters for g in plan.inputs if config.prunes_inputs(g.kind))
         return config.resolved(parameters, prunable)
     if config.bytes is not None:
@@ -43,8 +44,8 @@ def _with_bytes(config: Config, plan: Plan) -> Config:
         saved = sum(sparsity * g.weight_bytes for g in body if config.prunes_inputs(g.kind))
         at = replace(config, sparsity=sparsity, bytes=None)
         for region in plan.regions:
-            if region.by_units(config):
-                saved += region.weight_bytes - region.decode_bytes(at)
+            if config.prunes_units(region):
+                saved += region.weight_bytes - decode_bytes(region, at)
         return (total - saved) / total
 
     if read(_MOST) > config.bytes:

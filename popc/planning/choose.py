@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Hashable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc.analysis.capture import Captured
+from popc.analysis.findings import Findings, Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
-from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.plan import Skipped
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import rows_of
 from popc.config import Config
@@ -18,42 +19,42 @@ from popc.planning.cost import saves
 UNMEASURED = "its prompt was measured in a graph that splits the model otherwise"
 
 
-def choose(plan: Plan, config: Config, only: Collection[Hashable] | None) -> None:
-    """Leave out of ``plan`` what ``config`` does not prune, or not with a gain.
+def choose(findings: Findings, config: Config, only: Collection[Hashable] | None) -> None:
+    """Leave out of ``findings`` what ``config`` does not prune, or not with a gain.
 
     Args:
         only: keys of the regions that are pruned by units; None: all that ``config`` has.
     """
 
     def unmeasured(region: Region) -> str | None:
-        if only is None or not region.by_units(config) or region.key in only:
+        if only is None or not config.prunes_units(region) or region.key in only:
             return None
         return UNMEASURED
 
-    leave(plan, lambda region: _refused(region, config), "policy")
-    leave(plan, lambda region: _costs_more(region, config), "costs more")
+    leave(findings, lambda region: _refused(region, config), "policy")
+    leave(findings, lambda region: _costs_more(region, config), "costs more")
     by_units = {
         linear.node
-        for region in plan.regions
+        for region in findings.regions
         if prunable(region, config)
         for linear in region.linears
     }
-    plan.inputs = [
+    findings.inputs = [
         group
-        for group in plan.inputs
+        for group in findings.inputs
         # Between two regions, with nothing between them, a linear may be of both kinds.
         if _prunes(group, config) and by_units.isdisjoint(n.node for n in group.linears)
     ]
-    leave(plan, unmeasured, "unmeasured")
+    leave(findings, unmeasured, "unmeasured")
 
 
-def leave(plan: Plan, reason_of: Callable[[Region], str | None], kind: str) -> None:
-    """Take the regions out of the plan for which there is a reason."""
-    for region in list(plan.regions):
+def leave(findings: Findings, reason_of: Callable[[Region], str | None], kind: str) -> None:
+    """Take the regions out of the findings for which there is a reason."""
+    for region in list(findings.regions):
         reason = reason_of(region)
         if reason is not None:
-            plan.regions.remove(region)
-            plan.skipped.append(Skipped(region.name, reason, "", region.source, kind))
+            findings.regions.remove(region)
+            findings.skipped.append(Skipped(region.name, reason, "", region.source, kind))
 
 
 _units = WeakTensorKeyDictionary()
@@ -76,7 +77,7 @@ def with_known_units(region: Region, captured: Captured) -> Region:
 
 def prunable(region: Region, config: Config) -> bool:
     """Whether ``config`` wants the region rewritten; with every unit active it stays dense."""
-    if not region.by_units(config):
+    if not config.prunes_units(region):
         return False
     if region.experts and (
         region.one_pass or config.scope == "sequence" or not all(map(_can_flatten, region.linears))
@@ -99,7 +100,7 @@ def _can_flatten(linear: Linear) -> bool:
 
 
 def _refused(region: Region, config: Config) -> str | None:
-    if not region.by_units(config):
+    if not config.prunes_units(region):
         return None
     reason = config.unit_policy(region.kind).refuses(region)
     return None if reason is None else f"{config.policy_of(region.kind)}: {reason}"
@@ -107,9 +108,9 @@ def _refused(region: Region, config: Config) -> str | None:
 
 def _costs_more(region: Region, config: Config) -> str | None:
     """Why the lists of a targeted region are larger than what pruning leaves unread."""
-    if not region.by_units(config) or _active(region, config) == region.units:
+    if not config.prunes_units(region) or _active(region, config) == region.units:
         return None
-    return saves(region, config)
+    return saves(region.record, config)
 
 
 def _prunes(group: InputGroup, config: Config) -> bool:

@@ -9,27 +9,15 @@ activations, elementwise ops, and a linear's channels that are in no region.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sympy  # type: ignore[import-untyped]
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import fx
 
-from popc.analysis.input_groups import InputGroup
-from popc.analysis.labels import same_size
-from popc.analysis.linears import Linear
-from popc.analysis.plan import Plan, Region
-from popc.analysis.propagation import shape
-from popc.analysis.tokens import VIEWS, rows_of
+from popc.analysis.plan import InputRecord, Plan, RegionRecord
 from popc.config import Config
-from popc.ops import attend
-
-aten = torch.ops.aten
 
 B, T, S = sympy.symbols("B T S", positive=True, integer=True)
 r, gamma = sympy.symbols("r γ", nonnegative=True)
@@ -37,19 +25,6 @@ _NAMED = {"B": B, "T": T, "S": S, "r": r, "gamma": gamma}
 
 ZERO = sympy.S.Zero
 INDEX, NORM = 8, 4  # bytes of an int64 in a list, of a float32 norm
-
-# The last is what a pass makes of the first: a plan is asked for its cost after that too.
-_FUSED = (
-    *(aten.scaled_dot_product_attention.default, torch.ops.higher_order.flex_attention),
-    attend,
-)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-# What lays a value out anew or repeats it: no more than its source is read from the cache.
-_LAYOUTS = (
-    *(*VIEWS, aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten.contiguous.default),
-    *(aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int),
-)
 
 
 class Amount(NamedTuple):
@@ -90,13 +65,13 @@ class RegionCost(NamedTuple):
     pruned: Cost
 
 
-def region_cost(region: Region, config: Config | None = None) -> RegionCost:
+def region_cost(region: RegionRecord, config: Config | None = None) -> RegionCost:
     """The cost of a region: in B, T, S, r and γ, the counts of units unrounded.
 
     With ``config`` r and γ are gone: its rounded counts stand for them, and its scope counts.
     """
     if config is not None and config.prunes_inputs(region.kind):
-        if not region.by_units(config):
+        if not config.prunes_units(region):
             return _inputs_cost_of(region, config)
     units = sympy.Integer(region.units)
     live = units * sympy.Min(1, sympy.Max(1 - r + gamma / 2, gamma))
@@ -104,34 +79,33 @@ def region_cost(region: Region, config: Config | None = None) -> RegionCost:
     if config is not None:
         counts = config.counts(region.units, region.kind)
         live, active = sympy.Integer(counts.live), sympy.Integer(counts.active)
-    gate = region.staged(config) if config is not None else None
-    late = None if gate is None else gate.late
+    late = region.late if config is not None and config.scores_gates(region) else None
     width = region.columns.shape[1]
     if region.one_pass:
         live = units  # this very pass scores: too late to leave rows out
     else:
-        width += sum(p.rows.shape[1] for p in region.producers if p.linear is not late)
+        width += sum(p.channels for i, p in enumerate(region.producers) if i != late)
     dense, pruned = _linears(region, units, units), _linears(region, live, active, late)
     # Each expert has lists of its own, and a mark whether it runs dense.
     lists = _experts(region)[1] * live * (INDEX * width + NORM) + INDEX * region.experts
     own = config is not None and config.scope == "sequence" and not region.experts
     times = B if own else 1  # each sequence reads what its own lists name
     pruned = Cost(pruned.flops, times * pruned.weights, times * lists)
-    attention = _attention(region) if region.kind == "attention" else Cost(ZERO, ZERO)
+    attention = _attention(region)
     return RegionCost(dense + attention, pruned + attention)
 
 
-def _inputs_cost_of(region: Region, config: Config) -> RegionCost:
+def _inputs_cost_of(region: RegionRecord, config: Config) -> RegionCost:
     """Each linear reads 1 - r of its input channels, and a norm for each of them."""
     units = sympy.Integer(region.units)
     dense, share = _linears(region, units, units), 1 - sympy.Float(config.sparsity)
-    norms = NORM * sum({linear.x: linear.inputs for linear in region.linears}.values())
-    pruned = Cost(share * dense.flops, share * dense.weights, sympy.Integer(norms))
-    attention = _attention(region) if region.kind == "attention" else Cost(ZERO, ZERO)
+    norms = sympy.Integer(NORM * region.input_channels)
+    pruned = Cost(share * dense.flops, share * dense.weights, norms)
+    attention = _attention(region)
     return RegionCost(dense + attention, pruned + attention)
 
 
-def inputs_cost(group: InputGroup, config: Config) -> RegionCost:
+def inputs_cost(group: InputRecord, config: Config) -> RegionCost:
     """The cost of linears that share an input, dense and with it pruned, in B and T."""
     flops = 2 * B * T * sympy.Integer(group.parameters)
     dense = Cost(flops, sympy.Integer(group.weight_bytes))
@@ -142,7 +116,7 @@ def inputs_cost(group: InputGroup, config: Config) -> RegionCost:
     return RegionCost(dense, Cost(share * dense.flops, share * dense.weights, norms))
 
 
-def saves(region: Region, config: Config, B: int = 1) -> str | None:
+def saves(region: RegionRecord, config: Config, B: int = 1) -> str | None:
     """None if a pruned decode step of ``B`` sequences reads fewer bytes; else why it does not."""
     dense, pruned = region_cost(region, config)
     lists = Cost(ZERO, pruned.lists).at(B=B, T=1).bytes
@@ -159,111 +133,41 @@ def _size(count: int) -> str:
 
 
 def _linears(
-    region: Region, rows: sympy.Expr, columns: sympy.Expr, late: Linear | None = None
+    region: RegionRecord, rows: sympy.Expr, columns: sympy.Expr, late: int | None = None
 ) -> Cost:
     """Of the linears, where ``rows`` units are produced and ``columns`` units contracted.
 
-    ``late`` comes after a gate, and produces only what is contracted.
+    The producer of the number ``late`` comes after a gate, and produces only what is contracted.
     """
     flops, read = ZERO, ZERO
-    for producer in region.producers:
+    for number, producer in enumerate(region.producers):
         linear = producer.linear
-        channels = (columns if linear is late else rows) * producer.rows.shape[1]
-        bias = 0 if linear.bias is None else linear.bias.meta["val"].element_size()
-        flops += 2 * B * _tokens(linear.x, region) * channels * linear.inputs
-        read += channels * (linear.inputs * linear.weight.element_bytes + bias)
+        channels = (columns if number == late else rows) * producer.channels
+        flops += 2 * B * (S if producer.context else T) * channels * linear.inputs
+        read += channels * (linear.inputs * linear.element_bytes + linear.bias_bytes)
     for linear in region.consumers:
         weights = columns * region.columns.shape[1] * linear.outputs
         flops += 2 * B * T * weights
-        read += weights * linear.weight.element_bytes
+        read += weights * linear.element_bytes
     each, stacks = _experts(region)
     return Cost(each * flops, stacks * read)
 
 
-def _tokens(x: fx.Node, region: Region) -> sympy.Symbol:
-    """S where ``x`` are not h's tokens: those that a cross-attention makes its keys of."""
-    given, own = rows_of(x), rows_of(region.hidden)
-    if region.kind != "attention" or given is None or own is None:
-        return T
-    pairs = zip(shape(given.grid)[1:-1], shape(own.grid)[1:-1], strict=False)
-    return T if all(same_size(a, b) for a, b in pairs) else S
-
-
-def _experts(region: Region) -> tuple[sympy.Expr, sympy.Expr]:
-    """Experts that each token meets (all where that is not known), and weights that are read: at
-    most, since tokens may share an expert. 1 and 1 in other regions."""
+def _experts(region: RegionRecord) -> tuple[sympy.Expr, sympy.Expr]:
+    """Experts that each token meets, and weights that are read: at most, since tokens may share an
+    expert. 1 and 1 in other regions."""
     if not region.experts:
         return sympy.S.One, sympy.S.One
-    each, rows = sympy.Integer(region.experts), rows_of(region.hidden)
-    if rows is not None:
-        hidden, tokens = _product(shape(region.hidden)), _product(shape(rows.grid)[:-1])
-        count = sympy.cancel(hidden / region.width / tokens)
-        each = count if count.is_Integer and count > 0 else each
+    each = sympy.Integer(region.experts_met)
     return each, sympy.Min(region.experts, B * T * each)
 
 
-def _attention(region: Region) -> Cost:
-    """Of ``q kᵀ`` and ``softmax(·) v``, all heads: they see zeros where nothing was computed."""
-    rows = rows_of(region.hidden)
-    batch = _product(shape(rows.grid)[:1]) if rows else sympy.S.One
-
-    def heads(sizes: Sequence[Any]) -> sympy.Expr:
-        count = sympy.cancel(_product(sizes) / batch)
-        return count if count.is_Integer else sympy.Integer(region.units)
-
-    channels, stored = ZERO, {}
-    for lead, own, width, operand in _contractions(region):
-        channels += heads(lead) * width
-        source = operand
-        while source.target in _LAYOUTS:
-            source = source.args[0]  # type: ignore[assignment]
-        times = sympy.cancel(_product(shape(operand)) / _product(shape(source)))
-        kept = heads(own) * width / (times if times.is_Integer else 1)
-        stored[source] = kept * source.meta["val"].element_size()
-    context = B * S * sum(stored.values(), ZERO)
-    return Cost(2 * B * T * S * channels, ZERO, context=context)
-
-
-def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any], int, fx.Node]]:
-    """Products of two activations: sizes of batch and heads in the result and in the second
-    operand; channels of a head; the second operand, which is k or v."""
-    weights: set[fx.Node] = set()  # products, and what is made of them
-    found: list[Any] = [n.args[0] if n.target is operator.getitem else n for n in region.body]
-    for node in dict.fromkeys(found):
-        if node.target in _FUSED:
-            q, *operands = node.args[:3]
-            for operand in operands:
-                yield shape(q)[:-2], shape(operand)[:-2], shape(operand)[-1], operand
-        elif node.target in _PRODUCTS and "..." not in str(node.args[0]):
-            a, b, left, right, out = _operands(node)
-            sizes = dict(zip(right, shape(b), strict=True))
-            both = set(left) & set(right) & set(out)
-            # q kᵀ sums over a head's channels; attention weights times v give them.
-            inner = set(right) & (set(out) - set(left) if a in weights else set(left) - set(out))
-            width = _product([sizes[letter] for letter in inner])
-            if width.is_Integer:
-                result = zip(out, shape(node), strict=True)
-                lead = [size for letter, size in result if letter in both]
-                yield lead, [sizes[letter] for letter in both], int(width), b
-        if node.target in _PRODUCTS or not weights.isdisjoint(node.all_input_nodes):
-            weights.add(node)
-
-
-def _operands(node: fx.Node) -> tuple[Any, Any, str, str, str]:
-    """A product's operands, and the letters of their dims and of the result's, as in einsum."""
-    args: Any = node.args
-    if node.target is aten.einsum.default:
-        left, right, out = args[0].replace(" ", "").replace("->", ",").split(",")
-        return *args[1], left, right, out
-    a, b = args[1:3] if node.target is aten.baddbmm.default else args[:2]
-    lead = "abcdefgh"[: len(shape(node)) - 2]
-    left, right = (lead[len(lead) + 2 - len(shape(x)) :] for x in (a, b))
-    return a, b, left + "mk", right + "kn", lead + "mn"
-
-
-def _product(sizes: Sequence[Any]) -> sympy.Expr:
-    exprs = [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
-    return sympy.prod(map(sympy.sympify, exprs))
+def _attention(region: RegionRecord) -> Cost:
+    """Of ``q kᵀ`` and ``softmax(·) v``, in an attention's region."""
+    if region.attention is None:
+        return Cost(ZERO, ZERO)
+    flops = 2 * B * T * S * region.attention.channels
+    return Cost(flops, ZERO, context=B * S * sympy.sympify(region.attention.context_bytes))
 
 
 class Row(NamedTuple):
@@ -297,7 +201,7 @@ class PlanCost:
 
 
 def plan_cost(plan: Plan, B: int, T: int, S: int, config: Config) -> PlanCost:
-    """See :meth:`popc.analysis.plan.Plan.cost`."""
+    """See :meth:`popc.Plan.cost`."""
     at = {"B": B, "T": T, "S": S}
     rows, both = [], (Cost(ZERO, ZERO), Cost(ZERO, ZERO))
     for region in plan.regions:

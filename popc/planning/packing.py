@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from popc.analysis.findings import Producer, Region
 from popc.analysis.gates import Gate
-from popc.analysis.plan import Producer, Region
 from popc.config import Config
 from popc.policies import Counts
 
@@ -46,7 +46,8 @@ def slot_of(region: Region, config: Config) -> Slot:
     if region.one_pass:
         return Slot(region, Counts(0, region.units, counts.active), rows=False)
     compensates = config.unit_policy(region.kind).compensates
-    return Slot(region, counts, True, region.staged(config), compensates)
+    gate = region.gate if config.scores_gates(region) else None
+    return Slot(region, counts, True, gate, compensates)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from popc.analysis.capture import Captured
+from popc.analysis.findings import Findings, Region
 from popc.analysis.input_groups import InputGroup, find_input_groups
 from popc.analysis.linears import all_linears
-from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.plan import Skipped
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token
 from popc.config import Config
@@ -31,7 +32,7 @@ class RewritePlan:
 
     Attributes:
         config: with a sparsity for this graph.
-        plan: what the graph's part of the model's plan is; passes add refusals to it.
+        findings: what the analysis found and ``config`` prunes; passes add refusals to it.
         owners: regions and input groups that are pruned in this graph or in others.
         measured: regions of which a prompt's statistics are taken here.
         pruned: regions whose units are pruned here.
@@ -40,7 +41,7 @@ class RewritePlan:
     """
 
     config: Config = field(default_factory=Config)
-    plan: Plan = field(default_factory=Plan)
+    findings: Findings = field(default_factory=Findings)
     owners: list[Owner] = field(default_factory=list)
     measured: list[Region] = field(default_factory=list)
     pruned: list[Slot] = field(default_factory=list)
@@ -69,17 +70,17 @@ class RewritePlan:
 
     def refuse(self, owner: Owner, reason: str, kind: str) -> None:
         """Leave ``owner`` dense: it goes from what is to be done and from the plan."""
-        self.plan.skipped.append(Skipped(owner.name, reason, "", owner.source, kind))
+        self.findings.skipped.append(Skipped(owner.name, reason, "", owner.source, kind))
         self.pruned = [slot for slot in self.pruned if slot.region is not owner]
         lists: list[list[Any]] = [self.owners, self.measured, self.measured_inputs]
-        lists += [self.pruned_inputs, self.plan.regions, self.plan.inputs]
+        lists += [self.pruned_inputs, self.findings.regions, self.findings.inputs]
         for owners in lists:
             owners[:] = [other for other in owners if other is not owner]
 
 
 def plan_rewrite(
     captured: Captured,
-    plan: Plan,
+    findings: Findings,
     config: Config,
     *,
     measure_only: bool = False,
@@ -88,40 +89,45 @@ def plan_rewrite(
     """Find what a graph has, choose what ``config`` prunes of it, and say how.
 
     Args:
-        plan: gains what is found, as soon as it is.
+        findings: gains what is found, as soon as it is.
         measure_only, only: see :func:`popc.backend.popc_backend`.
     """
-    plan.extend(run_stage("find regions", find_regions, captured))
-    plan.regions = [with_known_units(region, captured) for region in plan.regions]
+    found = run_stage("find regions", find_regions, captured)
+    findings.regions = [with_known_units(region, captured) for region in found.regions]
+    findings.skipped = found.skipped
     if not captured.runnable:
-        leave(plan, lambda _: _VMAP, "vmap")
+        leave(findings, lambda _: _VMAP, "vmap")
     else:
-        plan.inputs = run_stage("find inputs", find_input_groups, captured, plan.regions)
+        findings.inputs = run_stage("find inputs", find_input_groups, captured, findings.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
+    # Of the graph as it is now: passes change its nodes.
+    plan = run_stage("describe regions", findings.plan)
     config = run_stage("resolve budget", resolve, config, sum(sizes.values()), plan)
-    run_stage("choose regions", choose, plan, config, only)
-    work = run_stage("choose work", _split, captured, plan, config, measure_only)
+    run_stage("choose regions", choose, findings, config, only)
+    work = run_stage("choose work", _split, captured, findings, config, measure_only)
     logger.info(
         "%d regions and %d inputs of linears: %d pruned here, %d measured; %d refusals",
-        len(plan.regions),
-        len(plan.inputs),
+        len(findings.regions),
+        len(findings.inputs),
         len(work.pruned) + len(work.pruned_inputs),
         len(work.measured) + len(work.measured_inputs),
-        len(plan.skipped),
+        len(findings.skipped),
     )
     return work
 
 
-def _split(captured: Captured, plan: Plan, config: Config, measure_only: bool) -> RewritePlan:
+def _split(
+    captured: Captured, findings: Findings, config: Config, measure_only: bool
+) -> RewritePlan:
     """What to measure in a graph, and what to prune."""
-    regions = [region for region in plan.regions if prunable(region, config)]
-    inputs = list(plan.inputs)
+    regions = [region for region in findings.regions if prunable(region, config)]
+    inputs = list(findings.inputs)
     prunes = _runs_on_one_token(captured, regions, inputs)
     slots = [r for r in regions if r.one_pass or (prunes[r] and not measure_only)]
     pruned_inputs = [group for group in inputs if prunes[group] and not measure_only]
     work = RewritePlan(
         config,
-        plan,
+        findings,
         owners=[*regions, *inputs],
         measured=[region for region in regions if region not in slots],
         pruned=[slot_of(region, config) for region in slots],

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from popc.analysis.plan import Region
+    from popc.analysis.findings import Region
+    from popc.analysis.plan import RegionRecord
     from popc.policies.allocation import Allocation, Budget, GroupSpec
 
 # For what only has units: experts, and encoders, whose one pass reads all weights anyway.
@@ -54,7 +55,7 @@ class Policy:
     calibrated = False
     units = UNITS_BY_DEFAULT
 
-    def prunes_units(self, region: Region) -> bool:
+    def prunes_units(self, region: Region | RegionRecord) -> bool:
         """Whether it prunes the units of a region, not the inputs of its linears."""
         return False
 
@@ -81,7 +82,7 @@ class UnitPolicy(Policy, ABC):
     parts = 1
     staged = compensates = False
 
-    def prunes_units(self, region: Region) -> bool:
+    def prunes_units(self, region: Region | RegionRecord) -> bool:
         """Whether units of ``region`` are pruned: of every one."""
         return True
 
@@ -109,7 +110,11 @@ class UnitPolicy(Policy, ABC):
         return h
 
     def values(self, emit: Any, h: Any, region: Region) -> tuple[Any, ...]:
-        """``parts`` nodes to measure, for policies that need more than one, or other than h."""
+        """``parts`` nodes to measure, for policies that need more than one, or other than h.
+
+        Args:
+            region: the :class:`popc.analysis.findings.Region`, with the nodes of its graph.
+        """
         return (self.measured(emit, h),)
 
     def scale(self, norm: Tensor, *squares: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class UnitPolicy(Policy, ABC):
         raise NotImplementedError
 
     def refuses(self, region: Region) -> str | None:
-        """Why it can't prune a :class:`popc.Region`; None if it can."""
+        """Why it can't prune a :class:`popc.analysis.findings.Region`; None if it can."""
         return None
 
 
@@ -139,7 +144,7 @@ class InputPolicy(Policy):
 
     targets = ("mlp", "attention", "experts", "other")
 
-    def prunes_units(self, region: Region) -> bool:
+    def prunes_units(self, region: Region | RegionRecord) -> bool:
         """Whether units of ``region`` are pruned: where inputs can't be."""
         return bool(region.experts) or region.one_pass
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from popc.policies.base import Counts, UnitPolicy, active_units, output_norm
 
 if TYPE_CHECKING:
-    from popc.analysis.plan import Region
+    from popc.analysis.findings import Region
 
 
 class Staged(UnitPolicy):

@@ -10,7 +10,7 @@ from torch import Tensor
 from popc.policies.base import FixedUnits, output_norm
 
 if TYPE_CHECKING:
-    from popc.analysis.plan import Region
+    from popc.analysis.findings import Region
 
 aten = torch.ops.aten
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
-from torch import fx
 
-from popc.analysis.linears import Linear
-from popc.analysis.plan import Plan, Region, Skipped, generic
+from popc.analysis.plan import LinearRecord, Plan, RegionRecord, Skipped
 from popc.api import analyze
 from popc.config import Config
 from popc.planning.budget_solver import resolve
 from popc.planning.cost import region_cost, saves
 from popc.report.html import CSS, Sheet, page
+from popc.report.plan_table import generic
 from popc.report.svg import Box, layers, legend, picture
 
 # What helps against each kind of refusal; {op} is the op that caused it.
@@ -86,13 +85,13 @@ class Read:
     Keys and values are read either way, and not counted. ``note`` says why it is left dense.
     """
 
-    region: Region
+    region: RegionRecord
     dense: int
     pruned: int
     note: str = ""
 
     @classmethod
-    def of(cls, region: Region, config: Config) -> Read:
+    def of(cls, region: RegionRecord, config: Config) -> Read:
         """What one token of batch 1 reads of ``region`` under ``config``."""
         targeted = config.prunes(region.kind)
         note = (saves(region, config) or "") if targeted else "not a target"
@@ -186,9 +185,9 @@ class Explanation:
         return remedy(skipped)
 
     @cached_property
-    def _consumed(self) -> dict[Hashable, Region]:
+    def _consumed(self) -> dict[Any, RegionRecord]:
         """The region whose units the weight contracts."""
-        return {c.weight.identity: r for r in self.plan.regions for c in r.consumers}
+        return {c.weight: r for r in self.plan.regions for c in r.consumers}
 
     def _boxes(self) -> list[Box]:
         """Regions and refused linears, in graph order."""
@@ -203,31 +202,32 @@ class Explanation:
         for skip in self.plan.skipped:
             if skip.linear is None or _weight_of(skip) in self._consumed:
                 continue  # part of a region's box
-            size = skip.linear.weight.bytes
+            size = skip.linear.bytes
             text = f"{skip.name}: {_size(size)}, refused: {skip.reason}"
             boxes.append((order.of(skip.linear), Box("refused", skip.name, size, 0.0, text)))
         return [box for _, box in sorted(boxes, key=lambda placed: placed[0])]
 
 
 class _Order:
-    """Where a linear is in the program: which graph, and where in it."""
+    """Where a linear is in the program: which graph, as they are first met, and where in it."""
 
     def __init__(self) -> None:
-        self.places: dict[fx.Graph, dict[fx.Node, int]] = {}
+        self.graphs: list[int] = []
 
-    def of(self, linear: Linear) -> tuple[int, int]:
-        graph = linear.node.graph
-        places = self.places.setdefault(graph, {n: i for i, n in enumerate(graph.nodes)})
-        return list(self.places).index(graph), places[linear.node]
-
-
-def _weight_of(skipped: Skipped) -> Hashable:
-    return skipped.linear.weight.identity if skipped.linear is not None else None
+    def of(self, linear: LinearRecord) -> tuple[int, int]:
+        graph, place, *_ = linear.position
+        if graph not in self.graphs:
+            self.graphs.append(graph)
+        return self.graphs.index(graph), place
 
 
-def _ops(linears: Sequence[Linear]) -> str:
+def _weight_of(skipped: Skipped) -> Any:
+    return skipped.linear.weight if skipped.linear is not None else None
+
+
+def _ops(linears: Sequence[LinearRecord]) -> str:
     """The ops of linears, as in ``linear ×2``."""
-    counts = Counter(_short(str(linear.node.target)) for linear in linears)
+    counts = Counter(_short(linear.op) for linear in linears)
     return ", ".join(f"{op} ×{times}" if times > 1 else op for op, times in counts.items())
 
 

@@ -12,8 +12,7 @@ import torch
 from torch.utils.weak import WeakIdRef
 
 from popc.analysis.capture import identity
-from popc.analysis.input_groups import InputGroup
-from popc.analysis.plan import Plan, Region
+from popc.analysis.plan import InputRecord, Plan, RegionRecord
 from popc.log import logger
 from popc.passes.base import Binding, State
 from popc.passes.region_binding import RegionBinding
@@ -131,8 +130,8 @@ class Instances:
         )
 
     def _plan(self, args: Sequence[Any]) -> Plan:
-        regions: list[Region] = []
-        inputs: list[InputGroup] = []
+        regions: list[RegionRecord] = []
+        inputs: list[InputRecord] = []
         for owner in (owner for binding in self._bindings for owner in binding.owners):
             if isinstance(owner, RegionBinding):
                 regions.append(owner.named(args))

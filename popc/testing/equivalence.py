@@ -14,13 +14,11 @@ from torch import Tensor, fx, nn
 
 import popc
 from popc import sessions
-from popc.analysis.input_groups import InputGroup
-from popc.analysis.plan import Plan, Region
+from popc.analysis.plan import InputRecord, Plan, RegionRecord
 from popc.compat import pytree
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
 from popc.planning.budget_solver import resolve
-from popc.planning.choose import prunable
 from popc.runtime import interpreter
 from popc.testing.feed import Feed, result
 from popc.testing.oracle import MaskedAnywhere, MaskedInputs, covers
@@ -169,9 +167,7 @@ class _Check:
         """Both oracles, one around the other, and what begins a call of theirs."""
         config = resolve(self.config, self.parameters, plan)
         measured = session.units.regions if session is not None else {}
-        regions = [
-            r for r in plan.regions if r.key in measured or (r.one_pass and prunable(r, config))
-        ]
+        regions = [r for r in plan.regions if r.key in measured or _is_pruned_at_once(r, config)]
         traced, kept = self.traced, Plan(regions=regions)
         units = MaskedAnywhere(self.model, kept, config, observer, traced)
         held = sessions.Session() if session is None else session
@@ -208,7 +204,7 @@ class _Check:
         expected: list[dict[Hashable, Tensor]] = []
         torch.compiler.reset()
         twin: Any = popc.compile(self.model, self.config, codegen="eager")
-        owners: list[Region | InputGroup] = [*self.traced.regions, *self.traced.inputs]
+        owners: list[RegionRecord | InputRecord] = [*self.traced.regions, *self.traced.inputs]
         watcher = _Products(Uses(self.model, owners, self.traced), seen)
         with interpreter.watching(watcher.see):
             self.calls(twin, watcher.begin)
@@ -224,7 +220,7 @@ class _Check:
                 begin(number)
 
             self.calls(self.model, started)
-        by_key: dict[Hashable, Region | InputGroup] = {owner.key: owner for owner in owners}
+        by_key: dict[Hashable, RegionRecord | InputRecord] = {owner.key: owner for owner in owners}
         for number, (ours, theirs) in enumerate(zip(seen, expected, strict=True)):
             for place, out in theirs.items():
                 if place in ours and ours[place].numel() == out.numel():
@@ -262,6 +258,15 @@ class _Products:
             if out.is_floating_point() and not is_view:
                 for owner, number in self.uses.of(weight):
                     self.seen[-1].setdefault((owner.key, number), out.detach().clone())
+
+
+def _is_pruned_at_once(region: RegionRecord, config: Config) -> bool:
+    """Whether an encoder's pass leaves units of the region out, by its own scores."""
+    if not region.one_pass or region.experts or not config.prunes_units(region):
+        return False
+    if config.scope == "sequence" and region.rank != 3:
+        return False  # sequences' rows are one after another
+    return config.counts(region.units, region.kind).active < region.units
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from popc.analysis.plan import Plan, Region
+from popc.analysis.plan import Plan, RegionRecord
 from popc.config import Config
 from popc.policies import Policy, Pop, UnitPolicy
 from popc.testing.products import Observer, Watched
@@ -45,7 +45,7 @@ class _Given(Watched):
     def __init__(
         self,
         model: nn.Module,
-        regions: Sequence[Region],
+        regions: Sequence[RegionRecord],
         plan: Plan,
         partition: Mapping[Hashable, Tensor],
     ) -> None:
@@ -59,7 +59,7 @@ class _Given(Watched):
         return x * (mask if mask.dim() == 1 else _spread(mask, x))
 
 
-def _by_column(active: Tensor, region: Region, x: Tensor) -> Tensor:
+def _by_column(active: Tensor, region: RegionRecord, x: Tensor) -> Tensor:
     """Ones for active units' columns and for columns of no unit, ``[..., K]``."""
     columns = torch.from_numpy(region.columns)
     mask = torch.ones(*active.shape[:-1], x.shape[-1], dtype=x.dtype)
@@ -131,7 +131,9 @@ class MaskedAnywhere(Watched):
         observer: Observer | None = None,
         traced: Plan | None = None,
     ) -> None:
-        regions = [r for r in plan.regions if r.by_units(config) and r.kind in config.target_kinds]
+        regions = [
+            r for r in plan.regions if config.prunes_units(r) and r.kind in config.target_kinds
+        ]
         super().__init__(model, regions, traced or plan, observer)
         self.config, self.measuring = config, True
         self.valid: Tensor | None = None
@@ -184,7 +186,7 @@ class MaskedAnywhere(Watched):
         self.masked += int((mask == 0).sum()) if number == 0 else 0
         return x * mask
 
-    def _of_units(self, region: Region, x: Tensor, norm: Tensor) -> Tensor | None:
+    def _of_units(self, region: RegionRecord, x: Tensor, norm: Tensor) -> Tensor | None:
         """What to multiply x with, ``[..., K]``; None: nothing."""
         key = region.key
         measures = self.measuring and not region.one_pass
@@ -205,17 +207,17 @@ class MaskedAnywhere(Watched):
         self.active[key] = torch.stack(each)
         return _spread(_by_column(self.active[key], region, x), x)
 
-    def _policy(self, region: Region) -> UnitPolicy | None:
+    def _policy(self, region: RegionRecord) -> UnitPolicy | None:
         """The region's policy; None where it is POP."""
         policy = self.config.unit_policy(region.kind)
         return None if type(policy) is Pop else policy
 
-    def _measured(self, region: Region, x: Tensor) -> Tensor:
+    def _measured(self, region: RegionRecord, x: Tensor) -> Tensor:
         """What a prompt measures of h."""
         policy = self._policy(region)
         return x if policy is None else policy.measured(_Eager(), x.detach())
 
-    def _energy(self, region: Region, x: Tensor, measures: bool) -> Tensor:
+    def _energy(self, region: RegionRecord, x: Tensor, measures: bool) -> Tensor:
         """``Σ h²`` over tokens that are no padding, ``[S, U]``."""
         rows = x.detach().double().square()[..., torch.from_numpy(region.columns)].sum(-1)
         of_tokens = self.valid is not None and rows.numel() == self.valid.numel() * region.units
@@ -226,7 +228,9 @@ class MaskedAnywhere(Watched):
         sequences = x.shape[0] if x.dim() == 3 else self.batch
         return rows.reshape(sequences, -1, region.units).sum(1)
 
-    def _of_experts(self, region: Region, x: Tensor, norm: Tensor, expert: Tensor) -> Tensor | None:
+    def _of_experts(
+        self, region: RegionRecord, x: Tensor, norm: Tensor, expert: Tensor
+    ) -> Tensor | None:
         columns = torch.from_numpy(region.columns)
         h = self._measured(region, x) if self.measuring else x
         rows = h.detach().double().reshape(-1, x.shape[-1]).square()[:, columns].sum(-1)
@@ -248,7 +252,7 @@ class MaskedAnywhere(Watched):
             masks.append(active if bool((total > 0).any()) else torch.ones_like(active))
         return _by_column(torch.stack(masks), region, x).view(x.shape)
 
-    def _cuts(self, region: Region) -> tuple[int, int, int]:
+    def _cuts(self, region: RegionRecord) -> tuple[int, int, int]:
         """|R|, |R| + |C| and k, as the paper has them, within what there is."""
         r, gamma, units = self.config.sparsity, self.config.candidate, region.units
         policy = self._policy(region)
@@ -260,7 +264,7 @@ class MaskedAnywhere(Watched):
         live = max(active, round((1 - r + gamma / 2) * units), round(gamma * units))
         return retained, min(units, live), active
 
-    def _ranked(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
+    def _ranked(self, region: RegionRecord, s: int, total: Tensor, norm: Tensor) -> Tensor:
         policy = self._policy(region)
         importance = total.sqrt() * norm if policy is None else policy.importance(total, norm)
         importance = importance.double().nan_to_num(nan=0.0)
@@ -272,12 +276,14 @@ class MaskedAnywhere(Watched):
             self._note(ranked, cut)
         return order
 
-    def _live(self, region: Region, s: int, total: Tensor, norm: Tensor) -> Tensor:
+    def _live(self, region: RegionRecord, s: int, total: Tensor, norm: Tensor) -> Tensor:
         _, live, _ = self._cuts(region)
         order = self._ranked(region, s, total, norm)
         return torch.zeros(region.units, dtype=torch.bool).scatter(0, order[:live], True)
 
-    def _choose(self, region: Region, s: int, total: Tensor, now: Tensor, norm: Tensor) -> Tensor:
+    def _choose(
+        self, region: RegionRecord, s: int, total: Tensor, now: Tensor, norm: Tensor
+    ) -> Tensor:
         """Bool ``[U]``."""
         retained, live, active = self._cuts(region)
         if region.one_pass:

@@ -8,21 +8,20 @@ call. Which number is whose stands in the traced graphs, whose order is that of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from popc import compat
-from popc.analysis.capture import Captured, identity
-from popc.analysis.input_groups import InputGroup
-from popc.analysis.linears import Linear, as_linear
-from popc.analysis.plan import Plan, Region
+from popc.analysis.capture import identity
+from popc.analysis.linears import replayed, view_of
+from popc.analysis.plan import InputRecord, LinearRecord, Plan, RegionRecord
 
-Owner = Region | InputGroup
+Owner = RegionRecord | InputRecord
 Observer = Callable[[Hashable, Tensor], None]
 
 # Where x and W stand among each op's operands, and what these are called.
@@ -37,15 +36,6 @@ PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     F.grouped_mm: ((0, "mat_a"), (1, "mat_b")),
     compat.grouped_mm: ((0, "mat_a"), (1, "mat_b")),
 }
-
-
-def view_of(tensor: Tensor) -> Hashable:
-    """The same for views of the same values, transposed or not; None where there are no values."""
-    try:
-        sizes = zip(tensor.shape, tensor.stride(), strict=True)
-        return tensor.data_ptr(), tuple(sorted(pair for pair in sizes if pair[0] > 1))
-    except (RuntimeError, NotImplementedError):  # as in a vmap, which is no product of a weight
-        return None
 
 
 class Use(NamedTuple):
@@ -78,23 +68,7 @@ class Uses:
         self.owners = {owner.key: owner for owner in owners}
         found: list[Owner] = [*traced.regions, *traced.inputs]
         self.traced = [_Traced(owner) for owner in found]
-        graphs = {part.linear.node.graph for traced in self.traced for part in traced.parts}
-        self.products = {graph: list(self._products(graph)) for graph in graphs}
         self.begin()
-
-    def _products(self, graph: fx.Graph) -> Iterator[Linear]:
-        """Every linear of a graph whose weight is one of an owner's."""
-        held: dict[fx.Node, Tensor] = {
-            part.linear.weight.parameter: self.parameters[part.linear.weight.identity[0]]
-            for traced in self.traced
-            for part in traced.parts
-            if part.linear.node.graph is graph
-        }
-        captured = Captured(fx.GraphModule({}, fx.Graph()), held, None)
-        for node in graph.nodes:
-            linear = as_linear(node, captured) if node.op == "call_function" else None
-            if linear is not None:
-                yield linear
 
     def begin(self) -> None:
         """A new forward call: products are counted anew, of weights as they lie in memory now."""
@@ -102,24 +76,21 @@ class Uses:
         self.by_view = self._by_view()
 
     def _by_view(self) -> dict[Hashable, list[Use]]:
-        order = self._order()
         runs: Counter[Any] = Counter()
         begins: dict[Any, int] = {}
         totals: Counter[Hashable] = Counter()
         places: list[tuple[Hashable, Owner, int, int]] = []
         for traced in self.traced:
             for part in traced.parts:
-                node = part.linear.node
                 view = self._view(part.linear, part.identity)
+                graph, place, before, count = part.linear.position
                 # A graph may serve several layers, one after the other: keys tell them apart.
-                run = runs[type(traced.owner), node]
-                runs[type(traced.owner), node] += 1
-                # Of a graph that was rewritten since, the key alone tells.
-                before, count = order.get(node, (traced.owner.key[1], traced.owner.key[1] + 1))
-                if (view, node.graph, run) not in begins:
-                    begins[view, node.graph, run] = totals[view]
+                run = runs[type(traced.owner), graph, place]
+                runs[type(traced.owner), graph, place] += 1
+                if (view, graph, run) not in begins:
+                    begins[view, graph, run] = totals[view]
                     totals[view] += count
-                at = begins[view, node.graph, run] + before
+                at = begins[view, graph, run] + before
                 places.append((view, traced.owner, part.number, at))
         found: dict[Hashable, list[Use]] = {}
         for view, owner, number, at in places:
@@ -129,17 +100,8 @@ class Uses:
                 found.setdefault(view, []).append(use)
         return found
 
-    def _order(self) -> dict[fx.Node, tuple[int, int]]:
-        """For each product how many with its weight come before it in its graph, and in all."""
-        order = {}
-        for linears in self.products.values():
-            views = [self._view(linear, linear.weight.identity[0]) for linear in linears]
-            for i, linear in enumerate(linears):
-                order[linear.node] = views[:i].count(views[i]), views.count(views[i])
-        return order
-
-    def _view(self, linear: Linear, held: int) -> Hashable:
-        return view_of(linear.weight.replayed(self.parameters[held].detach()))
+    def _view(self, linear: LinearRecord, held: int) -> Hashable:
+        return view_of(replayed(linear.weight, self.parameters[held].detach()))
 
     def watches(self, weight: Tensor) -> bool:
         """Whether products with ``weight`` belong to any owner."""
@@ -157,7 +119,7 @@ class Uses:
 
 class _Part(NamedTuple):
     number: int
-    linear: Linear
+    linear: LinearRecord
     identity: int
 
 
@@ -171,9 +133,9 @@ class _Traced:
         self.parts = [_Part(number, *pair) for number, pair in enumerate(pairs)]
 
 
-def linears_of(owner: Owner) -> Sequence[Linear]:
+def linears_of(owner: Owner) -> Sequence[LinearRecord]:
     """Those that contract a region, or that read an input."""
-    return owner.consumers if isinstance(owner, Region) else owner.linears
+    return owner.consumers if isinstance(owner, RegionRecord) else owner.linears
 
 
 class Watched(TorchFunctionMode):
@@ -256,10 +218,7 @@ class Watched(TorchFunctionMode):
 def _norms(owner: Owner, parameters: Mapping[int, Tensor]) -> Tensor:
     """``‖W[:, c]‖`` over all that contracts, float64 ``[K]``; ``[E, K]`` of experts."""
     squares = [
-        linear.weight.replayed(parameters[held].detach())
-        .double()
-        .square()
-        .sum(linear.weight.out_dim)
+        replayed(linear.weight, parameters[held].detach()).double().square().sum(linear.out_dim)
         for (held, *_), linear in zip(owner.key[0], linears_of(owner), strict=True)
     ]
     return torch.stack(squares).sum(0).sqrt()
