@@ -86,7 +86,7 @@ class Region:
     def record(self) -> RegionRecord:
         """The region as plain data, with all sizes that its costs are made of."""
         producers = tuple(
-            ProducerRecord(record_of(p.linear), p.rows.shape[1], reads_context(p.linear, self))
+            ProducerRecord(record_of(p.linear), p.rows, reads_context(p.linear, self))
             for p in self.producers
         )
         late = None

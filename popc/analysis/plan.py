@@ -54,18 +54,23 @@ class LinearRecord:
         return {name: getattr(self, name) for name in names} | {"weight_bytes": self.bytes}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProducerRecord:
     """A linear that writes channels of a region.
 
     Attributes:
-        channels: how many of its output channels belong to each unit.
+        rows: int64 ``[U, m]``, its output channels that belong to each unit.
         context: it reads not h's tokens, but those that a cross-attention attends to.
     """
 
     linear: LinearRecord
-    channels: int
+    rows: np.ndarray
     context: bool = False
+
+    @property
+    def channels(self) -> int:
+        """m, how many of its output channels belong to each unit."""
+        return int(self.rows.shape[1])
 
 
 @dataclass(frozen=True)
