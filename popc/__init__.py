@@ -6,6 +6,7 @@ The method is POP (arXiv 2602.06822), as a pass over torch.compile's graphs.
 from __future__ import annotations
 
 from popc.analysis.plan import Plan, Region, Skipped
+from popc.analysis.rules.registry import register_rule
 from popc.api import analyze, compile
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError, PopcWarning
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "prefill",
     "register_policy",
+    "register_rule",
 ]
 
 

@@ -312,6 +312,20 @@ def is_trace_only(value: Any) -> bool:
     return isinstance(value, FakeTensor) or wrapped(value)
 
 
+def overloads(op: Any) -> list[OpOverload]:
+    """The overloads of an op, given as one of them, as ``torch.ops.x.y``, or by its definition;
+    none if it is no op.
+
+    Private because what ``torch.library.custom_op`` gives does not show its op.
+    """
+    op = getattr(op, "_opoverload", op)
+    if isinstance(op, OpOverload):
+        return [op]
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return [getattr(op, name) for name in op.overloads()]
+    return []
+
+
 def is_for_dynamo(error: Exception) -> bool:
     """Whether ``error`` is no failure but asks Dynamo to trace anew, or not at all. Private because
     Inductor and Dynamo speak to each other so, through whatever backend is between them."""

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
+from popc.analysis.mutation import may_alias
 from popc.errors import GraphError
 
 aten = torch.ops.aten
@@ -212,9 +213,3 @@ def _drop_inplace(gm: fx.GraphModule) -> None:
             continue
         node.target = overload
     gm.recompile()
-
-
-def may_alias(node: fx.Node) -> bool:
-    """Whether the op's output can share memory with an input, as a view does."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(ret.alias_info is not None for ret in schema.returns)

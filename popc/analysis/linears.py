@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import torch
 from torch import fx
 
 from popc.analysis.capture import Captured, identity
-from popc.analysis.propagation import argument, is_tensor, shape
+from popc.analysis.propagation import argument, is_tensor, order_of, shape
+from popc.analysis.rules.traits import Trait, has
 
 aten = torch.ops.aten
 
@@ -119,26 +119,7 @@ _FORMS: dict[Any, _Form] = {
 }
 
 # Ops that only select or rename a part of a weight: looking through them finds the parameter.
-_VIEWS = (
-    aten.detach.default,
-    aten.alias.default,
-    aten.slice.Tensor,
-    aten.narrow.default,
-    aten.select.int,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.squeeze.dim,
-    operator.getitem,
-)
-_TRANSPOSES = (
-    aten.t.default,
-    aten.transpose.int,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.permute.default,
-)
+_VIEWS = Trait.ALIAS | Trait.PART | Trait.TRANSPOSE
 
 
 def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
@@ -150,7 +131,7 @@ def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
             return linear
     if node.target in grouped_ops():
         return _as_grouped(node, captured)
-    if node.target in (aten.bmm.default, aten.matmul.default):
+    if has(node, Trait.MATMUL):
         return _as_batched(node, captured)
     return None
 
@@ -233,15 +214,9 @@ def _as_batched(node: fx.Node, captured: Captured) -> Linear | None:
 
 def _swaps_last(node: fx.Node) -> bool:
     """Whether ``node`` swaps the last two dims of its input and does nothing else."""
-    if node.target not in _TRANSPOSES:
-        return False
     rank = len(shape(node))
-    if node.target is aten.transpose.int:
-        return {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
-    if node.target is aten.permute.default:
-        order = [d % rank for d in argument(node, "dims")]
-        return order == [*range(rank - 2), rank - 1, rank - 2]
-    return node.target is aten.mT.default or rank == 2
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    return has(node, Trait.TRANSPOSE) and rank >= 2 and order_of(node) == swapped
 
 
 def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -253,9 +228,7 @@ def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 def is_view_of_weight(node: fx.Node) -> bool:
     """Whether ``node`` only selects, renames or picks parts of a weight, as a linear's does."""
-    picks = (aten.index.Tensor, aten.index_select.default)
-    known = (*_VIEWS, *_TRANSPOSES, *picks)
-    return node.target in known or _is_cast_to_itself(node)
+    return has(node, _VIEWS | Trait.INDEX) or _is_cast_to_itself(node)
 
 
 def _is_cast_to_itself(node: fx.Node) -> bool:
@@ -274,7 +247,7 @@ def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> We
     path: list[fx.Node] = []
     at = stored
     while at not in captured.parameters:
-        known = at.target in _VIEWS or at.target in _TRANSPOSES or _is_cast_to_itself(at)
+        known = has(at, _VIEWS) or _is_cast_to_itself(at)
         if at.op != "call_function" or not known or len(at.all_input_nodes) != 1:
             return None
         path.insert(0, at)

@@ -25,9 +25,9 @@ from popc.analysis.labels import same_size
 from popc.analysis.linears import Linear
 from popc.analysis.plan import Plan, Region
 from popc.analysis.propagation import shape
-from popc.analysis.tokens import VIEWS, rows_of
+from popc.analysis.rules.traits import Trait, has
+from popc.analysis.tokens import rows_of
 from popc.config import Config
-from popc.ops import attend
 
 aten = torch.ops.aten
 
@@ -38,18 +38,8 @@ _NAMED = {"B": B, "T": T, "S": S, "r": r, "gamma": gamma}
 ZERO = sympy.S.Zero
 INDEX, NORM = 8, 4  # bytes of an int64 in a list, of a float32 norm
 
-# The last is what a pass makes of the first: a plan is asked for its cost after that too.
-_FUSED = (
-    *(aten.scaled_dot_product_attention.default, torch.ops.higher_order.flex_attention),
-    attend,
-)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 # What lays a value out anew or repeats it: no more than its source is read from the cache.
-_LAYOUTS = (
-    *(*VIEWS, aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten.contiguous.default),
-    *(aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int),
-)
+_LAYOUTS = Trait.RESHAPE | Trait.TRANSPOSE | Trait.AXIS | Trait.COPY | Trait.REPEAT
 
 
 class Amount(NamedTuple):
@@ -214,7 +204,7 @@ def _attention(region: Region) -> Cost:
     for lead, own, width, operand in _contractions(region):
         channels += heads(lead) * width
         source = operand
-        while source.target in _LAYOUTS:
+        while has(source, _LAYOUTS):
             source = source.args[0]  # type: ignore[assignment]
         times = sympy.cancel(_product(shape(operand)) / _product(shape(source)))
         kept = heads(own) * width / (times if times.is_Integer else 1)
@@ -229,11 +219,11 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
     weights: set[fx.Node] = set()  # products, and what is made of them
     found: list[Any] = [n.args[0] if n.target is operator.getitem else n for n in region.body]
     for node in dict.fromkeys(found):
-        if node.target in _FUSED:
+        if has(node, Trait.ATTENTION):
             q, *operands = node.args[:3]
             for operand in operands:
                 yield shape(q)[:-2], shape(operand)[:-2], shape(operand)[-1], operand
-        elif node.target in _PRODUCTS and "..." not in str(node.args[0]):
+        elif has(node, Trait.BATCHED) and "..." not in str(node.args[0]):
             a, b, left, right, out = _operands(node)
             sizes = dict(zip(right, shape(b), strict=True))
             both = set(left) & set(right) & set(out)
@@ -244,7 +234,7 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
                 result = zip(out, shape(node), strict=True)
                 lead = [size for letter, size in result if letter in both]
                 yield lead, [sizes[letter] for letter in both], int(width), b
-        if node.target in _PRODUCTS or not weights.isdisjoint(node.all_input_nodes):
+        if has(node, Trait.BATCHED) or not weights.isdisjoint(node.all_input_nodes):
             weights.add(node)
 
 

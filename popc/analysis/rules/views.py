@@ -23,22 +23,17 @@ from popc.analysis.propagation import (
 aten = torch.ops.aten
 
 
-def view(walk: Propagation, node: fx.Node) -> Labels:
-    value = walk.of(node.args[0])
+def view(propagation: Propagation, node: fx.Node) -> Labels:
+    value = propagation.of(node.args[0])
     return None if value is None else value.viewed(shape(node))
 
 
-def reorder(walk: Propagation, node: fx.Node) -> Labels:
-    return only_input(walk, node).permuted(order_of(node))
+def reorder(propagation: Propagation, node: fx.Node) -> Labels:
+    return only_input(propagation, node).permuted(order_of(node))
 
 
-def reverse(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
-    return value.permuted(list(reversed(range(len(value.dims)))))
-
-
-def movedim(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def movedim(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     rank = len(value.dims)
     source, target = dims_of(node, rank, "source"), dims_of(node, rank, "destination")
     rest = [d for d in range(rank) if d not in source]
@@ -47,12 +42,12 @@ def movedim(walk: Propagation, node: fx.Node) -> Labels:
     return value.permuted(rest)
 
 
-def unsqueeze(walk: Propagation, node: fx.Node) -> Labels:
-    return only_input(walk, node).unsqueezed(argument(node, "dim") % len(shape(node)))
+def unsqueeze(propagation: Propagation, node: fx.Node) -> Labels:
+    return only_input(propagation, node).unsqueezed(argument(node, "dim") % len(shape(node)))
 
 
-def squeeze(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def squeeze(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     before = shape(node.args[0])
     for dim in reversed(dims_of(node, len(before))):
         if same_size(before[dim], 1):
@@ -60,8 +55,8 @@ def squeeze(walk: Propagation, node: fx.Node) -> Labels:
     return value
 
 
-def expand(walk: Propagation, node: fx.Node) -> Labels:
-    value = walk.of(node.args[0])
+def expand(propagation: Propagation, node: fx.Node) -> Labels:
+    value = propagation.of(node.args[0])
     if value is None:
         return None
     sizes = shape(node)
@@ -73,8 +68,8 @@ def expand(walk: Propagation, node: fx.Node) -> Labels:
     return LabeledValue((*map(free, sizes[:lead]), *kept), value.labels)
 
 
-def repeat(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def repeat(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     times = argument(node, "repeats")
     for _ in range(len(times) - len(value.dims)):
         value = value.unsqueezed(0)
@@ -86,8 +81,8 @@ def repeat(walk: Propagation, node: fx.Node) -> Labels:
     return value
 
 
-def repeat_interleave(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def repeat_interleave(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     count, dim = argument(node, "repeats"), argument(node, "dim")
     if dim is None:
         raise Mixes("flattens channels with other axes")
@@ -102,8 +97,8 @@ def repeat_interleave(walk: Propagation, node: fx.Node) -> Labels:
 def on_dim(change: Callable[[fx.Node, np.ndarray, int], np.ndarray], name: str = "dim") -> Rule:
     """A rule for an op that re-arranges positions along dims, one after the other."""
 
-    def rule(walk: Propagation, node: fx.Node) -> Labels:
-        value = only_input(walk, node)
+    def rule(propagation: Propagation, node: fx.Node) -> Labels:
+        value = only_input(propagation, node)
         for at, dim in enumerate(dims_of(node, len(value.dims), name)):
             if not value.is_free(dim):
                 value = value.replaced(dim, change(node, value.along(dim), at))
@@ -129,14 +124,18 @@ def narrowed(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
     return labels[..., start : start + length]
 
 
+def flipped(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
+    return labels[..., ::-1]
+
+
 def rolled(node: fx.Node, labels: np.ndarray, at: int) -> np.ndarray:
     shifts = argument(node, "shifts")
     shift = shifts[at] if isinstance(shifts, list | tuple) else shifts
     return np.roll(labels, shift, axis=-1)
 
 
-def select(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def select(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     dim, index = argument(node, "dim") % len(value.dims), argument(node, "index")
     if value.is_free(dim):
         return value.squeezed(dim)
@@ -145,23 +144,23 @@ def select(walk: Propagation, node: fx.Node) -> Labels:
     return value.replaced(dim, value.along(dim)[..., [index]]).squeezed(dim)
 
 
-def pieces(walk: Propagation, node: fx.Node) -> Labels:
+def pieces(propagation: Propagation, node: fx.Node) -> Labels:
     """split, chunk, tensor_split: the outputs' sizes tell where the cuts are."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim = (argument(node, "dim") or 0) % len(value.dims)
-    outputs, start, pieces = node.meta["val"], 0, []
+    outputs, start, parts = node.meta["val"], 0, []
     for output in outputs:
         size = output.shape[dim]
         if value.is_free(dim):
-            pieces.append(value.resized(dim, size))
+            parts.append(value.resized(dim, size))
             continue
-        pieces.append(value.replaced(dim, value.along(dim)[..., start : start + size]))
+        parts.append(value.replaced(dim, value.along(dim)[..., start : start + size]))
         start += size
-    return pieces  # type: ignore[return-value]
+    return parts  # type: ignore[return-value]
 
 
-def unbind(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def unbind(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     dim = argument(node, "dim") % len(value.dims)
     if value.is_free(dim):
         return [value.squeezed(dim)] * len(node.meta["val"])
@@ -169,8 +168,8 @@ def unbind(walk: Propagation, node: fx.Node) -> Labels:
     return [value.replaced(dim, labels[..., [i]]).squeezed(dim) for i in range(labels.shape[-1])]
 
 
-def unfold(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def unfold(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     dim = argument(node, "dimension") % len(value.dims)
     if not value.is_free(dim):
         raise Mixes("takes windows over the channels")
@@ -178,8 +177,8 @@ def unfold(walk: Propagation, node: fx.Node) -> Labels:
     return value.unsqueezed(len(value.dims), shape(node)[-1])
 
 
-def pad(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
+def pad(propagation: Propagation, node: fx.Node) -> Labels:
+    value = only_input(propagation, node)
     pads = argument(node, "pad")
     for i in range(len(pads) // 2):
         dim, (before, after) = len(value.dims) - 1 - i, pads[2 * i : 2 * i + 2]
