@@ -127,6 +127,12 @@ def baddbmm(propagation: Propagation, node: fx.Node) -> Labels:
     return _product(propagation, node, a, b, extra)
 
 
+def addbmm(propagation: Propagation, node: fx.Node) -> Labels:
+    """Sums over the batch too."""
+    extra, a, b = node.args[:3]
+    return _contract(propagation, node, [(a, "bmk"), (b, "bkn")], "mn", extra)  # type: ignore[list-item, arg-type]
+
+
 def _product(propagation: Propagation, node: fx.Node, a: Any, b: Any, extra: Any = None) -> Labels:
     batch = "abcdefgh"
     rank = max(len(shape(a)), len(shape(b))) - 2

@@ -58,7 +58,7 @@ _STACKS = Trait.PRODUCT | Trait.BATCHED
 # A name ends in "_" where the op works in place; the rule is the same.
 
 # --- elementwise ---
-_line("to.dtype to.device to.dtype_layout _to_copy float", each.same, _CAST)
+_line("to.dtype to.device to.dtype_layout _to_copy", each.same, _CAST)
 _line("to.other type_as", each.first, _CAST)
 _line("contiguous", each.same, Trait.COPY | _ROWWISE)
 _line("clone lift_fresh_copy", each.same, Trait.COPY)
@@ -139,7 +139,7 @@ _line("matmul bmm", mix.matmul, Trait.MATMUL | _STACKS | _ROWWISE)
 _line("mm", mix.matmul, Trait.MATMUL | Trait.PRODUCT | _ROWWISE)
 _line("addmm", mix.baddbmm, Trait.PRODUCT | _ROWWISE)
 _line("baddbmm", mix.baddbmm, _STACKS)
-_line("addbmm", mix.baddbmm, Trait.PRODUCT)
+_line("addbmm", mix.addbmm, Trait.PRODUCT)
 _line("einsum", mix.einsum, _STACKS)
 _line("linear", mix.linear, Trait.LINEAR | _ROWWISE)
 _line(LINEARS, None, Trait.LINEAR | _ROWWISE)  # what passes put in the place of linears
