@@ -127,7 +127,8 @@ class Run:
             count += labels.labels.size
         sizes = [np.prod(out.shape, dtype=int) for out in self.outputs]
         self.reaches = [np.zeros((count, size), dtype=bool) for size in sizes]
-        for _ in range(TRIALS):
+        rare = any(value.dtype is torch.bool for value in self.inputs)
+        for _ in range(6 * TRIALS if rare else TRIALS):
             values = [value.draw(self.random) for value in self.inputs]
             before = self._outputs(self._call(values))
             for channel in range(count):

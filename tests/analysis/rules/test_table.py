@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx
 from torch.nn.attention.flex_attention import create_block_mask
 
 from popc.analysis.labels import Mixes
+from popc.analysis.propagation import order_of
 from popc.analysis.rules.table import RULES
+from popc.analysis.rules.traits import Trait, has
 from tests.helpers.label_truth import Channels, Constant, Opaque, Run
 
 aten = torch.ops.aten
@@ -280,6 +283,74 @@ def test_the_labels_are_what_running_the_op_shows(op: Any, each: Case) -> None:
     run.assert_sound()
     if not each.coarse:
         run.assert_exact()
+
+
+def with_one_input(trait: Trait) -> list[Any]:
+    """Cases of ops of that trait; their first argument has channels."""
+    cases = [param for param in all_cases() if has(param.values[0], trait)]
+    return [
+        p for p in cases if not p.values[1].refused and isinstance(p.values[1].args[0], Channels)
+    ]
+
+
+def applied(op: Any, each: Case) -> tuple[Tensor, list[Tensor], fx.Node]:
+    """An input, the outputs, and a node of the op."""
+    x = each.args[0].draw(torch.Generator().manual_seed(0))
+    given = [x if isinstance(arg, Channels) else arg for arg in each.args]
+    out = op(*given, **each.kwargs)
+    graph = fx.Graph()
+    node = graph.call_function(op, (graph.placeholder("x"), *each.args[1:]), each.kwargs)
+    node.meta["val"] = out
+    return x, list(out) if isinstance(out, list | tuple) else [out], node
+
+
+@pytest.mark.parametrize(("op", "each"), with_one_input(Trait.COPY | Trait.CAST | Trait.DROPOUT))
+def test_copies_and_casts_have_the_values(op: Any, each: Case) -> None:
+    x, (out,), _ = applied(op, each)
+    assert out.shape == x.shape and torch.allclose(out.double(), x, rtol=1e-6)
+    assert not has(op, Trait.COPY) or (out.dtype == x.dtype and torch.equal(out, x))
+
+
+@pytest.mark.parametrize(("op", "each"), with_one_input(Trait.RESHAPE | Trait.AXIS))
+def test_reshapes_have_the_values_in_order(op: Any, each: Case) -> None:
+    x, (out,), _ = applied(op, each)
+    assert torch.equal(out.flatten(), x.flatten())
+    assert not has(op, Trait.AXIS) or [s for s in out.shape if s > 1] == [
+        s for s in x.shape if s > 1
+    ]
+
+
+@pytest.mark.parametrize(("op", "each"), with_one_input(Trait.TRANSPOSE))
+def test_transposes_have_the_order_that_is_told(op: Any, each: Case) -> None:
+    x, (out,), node = applied(op, each)
+    assert torch.equal(out, x.permute(order_of(node)))
+
+
+@pytest.mark.parametrize(("op", "each"), with_one_input(Trait.PART | Trait.ALIAS))
+def test_parts_lie_in_the_first_inputs_memory(op: Any, each: Case) -> None:
+    x, outputs, _ = applied(op, each)
+    assert all(
+        out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for out in outputs
+    )
+    assert not has(op, Trait.EQUAL_PARTS) or len({out.dim() for out in outputs}) == 1
+
+
+ROW_CHOICES: dict[Any, tuple[Any, ...]] = {
+    aten.index.Tensor: ([ROWS],),
+    aten.index_select.default: (1, ROWS),
+    aten.repeat_interleave.self_int: (2, 1),
+    aten.repeat.default: ([2, 1, 1, 1],),
+    aten.unsqueeze.default: (0,),
+    aten.squeeze.dim: (2,),
+}
+
+
+def test_row_choices_of_a_mask_are_the_mask_of_the_chosen_rows() -> None:
+    x = torch.randn(3, 3, 1, 4)
+    rows = torch.arange(9).reshape(3, 3, 1, 1)
+    for op, args in ROW_CHOICES.items():
+        assert torch.equal(op(x, *args), x.flatten(0, -2)[op(rows, *args)[..., 0]]), op
+    assert set(ROW_CHOICES) == {op for op in RULES if has(op, Trait.ROW_CHOICE)}
 
 
 def test_flex_attention() -> None:
