@@ -245,13 +245,13 @@ def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> We
     if swapped:
         out_dim = 2 * rank - 3 - out_dim
     path: list[fx.Node] = []
-    at = stored
-    while at not in captured.parameters:
-        known = has(at, _VIEWS) or _is_cast_to_itself(at)
-        if at.op != "call_function" or not known or len(at.all_input_nodes) != 1:
+    source = stored
+    while source not in captured.parameters:
+        known = has(source, _VIEWS) or _is_cast_to_itself(source)
+        if source.op != "call_function" or not known or len(source.all_input_nodes) != 1:
             return None
-        path.insert(0, at)
-        (at,) = at.all_input_nodes
+        path.insert(0, source)
+        (source,) = source.all_input_nodes
     steps = tuple((str(step.target), str(step.args[1:])) for step in path)
-    key = (identity(captured.parameters[at]), *steps)
-    return Weight(stored, at, out_dim, tuple(path), key)
+    key = (identity(captured.parameters[source]), *steps)
+    return Weight(stored, source, out_dim, tuple(path), key)
