@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from popc.analysis.capture import capture_module
 from popc.analysis.linears import all_linears
+from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token, rows_of
 
 D, HIDDEN = 16, 24
@@ -110,3 +111,32 @@ def test_a_part_of_a_weight_is_found(how: str) -> None:
         return
     (linear,) = linears
     assert torch.equal(linear.weight.replayed(module.weight), module.weight[HIDDEN:])
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "permute": lambda h: h.permute(2, 0, 1),
+    "swapaxes": lambda h: h.swapaxes(0, 2),
+    "squeeze": lambda h: h[:1].squeeze(),
+    "unsqueeze": lambda h: h.unsqueeze(1),
+    "alias": lambda h: torch.ops.aten.alias.default(h),
+}
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_what_is_written_to_a_view_is_in_its_source(how: str) -> None:
+    """Other channels, each to its place, so both linears make the units."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(D, HIDDEN), nn.Linear(D, HIDDEN)
+            self.out = nn.Linear(HIDDEN, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            VIEWS[how](h).mul_(VIEWS[how](self.b(x)))
+            return self.out(h)
+
+    (region,) = find_regions(capture_module(Writes(), (torch.randn(3, 5, D),))).regions
+    assert region.units == HIDDEN and len(region.producers) == 2
+    assert all((p.rows[:, 0] == region.columns[:, 0]).all() for p in region.producers)

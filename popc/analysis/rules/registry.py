@@ -88,7 +88,7 @@ def register_rule(op: Any, rule: str | Rule | None, traits: str | Iterable[str] 
     if not overloads:
         allowed = "an op, as torch.library.custom_op or torch.ops.mylib.name gives it"
         raise ConfigError("op", op, allowed)
-    if any(overload in RULES for overload in overloads):
+    if any(_has_own_rule(overload) for overload in overloads):
         raise ConfigError("op", str(op), "an op that popc has no rule of its own for")
     if rule is None:
         for overload in overloads:
@@ -107,6 +107,10 @@ def register_rule(op: Any, rule: str | Rule | None, traits: str | Iterable[str] 
     for overload in overloads:
         _registered[overload] = _checked(overload, function)
         declare(overload, implied)
+
+
+def _has_own_rule(op: Any) -> bool:
+    return op in RULES or (op.namespace == "aten" and torch.Tag.pointwise in op.tags)
 
 
 def _trait(name: object) -> Trait:

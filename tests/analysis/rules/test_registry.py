@@ -184,6 +184,7 @@ def test_a_rule_that_fails_leaves_the_graph_dense(rule, monkeypatch) -> None:
     [
         (F.silu, "pointwise", (), "op=.*torch.library.custom_op"),
         (torch.ops.aten.softmax, "pointwise", (), "no rule of its own"),
+        (torch.ops.aten.mul.Tensor, "same", (), "no rule of its own"),
         (swiglu, "elementwise", (), "rule='elementwise'.*'pointwise'"),
         (swiglu, 3, (), "rule=3.*a function"),
         (swiglu, "pointwise", ("viewed",), "traits='viewed'.*'rowwise'"),
