@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from popc.analysis.plan import Plan, Skipped
 from popc.analysis.plan import RegionRecord as Region
+from popc.analysis.rules.registry import register_rule
 from popc.api import analyze, compile
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError, PopcError, PopcWarning
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "prefill",
     "register_policy",
+    "register_rule",
 ]
 
 

@@ -139,6 +139,16 @@ CANARIES = [
         canaries.ops_have_schemas,
     ),
     Canary(
+        "torch._ops.OpOverloadPacket",
+        "popc.register_rule does not find the overloads of an op",
+        canaries.ops_have_overloads,
+    ),
+    Canary(
+        "CustomOpDef._opoverload",
+        "popc.register_rule does not take what torch.library.custom_op gives",
+        canaries.ops_have_overloads,
+    ),
+    Canary(
         "torch._grouped_mm",
         "the oracle does not follow mixtures of experts",
         canaries.grouped_matmul_runs,

@@ -97,8 +97,8 @@ def test_examples_run_and_print_what_they_say(
     page: Path, small, no_policy_of_ones_own, monkeypatch
 ) -> None:
     torch.manual_seed(0)
-    module = types.ModuleType("example")
-    monkeypatch.setitem(sys.modules, "example", module)  # where Dynamo looks for a class's globals
+    module = types.ModuleType(f"example_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # Dynamo looks for globals there
     namespace = vars(module)
     for example in examples(page):
         if not example.runs:

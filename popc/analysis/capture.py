@@ -20,6 +20,7 @@ from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
+from popc.analysis.mutation import may_alias
 from popc.compat import is_traceable_wrapper_subclass, pytree
 from popc.errors import GraphError
 
@@ -87,10 +88,10 @@ def capture_module(
         """``gm`` with its parameters and inputs as one flat argument list."""
 
         def forward(self, *values: Any) -> Any:
-            held, rest = values[: len(names)], values[len(names) :]
+            tensors, rest = values[: len(names)], values[len(names) :]
             call_args, call_kwargs = pytree.tree_unflatten(list(rest), spec)
             out = torch.func.functional_call(
-                gm, dict(zip(names, held, strict=True)), call_args, call_kwargs
+                gm, dict(zip(names, tensors, strict=True)), call_args, call_kwargs
             )
             return tuple(pytree.tree_leaves(out))
 
@@ -105,9 +106,9 @@ def _trace(
     fakes: Sequence[Any],
     reals: Sequence[Any],
     mode: Any,
-    held: Sequence[bool],
+    of_model: Sequence[bool],
 ) -> Captured:
-    """``held`` tells for each input whether it is the model's own."""
+    """``of_model`` tells for each input whether it is a parameter or buffer of the model."""
     # An Interpreter (not the module itself) carries each node's stack trace and module path over.
     if isinstance(program, fx.GraphModule):
 
@@ -124,8 +125,8 @@ def _trace(
     except Exception as error:
         raise GraphError(f"the graph could not be traced to ATen ops: {error}") from error
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = list(zip(placeholders, reals, held, strict=True))
-    wrapped = {node: real for node, real, own in inputs if _is_wrapped(real, own)}
+    inputs = list(zip(placeholders, reals, of_model, strict=True))
+    wrapped = {node: real for node, real, known in inputs if _is_wrapped(real, known)}
     parameters: dict[fx.Node, torch.Tensor] = {
         node: real for node, real, _ in inputs if isinstance(real, torch.nn.Parameter)
     }
@@ -159,10 +160,10 @@ class _Program(fx.Interpreter):
             return compat.record_whole(n, call, args, kwargs)
 
 
-def _is_wrapped(value: Any, held: bool) -> bool:
-    """Whether an input is a weight that is no plain tensor; ``held``: it is the model's own."""
+def _is_wrapped(value: Any, of_model: bool) -> bool:
+    """Whether an input is a weight that is no plain tensor; ``of_model`` as in :func:`_trace`."""
     if is_traceable_wrapper_subclass(value):
-        return held or isinstance(value, torch.nn.Parameter)
+        return of_model or isinstance(value, torch.nn.Parameter)
     is_parameter = isinstance(value, torch.nn.Parameter)
     return is_parameter and type(value) is not torch.nn.Parameter
 
@@ -213,9 +214,3 @@ def _drop_inplace(gm: fx.GraphModule) -> None:
             continue
         node.target = overload
     gm.recompile()
-
-
-def may_alias(node: fx.Node) -> bool:
-    """Whether the op's output can share memory with an input, as a view does."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(ret.alias_info is not None for ret in schema.returns)

@@ -9,24 +9,15 @@ import torch
 from torch import fx
 
 from popc.analysis.linears import Linear
-from popc.analysis.tokens import VIEWS
+from popc.analysis.rules.traits import Trait, has
 
 if TYPE_CHECKING:
     from popc.analysis.findings import Region
 
 aten = torch.ops.aten
 
-# What leaves each channel in its place, between the product and h.
-_IN_PLACE = (
-    *VIEWS,
-    aten.mul.Tensor,
-    aten.dropout.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-)
+# What leaves each channel in its place, between the product and h; so does scaling it.
+_IN_PLACE = Trait.RESHAPE | Trait.COPY | Trait.CAST | Trait.DROPOUT
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +82,8 @@ def _stays_in_place(product: fx.Node, region: Region) -> bool:
     node = region.hidden
     while node is not product:
         sources = [source for source in node.all_input_nodes if source in region.body]
-        if node.target not in _IN_PLACE or len(sources) != 1:
+        kept = has(node, _IN_PLACE) or node.target is aten.mul.Tensor
+        if not kept or len(sources) != 1:
             return False
         (node,) = sources
         if node.meta["val"].shape[-1] != region.width:

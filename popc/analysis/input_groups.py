@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import fx
 
 from popc.analysis.capture import Captured
@@ -21,17 +20,7 @@ from popc.analysis.mutation import depends_on
 from popc.analysis.plan import InputRecord
 from popc.analysis.propagation import shape
 from popc.analysis.provenance import common, source_of, where
-
-aten = torch.ops.aten
-
-# What picks by value: a linear whose output only decides such a choice routes tokens.
-_CHOICES = (
-    aten.topk.default,
-    aten.sort.default,
-    aten.sort.stable,
-    aten.argsort.default,
-    aten.argmax.default,
-)
+from popc.analysis.rules.traits import Trait, has
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,13 +92,14 @@ def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[Inp
         last = "head" if is_last else "other"
         groups.setdefault((linear.x, kinds.get(linear.node, last)), []).append(linear)
     uses = uses_of_weights(linears)
-    found = []
+    input_groups = []
     for (x, kind), members in groups.items():
         identities = tuple(linear.weight.identity for linear in members)
         name = common([where(linear.node) for linear in members])
         key = (identities, uses[members[0].node])
-        found.append(InputGroup(kind, name, x, tuple(members), key, source_of(members[0].node)))
-    return found
+        source = source_of(members[0].node)
+        input_groups.append(InputGroup(kind, name, x, tuple(members), key, source))
+    return input_groups
 
 
 def _routes(linear: Linear) -> bool:
@@ -120,7 +110,7 @@ def _routes(linear: Linear) -> bool:
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        if node.target in _CHOICES:
+        if has(node, Trait.CHOICE):
             return True
         if all(source in seen or source is linear.node for source in node.all_input_nodes):
             stack += node.users

@@ -50,8 +50,8 @@ class LabeledValue:
     """The labels of one value.
 
     Attributes:
-        dims: each dim as a product of atoms, the slowest first; a dim of size 1 has none.
-        labels: int64, one axis for each tracked atom, in the order of ``dims``.
+        dims: each dim as a product of factors, the slowest first; a dim of size 1 has none.
+        labels: int64, one axis for each tracked factor, in the order of ``dims``.
     """
 
     dims: tuple[Dim, ...]
@@ -66,12 +66,12 @@ class LabeledValue:
 
     def axes(self, dim: int) -> list[int]:
         """The axes of ``labels`` that belong to ``dim``."""
-        start = sum(atom.tracked for before in self.dims[:dim] for atom in before)
-        return list(range(start, start + sum(atom.tracked for atom in self.dims[dim])))
+        start = sum(factor.tracked for before in self.dims[:dim] for factor in before)
+        return list(range(start, start + sum(factor.tracked for factor in self.dims[dim])))
 
     def is_free(self, dim: int) -> bool:
         """Whether labels are the same all along ``dim``."""
-        return not any(atom.tracked for atom in self.dims[dim])
+        return not any(factor.tracked for factor in self.dims[dim])
 
     def along(self, dim: int) -> np.ndarray:
         """``labels`` with ``dim`` as one last axis.
@@ -79,26 +79,26 @@ class LabeledValue:
         Raises:
             Mixes: ``dim`` is merged with an axis whose size is known only at run time.
         """
-        atoms, axes = self.dims[dim], self.axes(dim)
+        factors, axes = self.dims[dim], self.axes(dim)
         moved = np.moveaxis(self.labels, axes, range(-len(axes), 0)) if axes else self.labels
         lead = moved.shape[: moved.ndim - len(axes)]
-        if any(not isinstance(atom.size, int) for atom in atoms):
+        if any(not isinstance(factor.size, int) for factor in factors):
             raise Mixes("merges channels with another axis")
-        spread = [atom.size if atom.tracked else 1 for atom in atoms]
+        spread = [factor.size if factor.tracked else 1 for factor in factors]
         whole = np.broadcast_to(
-            moved.reshape((*lead, *spread)), (*lead, *(atom.size for atom in atoms))
+            moved.reshape((*lead, *spread)), (*lead, *(factor.size for factor in factors))
         )
         return whole.reshape((*lead, -1))
 
     def replaced(self, dim: int, labels: np.ndarray) -> LabeledValue:
-        """With ``dim`` as one tracked atom: the inverse of :meth:`along`."""
+        """With ``dim`` as one tracked factor: the inverse of :meth:`along`."""
         dims = list(self.dims)
         size = labels.shape[-1]
         if size == 1:
             dims[dim] = ()
             return LabeledValue(tuple(dims), labels[..., 0])
         dims[dim] = (DimFactor(size, True),)
-        at = sum(atom.tracked for before in self.dims[:dim] for atom in before)
+        at = sum(factor.tracked for before in self.dims[:dim] for factor in before)
         return LabeledValue(tuple(dims), np.moveaxis(labels, -1, at))
 
     def resized(self, dim: int, size: Any) -> LabeledValue:
@@ -124,16 +124,16 @@ class LabeledValue:
         Raises:
             Mixes: it is not known which axes the new sizes are made of.
         """
-        left = [atom for dim in self.dims for atom in dim]
+        left = [factor for dim in self.dims for factor in dim]
         dims: list[Dim] = []
         for size in reversed(sizes):
-            if not any(atom.tracked for atom in left):
+            if not any(factor.tracked for factor in left):
                 dims.insert(0, free(size))
                 continue
             dims.insert(0, _take(left, size))
-        if any(atom.tracked for atom in left):
+        if any(factor.tracked for factor in left):
             raise Mixes("splits or merges channels in an unknown way")
-        shape = [atom.size for dim in dims for atom in dim if atom.tracked]
+        shape = [factor.size for dim in dims for factor in dim if factor.tracked]
         return LabeledValue(tuple(dims), self.labels.reshape(shape))
 
 
@@ -143,21 +143,21 @@ def free(size: Any) -> Dim:
 
 
 def _take(left: list[DimFactor], size: Any) -> Dim:
-    """Take atoms of product ``size`` off the end of ``left``."""
+    """Take factors of product ``size`` off the end of ``left``."""
     taken: list[DimFactor] = []
     while not same_size(size, 1):
         if not left:
             raise Mixes("splits or merges channels in an unknown way")
-        atom = left.pop()
-        if same_size(atom.size, size):
-            taken.insert(0, atom)
+        factor = left.pop()
+        if same_size(factor.size, size):
+            taken.insert(0, factor)
             break
-        if divides(atom.size, size):
-            taken.insert(0, atom)
-            size = size // atom.size
-        elif divides(size, atom.size):
-            left.append(DimFactor(atom.size // size, atom.tracked))
-            taken.insert(0, DimFactor(size, atom.tracked))
+        if divides(factor.size, size):
+            taken.insert(0, factor)
+            size = size // factor.size
+        elif divides(size, factor.size):
+            left.append(DimFactor(factor.size // size, factor.tracked))
+            taken.insert(0, DimFactor(size, factor.tracked))
             break
         else:
             raise Mixes("splits or merges channels in an unknown way")
@@ -201,9 +201,9 @@ class LabelUnion:
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Positions of ``a`` and ``b`` depend on each other's channels."""
         a, b = np.broadcast_arrays(a, b)
-        apart = (a != b) & (a != NONE) & (b != NONE)
-        if apart.any():
-            self.ties.append((a[apart], b[apart]))
+        differ = (a != b) & (a != NONE) & (b != NONE)
+        if differ.any():
+            self.ties.append((a[differ], b[differ]))
 
     def tie_along(self, labels: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         """Tie all labels along ``axes``; the rest of the axes, with one label of each class."""
@@ -232,7 +232,7 @@ class LabelUnion:
         labels = self.tie_along(value.labels, axes)
         out = list(value.dims)
         for dim in dims:
-            out[dim] = tuple(DimFactor(atom.size, False) for atom in out[dim])
+            out[dim] = tuple(DimFactor(factor.size, False) for factor in out[dim])
         return LabeledValue(tuple(out), labels)
 
     def spoil(self, labels: np.ndarray, reason: str, node: fx.Node, kind: str = "mixes") -> None:
@@ -257,9 +257,9 @@ class LabelUnion:
         dims: dict[Hashable, Dim] = {}
         for letter in order:
             factors = [_dim_at(operand, letter) for operand in operands]
-            known = [dim for dim in factors if any(atom.tracked for atom in dim)]
+            known = [dim for dim in factors if any(factor.tracked for factor in dim)]
             dims[letter] = _refined(known) if known else free(sizes[letter])
-        shape = [atom.size for letter in order for atom in dims[letter] if atom.tracked]
+        shape = [factor.size for letter in order for factor in dims[letter] if factor.tracked]
         spread = [_spread(operand, order, dims) for operand in operands]
         if math.prod(shape) > LARGEST:
             labels = [self.tie_along(s, range(s.ndim)) for s in spread]
@@ -322,21 +322,21 @@ def _spread(
     order: Sequence[Hashable],
     dims: Mapping[Hashable, Dim],
 ) -> np.ndarray:
-    """The operand's labels, with one axis (maybe of size 1) for each tracked atom of the result."""
+    """The operand's labels, one axis (maybe of size 1) for each tracked factor of the result."""
     value, letters = operand
     placed = value.permuted([list(letters).index(letter) for letter in order if letter in letters])
     sizes: list[int] = []
     for letter in order:
-        own = list(_dim_at(operand, letter))
+        left = list(_dim_at(operand, letter))
         axes: list[int] = []
-        for atom in reversed(dims[letter]):
+        for factor in reversed(dims[letter]):
             tracked = False
-            if own:
-                last = own.pop()
+            if left:
+                last = left.pop()
                 tracked = last.tracked
-                if not same_size(last.size, atom.size):
-                    own.append(DimFactor(last.size // atom.size, last.tracked))
-            if atom.tracked:
-                axes.insert(0, atom.size if tracked else 1)
+                if not same_size(last.size, factor.size):
+                    left.append(DimFactor(last.size // factor.size, last.tracked))
+            if factor.tracked:
+                axes.insert(0, factor.size if tracked else 1)
         sizes += axes
     return placed.labels.reshape(sizes)

@@ -13,7 +13,8 @@ from torch import fx
 
 from popc import compat
 from popc.analysis.capture import Captured, identity
-from popc.analysis.propagation import argument, is_tensor, shape
+from popc.analysis.propagation import argument, is_tensor, order_of, shape
+from popc.analysis.rules.traits import Trait, has
 
 aten = torch.ops.aten
 
@@ -152,27 +153,7 @@ _FORMS: dict[Any, _Form] = {
 }
 
 # Ops that only select or rename a part of a weight: looking through them finds the parameter.
-_VIEWS = (
-    aten.detach.default,
-    aten.alias.default,
-    aten.slice.Tensor,
-    aten.narrow.default,
-    aten.select.int,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.squeeze.dim,
-    operator.getitem,
-)
-_TRANSPOSES = (
-    aten.t.default,
-    aten.transpose.int,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.permute.default,
-)
-_BY_NAME = {str(op): op for op in (*_VIEWS, *_TRANSPOSES, aten.to.dtype)}
+_VIEWS = Trait.ALIAS | Trait.PART | Trait.TRANSPOSE
 
 
 def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
@@ -184,7 +165,7 @@ def as_linear(node: fx.Node, captured: Captured) -> Linear | None:
             return linear
     if node.target in grouped_ops():
         return _as_grouped(node, captured)
-    if node.target in (aten.bmm.default, aten.matmul.default):
+    if has(node, Trait.MATMUL):
         return _as_batched(node, captured)
     return None
 
@@ -234,8 +215,16 @@ def replayed(weight: tuple[Any, ...], parameter: torch.Tensor) -> torch.Tensor:
     """The part of ``parameter`` that a weight of this identity is, with its memory."""
     value: Any = parameter
     for step in weight[1:]:
-        value = _BY_NAME[step.op](value, *step.args, **dict(step.kwargs))
+        value = _op_named(step.op)(value, *step.args, **dict(step.kwargs))
     return value
+
+
+def _op_named(name: str) -> Any:
+    """The op whose ``str`` is ``name``."""
+    if name == str(operator.getitem):
+        return operator.getitem
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
 def _as_plain(node: fx.Node, captured: Captured, form: _Form) -> Linear | None:
@@ -297,15 +286,9 @@ def _as_batched(node: fx.Node, captured: Captured) -> Linear | None:
 
 def _swaps_last(node: fx.Node) -> bool:
     """Whether ``node`` swaps the last two dims of its input and does nothing else."""
-    if node.target not in _TRANSPOSES:
-        return False
     rank = len(shape(node))
-    if node.target is aten.transpose.int:
-        return {d % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
-    if node.target is aten.permute.default:
-        order = [d % rank for d in argument(node, "dims")]
-        return order == [*range(rank - 2), rank - 1, rank - 2]
-    return node.target is aten.mT.default or rank == 2
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    return has(node, Trait.TRANSPOSE) and rank >= 2 and order_of(node) == swapped
 
 
 def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -317,9 +300,7 @@ def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 def is_view_of_weight(node: fx.Node) -> bool:
     """Whether ``node`` only selects, renames or picks parts of a weight, as a linear's does."""
-    picks = (aten.index.Tensor, aten.index_select.default)
-    known = (*_VIEWS, *_TRANSPOSES, *picks)
-    return node.target in known or _is_cast_to_itself(node)
+    return has(node, _VIEWS | Trait.INDEX) or _is_cast_to_itself(node)
 
 
 def _is_cast_to_itself(node: fx.Node) -> bool:
@@ -336,15 +317,15 @@ def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> We
     if swapped:
         out_dim = 2 * rank - 3 - out_dim
     path: list[fx.Node] = []
-    at = stored
-    while at not in captured.parameters:
-        known = at.target in _VIEWS or at.target in _TRANSPOSES or _is_cast_to_itself(at)
-        if at.op != "call_function" or not known or len(at.all_input_nodes) != 1:
+    source = stored
+    while source not in captured.parameters:
+        known = has(source, _VIEWS) or _is_cast_to_itself(source)
+        if source.op != "call_function" or not known or len(source.all_input_nodes) != 1:
             return None
-        path.insert(0, at)
-        (at,) = at.all_input_nodes
-    key = (identity(captured.parameters[at]), *map(_as_step, path))
-    return Weight(stored, at, out_dim, tuple(path), key)
+        path.insert(0, source)
+        (source,) = source.all_input_nodes
+    key = (identity(captured.parameters[source]), *map(_as_step, path))
+    return Weight(stored, source, out_dim, tuple(path), key)
 
 
 def _as_step(node: fx.Node) -> Step:

@@ -1,4 +1,4 @@
-"""What writes to which value in place: dependencies that no argument shows."""
+"""What writes to what in place, by the ops' schemas: dependencies that no argument shows."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def writes(node: fx.Node) -> bool:
         return False
     schema = getattr(node.target, "_schema", None)
     return bool(schema.is_mutable) if schema is not None else not _is_symbolic(node)
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether the op's schema says that it writes to an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether the op's output can share memory with an input, as a view does."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(ret.alias_info is not None for ret in schema.returns)
 
 
 def is_written(node: fx.Node) -> bool:
@@ -83,10 +95,10 @@ def depends_on(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         node = stack.pop()
         for source in node.all_input_nodes:
             written = [w for w in writers[base[source]] if place[w] < place[node]]
-            for found in (source, *written):
-                if found not in seen:
-                    seen.add(found)
-                    stack.append(found)
+            for dependency in (source, *written):
+                if dependency not in seen:
+                    seen.add(dependency)
+                    stack.append(dependency)
     return seen
 
 

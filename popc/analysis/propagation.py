@@ -1,4 +1,4 @@
-"""A walk over a graph, and what the rules of the transfer table share."""
+"""The labels of a graph's values as they are propagated, and what the rules for ops share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -20,7 +19,7 @@ Labels = LabeledValue | list[LabeledValue | None] | None
 
 @dataclass
 class Propagation:
-    """A walk over one graph, node by node.
+    """What is known of one graph's values, as labels are propagated through it node by node.
 
     Attributes:
         carried: the labels of each value so far.
@@ -36,27 +35,9 @@ class Propagation:
 
     def of(self, value: Any) -> LabeledValue | None:
         """The labels of an argument, None if it has none."""
-        held = self.carried.get(value) if isinstance(value, fx.Node) else None
-        return held if isinstance(held, LabeledValue) else None
+        labels = self.carried.get(value) if isinstance(value, fx.Node) else None
+        return labels if isinstance(labels, LabeledValue) else None
 
-    def constant(self, value: Any) -> np.ndarray | None:
-        """The numbers in a tensor that the program holds, None if they come from elsewhere."""
-        while isinstance(value, fx.Node) and value.target in _COPIES:
-            value = value.args[0]
-        if not isinstance(value, fx.Node) or value.op != "get_attr":
-            return None
-        held = getattr(self.captured.gm, str(value.target), None)
-        is_real = type(held) in (torch.Tensor, torch.nn.Parameter)
-        return held.detach().cpu().numpy() if is_real else None  # type: ignore[union-attr]
-
-
-_COPIES = (
-    aten.lift_fresh_copy.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.alias.default,
-    aten.clone.default,
-)
 
 Rule = Callable[[Propagation, fx.Node], Labels]
 
@@ -81,17 +62,18 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
-def only_input(walk: Propagation, node: fx.Node, name: str | None = None) -> LabeledValue:
+def only_input(propagation: Propagation, node: fx.Node, name: str | None = None) -> LabeledValue:
     """The labels of the input that a rule for one input is about: the first, or ``name``.
 
     Raises:
         Mixes: another input has labels, and this one has not.
     """
     value = argument(node, name) if name else node.args[0]
-    held = walk.of(value)
-    if held is None or any(walk.of(other) for other in node.all_input_nodes if other is not value):
+    labels = propagation.of(value)
+    others = [other for other in node.all_input_nodes if other is not value]
+    if labels is None or any(propagation.of(other) for other in others):
         raise Mixes("takes channels where it takes indices, sizes or weights")
-    return held
+    return labels
 
 
 def dims_of(node: fx.Node, rank: int, name: str = "dim") -> list[int]:
@@ -103,12 +85,14 @@ def dims_of(node: fx.Node, rank: int, name: str = "dim") -> list[int]:
 
 
 def order_of(node: fx.Node) -> list[int]:
-    """Which dim of its input each dim of a transpose or permute is; the last two change places
-    where it names none."""
+    """Which dim of its input each dim of a transpose is; the last two change places where it names
+    none."""
     rank = len(shape(node))
     if argument(node, "dims") is not None:
         return [dim % rank for dim in argument(node, "dims")]
     order = list(range(rank))
+    if node.target is aten.numpy_T.default:
+        return order[::-1]
     named = [argument(node, "dim0"), argument(node, "dim1")]
     if None in named:
         named = [argument(node, "axis0"), argument(node, "axis1")]

@@ -14,26 +14,16 @@ from popc.analysis.labels import same_size
 from popc.analysis.linears import Linear
 from popc.analysis.plan import AttentionRecord
 from popc.analysis.propagation import shape
-from popc.analysis.tokens import VIEWS, rows_of
-from popc.ops import attend
+from popc.analysis.rules.traits import Trait, has
+from popc.analysis.tokens import rows_of
 
 if TYPE_CHECKING:
     from popc.analysis.findings import Region
 
 aten = torch.ops.aten
 
-# The last is what a pass makes of the first.
-_FUSED = (
-    *(aten.scaled_dot_product_attention.default, torch.ops.higher_order.flex_attention),
-    attend,
-)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 # What lays a value out anew or repeats it: no more than its source is read from the cache.
-_LAYOUTS = (
-    *(*VIEWS, aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten.contiguous.default),
-    *(aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int),
-)
+_LAYOUTS = Trait.RESHAPE | Trait.TRANSPOSE | Trait.AXIS | Trait.COPY | Trait.REPEAT
 
 
 def reads_context(linear: Linear, region: Region) -> bool:
@@ -70,7 +60,7 @@ def attention_sizes(region: Region) -> AttentionRecord:
     for lead, own, width, operand in _contractions(region):
         channels += int(heads(lead) * width)
         source = operand
-        while source.target in _LAYOUTS:
+        while has(source, _LAYOUTS):
             source = source.args[0]  # type: ignore[assignment]
         times = sympy.cancel(_product(shape(operand)) / _product(shape(source)))
         kept = heads(own) * width / (times if times.is_Integer else 1)
@@ -85,7 +75,7 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
     weights: set[fx.Node] = set()  # products, and what is made of them
     found: list[Any] = [n.args[0] if n.target is operator.getitem else n for n in region.body]
     for node in dict.fromkeys(found):
-        if node.target in _FUSED:
+        if has(node, Trait.ATTENTION):
             q, *operands = node.args[:3]
             for operand in operands:
                 yield shape(q)[:-2], shape(operand)[:-2], shape(operand)[-1], operand
@@ -100,7 +90,7 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
                 result = zip(out, shape(node), strict=True)
                 lead = [size for letter, size in result if letter in both]
                 yield lead, [sizes[letter] for letter in both], int(width), b
-        if node.target in _PRODUCTS or not weights.isdisjoint(node.all_input_nodes):
+        if has(node, Trait.BATCHED) or not weights.isdisjoint(node.all_input_nodes):
             weights.add(node)
 
 
@@ -109,7 +99,7 @@ def _is_product(node: fx.Node) -> bool:
     if node.target is aten.einsum.default:
         equation, operands = str(node.args[0]), node.args[1]
         return len(operands) == 2 and "..." not in equation and "->" in equation  # type: ignore[arg-type]
-    if node.target not in _PRODUCTS:
+    if not has(node, Trait.BATCHED):
         return False
     a, b = node.args[1:3] if node.target is aten.baddbmm.default else node.args[:2]
     return min(len(shape(a)), len(shape(b))) >= 2

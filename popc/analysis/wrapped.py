@@ -20,10 +20,10 @@ from popc.analysis.provenance import source_of, where
 
 def wrapped_linears(captured: Captured) -> dict[fx.Node, str]:
     """Each linear whose weight is no plain tensor, in graph order, with the weight's type."""
-    types = {node: type(held).__name__ for node, held in captured.wrapped.items()}
-    found: dict[fx.Node, str] = {}
+    types = {node: type(tensor).__name__ for node, tensor in captured.wrapped.items()}
+    linears: dict[fx.Node, str] = {}
     if not types:
-        return found
+        return linears
     for node in captured.gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -35,8 +35,8 @@ def wrapped_linears(captured: Captured) -> dict[fx.Node, str]:
         elif any(is_tensor(w) and w.meta["val"].dim() > 1 for w in weights):
             activations = [s for s in others if is_tensor(s) and s.meta["val"].is_floating_point()]
             if activations and as_linear(node, captured) is None:
-                found[node] = types[weights[0]]
-    return found
+                linears[node] = types[weights[0]]
+    return linears
 
 
 def refusal(node: fx.Node, kind: str) -> Skipped:

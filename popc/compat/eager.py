@@ -5,6 +5,8 @@ Seen working on torch 2.11 - 2.13.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils import _pytree as pytree  # torch.utils has no public one
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -14,6 +16,7 @@ __all__ = [
     "OpOverload",
     "grouped_mm",
     "is_traceable_wrapper_subclass",
+    "overloads",
     "pytree",
     "storage_users",
     "writes_to",
@@ -35,3 +38,17 @@ def storage_users(tensor: torch.Tensor) -> int:
     storage = tensor.untyped_storage()
     # One for the tensor, one for `storage`.
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
+
+
+def overloads(op: Any) -> list[OpOverload]:
+    """The overloads of an op, given as one of them, as ``torch.ops.x.y``, or by its definition;
+    none if it is no op.
+
+    Private because what ``torch.library.custom_op`` gives does not show its op.
+    """
+    op = getattr(op, "_opoverload", op)
+    if isinstance(op, OpOverload):
+        return [op]
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return [getattr(op, name) for name in op.overloads()]
+    return []

@@ -10,7 +10,8 @@ from torch import fx
 from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
 from popc.analysis.propagation import shape
-from popc.analysis.tokens import VIEWS, Mask, mask_of, rows_of, valid_tokens
+from popc.analysis.rules.traits import Trait, has
+from popc.analysis.tokens import Mask, mask_of, rows_of, valid_tokens
 from popc.passes.builder import GraphBuilder
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def valid_rows_node(
             valid = builder.call(aten.expand.default, valid, [builder.size(rows.grid, 0), -1])
         valid = builder.call(aten.unsqueeze.default, valid, -1)
         for step in rows.path:
-            if step.target in VIEWS:
+            if has(step, Trait.RESHAPE):
                 sizes = [builder.size(step, d) for d in range(len(shape(step)) - 1)]
                 valid = builder.call(aten.reshape.default, valid, [*sizes, 1])
             else:

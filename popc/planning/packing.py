@@ -23,8 +23,8 @@ class Slot:
     """A region as a graph prunes it.
 
     ``rows`` is False where the producers stay dense, since the pass that scores is the pass that
-    prunes: see :func:`popc.analysis.tokens.runs_in_one_pass`. With a ``gate`` its first factor is
-    scored. ``compensates``: consumers add what the pruned units give on average.
+    prunes: see :func:`popc.analysis.causality.runs_in_one_pass`. With a ``gate`` its first factor
+    is scored. ``compensates``: consumers add what the pruned units give on average.
     """
 
     region: Region

@@ -232,6 +232,17 @@ def ops_have_schemas() -> None:
     assert aten.add.Tensor._schema.overload_name == "Tensor"
 
 
+def ops_have_overloads() -> None:
+    assert aten.add.Tensor in compat.overloads(aten.add)
+    assert compat.overloads(torch.add) == []
+
+    @torch.library.custom_op("popc_canary::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert compat.overloads(twice) == [torch.ops.popc_canary.twice.default]
+
+
 def grouped_matmul_runs() -> None:
     x, w = torch.ones(4, 16, dtype=torch.bfloat16), torch.ones(2, 16, 8, dtype=torch.bfloat16)
     out = compat.grouped_mm(x, w, offs=torch.tensor([1, 4], dtype=torch.int32))

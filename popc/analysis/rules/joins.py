@@ -16,13 +16,15 @@ from popc.analysis.propagation import (
     argument,
     is_tensor,
     only_input,
+    order_of,
     shape,
 )
+from popc.analysis.rules.traits import Trait, has
 
 aten = torch.ops.aten
 
 
-def cat(walk: Propagation, node: fx.Node) -> Labels:
+def cat(propagation: Propagation, node: fx.Node) -> Labels:
     """``cat``: the labels of its parts one after the other; empty placeholders are left out."""
     dim = (argument(node, "dim") or 0) % len(shape(node))
     parts: list[Any] = [
@@ -31,47 +33,60 @@ def cat(walk: Propagation, node: fx.Node) -> Labels:
         if len(shape(part)) > 1 and not same_size(shape(part)[dim], 0)
     ]
     parts = parts or list(node.args[0])  # type: ignore[arg-type]
-    return _joined(walk, node, parts, [walk.of(part) for part in parts], dim)
+    return _joined(propagation, node, parts, [propagation.of(part) for part in parts], dim)
 
 
-def stack(walk: Propagation, node: fx.Node) -> Labels:
+def stack(propagation: Propagation, node: fx.Node) -> Labels:
     """``stack``: as ``cat``, along a new dim."""
     dim = (argument(node, "dim") or 0) % len(shape(node))
     parts = list(node.args[0])  # type: ignore[arg-type]
-    held = [None if value is None else value.unsqueezed(dim) for value in map(walk.of, parts)]
-    return _joined(walk, node, parts, held, dim, stacked=True)
+    values = [
+        None if value is None else value.unsqueezed(dim) for value in map(propagation.of, parts)
+    ]
+    return _joined(propagation, node, parts, values, dim, stacked=True)
+
+
+def constant(propagation: Propagation, value: Any) -> np.ndarray | None:
+    """The numbers in a tensor that the program holds, None if they come from elsewhere."""
+    while isinstance(value, fx.Node) and has(value, Trait.COPY):
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    tensor = getattr(propagation.captured.gm, str(value.target), None)
+    is_real = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return tensor.detach().cpu().numpy() if is_real else None  # type: ignore[union-attr]
 
 
 def _joined(
-    walk: Propagation,
+    propagation: Propagation,
     node: fx.Node,
     parts: list[fx.Node],
-    held: list[LabeledValue | None],
+    values: list[LabeledValue | None],
     dim: int,
     stacked: bool = False,
 ) -> LabeledValue:
     """Values one after the other along ``dim``."""
-    known = [value for value in held if value is not None]
+    known = [value for value in values if value is not None]
     letters = list(range(len(shape(node))))
     sizes = dict(enumerate(shape(node)))
     if not stacked and all(value.is_free(dim) for value in known):
         # Along tokens, say: at each position it is one or the other.
-        out = walk.flow.combine([(value, letters) for value in known], letters, sizes)
+        out = propagation.flow.combine([(value, letters) for value in known], letters, sizes)
         return out.resized(dim, sizes[dim])
     pieces = []
-    frame = walk.flow.combine(
+    frame = propagation.flow.combine(
         [(value, letters) for value in _framed(known, dim)], letters, {**sizes, dim: 1}
     )
-    for part, value in zip(parts, held, strict=True):
+    for part, value in zip(parts, values, strict=True):
         size = 1 if stacked else shape(part)[dim]
         if not isinstance(size, int):
             raise Mixes("joins channels with a part whose size is known only at run time")
-        pieces.append(_piece(walk, node, frame, value, dim, size))
+        pieces.append(_piece(propagation, node, frame, value, dim, size))
     return frame.replaced(dim, np.concatenate(pieces, axis=-1))
 
 
 def _piece(
-    walk: Propagation,
+    propagation: Propagation,
     node: fx.Node,
     frame: LabeledValue,
     value: LabeledValue | None,
@@ -91,12 +106,16 @@ def _piece(
         return labels
     # The same for all units, as the rotary part of a latent key is: it is always computed.
     reason = f"{node.target} shares the channels among all units"
-    walk.flow.spoil(labels, reason, node, "shared")
+    propagation.flow.spoil(labels, reason, node, "shared")
     return nothing
 
 
 def written_into(
-    walk: Propagation, view: fx.Node, value: LabeledValue, before: LabeledValue | None, dim: int
+    propagation: Propagation,
+    view: fx.Node,
+    value: LabeledValue,
+    before: LabeledValue | None,
+    dim: int,
 ) -> LabeledValue:
     """The labels of what ``view`` is a slice of along ``dim``, once ``value`` is written to it."""
     sizes = dict(enumerate(shape(view.args[0])))
@@ -107,9 +126,9 @@ def written_into(
     letters = list(range(len(sizes)))
     values = [value] if before is None else [value, before]
     frames = [(framed, letters) for framed in _framed(values, dim)]
-    frame = walk.flow.combine(frames, letters, {**sizes, dim: 1})
-    labels = _piece(walk, view, frame, before, dim, sizes[dim]).copy()
-    labels[..., slice(*bounds)] = _piece(walk, view, frame, value, dim, shape(view)[dim])
+    frame = propagation.flow.combine(frames, letters, {**sizes, dim: 1})
+    labels = _piece(propagation, view, frame, before, dim, sizes[dim]).copy()
+    labels[..., slice(*bounds)] = _piece(propagation, view, frame, value, dim, shape(view)[dim])
     return frame.replaced(dim, labels)
 
 
@@ -124,12 +143,12 @@ def _framed(values: list[LabeledValue], dim: int) -> list[LabeledValue]:
     return framed
 
 
-def index(walk: Propagation, node: fx.Node) -> Labels:
+def index(propagation: Propagation, node: fx.Node) -> Labels:
     """``x[:, i, ...]``: rows picked by index along free dims."""
-    value = only_input(walk, node, "self")
+    value = only_input(propagation, node, "self")
     indices = list(node.args[1])  # type: ignore[arg-type]
     places = [dim for dim, index in enumerate(indices) if index is not None]
-    known = walk.constant(indices[places[0]])
+    known = constant(propagation, indices[places[0]])
     if len(places) == 1 and known is not None and known.ndim == 1:
         dim = places[0]
         if not value.is_free(dim):
@@ -148,21 +167,21 @@ def index(walk: Propagation, node: fx.Node) -> Labels:
     return value
 
 
-def index_select(walk: Propagation, node: fx.Node) -> Labels:
+def index_select(propagation: Propagation, node: fx.Node) -> Labels:
     """``index_select``: the picked labels, where the index is a constant."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim = argument(node, "dim") % len(value.dims)
     if not value.is_free(dim):
-        known = walk.constant(argument(node, "index"))
+        known = constant(propagation, argument(node, "index"))
         if known is None:
             raise Mixes("picks channels known only at run time")
         return value.replaced(dim, value.along(dim)[..., known])
     return value.resized(dim, shape(node)[dim])
 
 
-def gather(walk: Propagation, node: fx.Node) -> Labels:
+def gather(propagation: Propagation, node: fx.Node) -> Labels:
     """``gather`` along a dim without labels."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim = argument(node, "dim") % len(value.dims)
     if not value.is_free(dim) or not same_rest(node, dim):
         raise Mixes("picks channels known only at run time")
@@ -178,8 +197,8 @@ def same_rest(node: fx.Node, dim: int) -> bool:
 def written(source: str, *dims: str) -> Rule:
     """Writing ``source`` into the first argument at places along dims; the rest of it stays."""
 
-    def rule(walk: Propagation, node: fx.Node) -> Labels:
-        base, new = walk.of(node.args[0]), walk.of(argument(node, source))
+    def rule(propagation: Propagation, node: fx.Node) -> Labels:
+        base, new = propagation.of(node.args[0]), propagation.of(argument(node, source))
         if not dims:  # all of it is overwritten
             base = None
         letters = list(range(len(shape(node))))
@@ -200,20 +219,20 @@ def written(source: str, *dims: str) -> Rule:
             not operands[0][0].is_free(d - lead) for d in places if d >= lead
         ):
             raise Mixes("writes over channels")
-        return walk.flow.combine(operands, letters, dict(enumerate(shape(node))))
+        return propagation.flow.combine(operands, letters, dict(enumerate(shape(node))))
 
     return rule
 
 
-def index_put(walk: Propagation, node: fx.Node) -> Labels:
+def index_put(propagation: Propagation, node: fx.Node) -> Labels:
     """``x[..., i, ...] = v`` with indices along some dims: v's dims follow x's on the rest."""
     if argument(node, "accumulate"):
         raise Mixes("adds channels at places known only at run time")
-    base, values = walk.of(node.args[0]), walk.of(node.args[2])
+    base, values = propagation.of(node.args[0]), propagation.of(node.args[2])
     indices = list(node.args[1])  # type: ignore[arg-type]
     rank = len(shape(node))
     places = [dim for dim, index in enumerate(indices) if index is not None]
-    if any(walk.of(indices[dim]) for dim in places):
+    if any(propagation.of(indices[dim]) for dim in places):
         raise Mixes("takes channels where it takes indices")
     picked = len(torch.broadcast_shapes(*(shape(indices[dim]) for dim in places)))
     together = places == list(range(places[0], places[-1] + 1))
@@ -238,13 +257,13 @@ def index_put(walk: Propagation, node: fx.Node) -> Labels:
                     [*letters[:position], *letters[position + 1 :]],
                 )
         operands.append((values, letters))
-    return walk.flow.combine(operands, range(rank), dict(enumerate(shape(node))))
+    return propagation.flow.combine(operands, range(rank), dict(enumerate(shape(node))))
 
 
 # --- writing in place ---------------------------------------------------------------------------
 
 
-def unview(walk: Propagation, view: fx.Node, value: LabeledValue) -> LabeledValue:
+def unview(propagation: Propagation, view: fx.Node, value: LabeledValue) -> LabeledValue:
     """The labels of what ``view`` is a view of, given the view's.
 
     Raises:
@@ -254,22 +273,21 @@ def unview(walk: Propagation, view: fx.Node, value: LabeledValue) -> LabeledValu
     if not is_tensor(source):
         raise Mixes("writes in place to a part of a value")
     sizes = shape(source)
-    if view.target in (aten.detach.default, aten.alias.default):
+    if has(view, Trait.ALIAS):
         return value
-    if view.target in (aten.slice.Tensor, aten.narrow.default):
+    if has(view, Trait.SLICE):
         dim = (argument(view, "dim") or 0) % len(sizes)
-        before = walk.of(source)
+        before = propagation.of(source)
         if value.is_free(dim) and (before is None or before.is_free(dim)):
             return value.resized(dim, sizes[dim])
-        return written_into(walk, view, value, before, dim)
+        return written_into(propagation, view, value, before, dim)
     if view.target is aten.select.int:
         dim = argument(view, "dim") % len(sizes)
         return value.unsqueezed(dim, sizes[dim])
-    if view.target is aten.transpose.int:
-        order = list(range(len(sizes)))
-        a, b = argument(view, "dim0"), argument(view, "dim1")
-        order[a], order[b] = order[b], order[a]
-        return value.permuted(order)
-    if view.target in (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim):
+    if has(view, Trait.TRANSPOSE):
+        order = order_of(view)
+        return value.permuted([order.index(dim) for dim in range(len(sizes))])
+    # Not all that may be a view: what ``reshape`` gives may be a copy.
+    if view.target is aten.view.default or has(view, Trait.AXIS):
         return value.viewed(sizes)
     raise Mixes("writes in place to a view of a value")

@@ -1,183 +1,148 @@
-"""The transfer table: what each op does to the labels of its inputs. One op, one line.
+"""The table of ops: what each does to the labels of channels, and its traits.
 
-A rule is called for each node with a labelled input, and answers with the labels of the output (a
-list of them where there are several outputs; None where the output is no data). It raises
-:class:`~popc.analysis.labels.Mixes` where it can't follow the channels; an op that the table does
-not know is taken to mix all that it is given, so none of it is prunable.
+An op is added by its name on the line of its like, or by a line of its own, and by a case in
+``tests/analysis/rules/test_table.py``.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import fx
 
-from popc.analysis.labels import Mixes
-from popc.analysis.propagation import (
-    Labels,
-    Propagation,
-    Rule,
-    argument,
-    mixing,
-    only_input,
-    shape,
-)
+from popc.analysis.propagation import Rule
+from popc.analysis.rules import elementwise as each
 from popc.analysis.rules import joins as join
 from popc.analysis.rules import reductions as mix
 from popc.analysis.rules import views as to
+from popc.analysis.rules.traits import Trait, declare
+from popc.ops import LINEARS, attend
 
 aten = torch.ops.aten
 
-
-def pointwise(walk: Propagation, node: fx.Node) -> Labels:
-    """Elementwise, with broadcasting: dims are aligned from the right."""
-    sizes = shape(node)
-    rank = len(sizes)
-    operands = []
-    for source in node.all_input_nodes:
-        held = walk.of(source)
-        if held is not None:
-            lead = rank - len(held.dims)
-            operands.append((held, [lead + d for d in range(len(held.dims))]))
-    return walk.flow.combine(operands, range(rank), dict(enumerate(sizes)))
+RULES: dict[Any, Rule] = {}
 
 
-def _same(walk: Propagation, node: fx.Node) -> Labels:
-    return only_input(walk, node)
+def _line(ops: str | Iterable[Any], rule: Rule | None, traits: Trait = Trait.NOTHING) -> None:
+    """One line of the table: ops, by their names or as they are, that do the same.
+
+    A name without an overload is that of ``default``; ops that this torch lacks are left out.
+    Without a rule an op has traits alone: a linear's rule depends on its weight, say.
+    """
+    for op in _named(ops) if isinstance(ops, str) else ops:
+        assert op not in RULES, f"{op} has two lines"
+        if rule is not None:
+            RULES[op] = rule
+        declare(op, traits)
 
 
-def _first(walk: Propagation, node: fx.Node) -> Labels:
-    """Like the first input; of any other only size, dtype or device is read."""
-    return walk.of(node.args[0])
-
-
-def _nothing(walk: Propagation, node: fx.Node) -> Labels:
-    """Made of an input's sizes, not of its values."""
-    return None
-
-
-def _as_complex(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
-    last = len(value.dims) - 1
-    return walk.flow.mix(value, [last], node, mixing(node)).squeezed(last)
-
-
-def _as_real(walk: Propagation, node: fx.Node) -> Labels:
-    return only_input(walk, node).unsqueezed(len(shape(node)) - 1, 2)
-
-
-def _dropout(walk: Propagation, node: fx.Node) -> Labels:
-    if argument(node, "train"):
-        raise Mixes("is dropout in training mode", "training")
-    return only_input(walk, node)
-
-
-def _glu(walk: Propagation, node: fx.Node) -> Labels:
-    value = only_input(walk, node)
-    dim = argument(node, "dim") % len(value.dims)
-    if value.is_free(dim):
-        return value.resized(dim, shape(node)[dim])
-    first, second = np.split(value.along(dim), 2, axis=-1)
-    walk.flow.tie(first, second)
-    return value.replaced(dim, first)
-
-
-def _ops(*names: str) -> list[Any]:
-    """The ops of these names that this torch has."""
-    found = []
-    for name in names:
-        packet, overload = name.split(".")
-        op = getattr(getattr(aten, packet, None), overload, None)
+def _named(names: str) -> list[Any]:
+    ops = []
+    for name in names.split():
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(aten, packet, None), overload or "default", None)
         if op is not None:
-            found.append(op)
-    return found
+            ops.append(op)
+    return ops
 
 
-def _table(*lines: tuple[Rule, list[Any]]) -> dict[Any, Rule]:
-    return {op: rule for rule, ops in lines for op in ops}
+_ROWWISE = Trait.ROWWISE
+_CAST = Trait.CAST | Trait.ROWWISE
+_PIECES = Trait.PART | Trait.ROWWISE
+_REPEAT_ROWS = Trait.REPEAT | Trait.ROW_CHOICE
+_INDEX = Trait.INDEX | Trait.ROW_CHOICE
+_STACKS = Trait.PRODUCT | Trait.BATCHED
 
+# A name ends in "_" where the op works in place; the rule is the same.
 
-# An op's name ends in "_" where it works in place; the rule is the same.
-RULES: dict[Any, Rule] = _table(
-    (_same, _ops("to.dtype", "to.device", "to.dtype_layout", "_to_copy.default")),
-    (_first, _ops("to.other", "type_as.default")),
-    (_same, _ops("contiguous.default", "detach.default", "detach_.default", "alias.default")),
-    (_same, _ops("lift_fresh_copy.default", "lift_fresh.default")),
-    (_same, _ops("clone.default", "hardswish.default", "hardswish_.default")),
-    (_same, _ops("log_sigmoid.default", "requires_grad_.default", "float.default")),
-    (pointwise, _ops("masked_fill.Tensor", "masked_fill_.Tensor", "__and__.Tensor")),
-    (pointwise, _ops("multiply.Tensor", "divide.Tensor", "subtract.Tensor", "__or__.Tensor")),
-    (pointwise, _ops("floor_divide.default", "floor_divide_.Tensor", "float_power.Tensor_Tensor")),
-    (pointwise, _ops("prelu.default", "rrelu.default", "where.ScalarOther", "where.ScalarSelf")),
-    (_nothing, _ops("new_empty.default", "new_zeros.default", "new_ones.default")),
-    (_nothing, _ops("new_full.default", "zeros_like.default", "ones_like.default")),
-    (_nothing, _ops("full_like.default", "empty_like.default", "rand_like.default")),
-    (_nothing, _ops("sym_stride.int", "sym_numel.default", "sym_storage_offset.default")),
-    (_as_complex, _ops("view_as_complex.default")),
-    (_as_real, _ops("view_as_real.default")),
-    (_dropout, _ops("dropout.default", "dropout_.default", "feature_dropout.default")),
-    (_glu, _ops("glu.default")),
-    (to.view, _ops("view.default", "reshape.default", "_unsafe_view.default", "view_as.default")),
-    (to.view, _ops("flatten.using_ints", "unflatten.int", "reshape_as.default")),
-    (to.reorder, _ops("transpose.int", "swapaxes.default", "swapdims.default", "t.default")),
-    (to.reorder, _ops("mT.default", "matrix_H.default", "adjoint.default")),
-    (to.reverse, _ops("numpy_T.default")),
-    (to.reorder, _ops("permute.default")),
-    (to.movedim, _ops("movedim.intlist", "movedim.int")),
-    (to.unsqueeze, _ops("unsqueeze.default")),
-    (to.squeeze, _ops("squeeze.default", "squeeze.dim", "squeeze.dims")),
-    (to.expand, _ops("expand.default", "expand_as.default", "broadcast_to.default")),
-    (to.repeat, _ops("repeat.default")),
-    (to.repeat_interleave, _ops("repeat_interleave.self_int", "repeat_interleave.self_Tensor")),
-    (to.on_dim(to.sliced), _ops("slice.Tensor")),
-    (to.on_dim(to.narrowed), _ops("narrow.default")),
-    (to.on_dim(lambda _, labels, __: labels[..., ::-1], "dims"), _ops("flip.default")),
-    (to.on_dim(to.rolled, "dims"), _ops("roll.default")),
-    (to.select, _ops("select.int")),
-    (to.pieces, _ops("split.Tensor", "split_with_sizes.default", "chunk.default", "split.sizes")),
-    (to.pieces, _ops("tensor_split.sections", "tensor_split.indices")),
-    (to.unbind, _ops("unbind.int")),
-    (to.unfold, _ops("unfold.default")),
-    (to.pad, _ops("constant_pad_nd.default", "pad.default")),
-    (join.cat, _ops("cat.default", "concat.default", "concatenate.default")),
-    (join.stack, _ops("stack.default")),
-    (join.index, _ops("index.Tensor")),
-    (join.index_select, _ops("index_select.default")),
-    (join.gather, _ops("gather.default", "take_along_dim.default")),
-    (join.written("source", "dim"), _ops("index_copy.default", "index_copy_.default")),
-    (join.written("src", "dim"), _ops("slice_scatter.default", "select_scatter.default")),
-    (join.written("src"), _ops("copy.default", "copy_.default")),
-    (join.index_put, _ops("index_put.default", "index_put_.default")),
-    (
-        mix.along,
-        _ops("softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default"),
-    ),
-    (mix.along, _ops("cumsum.default", "cumprod.default", "sort.default", "sort.stable")),
-    (mix.along, _ops("topk.default", "argsort.default", "argsort.stable")),
-    (mix.norm, _ops("layer_norm.default", "rms_norm.default")),
-    (mix.group_norm, _ops("group_norm.default")),
-    (
-        mix.reduce,
-        _ops("sum.default", "sum.dim_IntList", "mean.default", "mean.dim", "prod.dim_int"),
-    ),
-    (mix.reduce, _ops("amax.default", "amin.default", "max.dim", "min.dim", "argmax.default")),
-    (mix.reduce, _ops("var.correction", "std.correction", "var_mean.correction", "var.dim")),
-    (mix.reduce, _ops("linalg_vector_norm.default", "norm.ScalarOpt_dim", "logsumexp.default")),
-    (mix.reduce, _ops("any.dim", "all.dim", "any.default", "all.default", "max.default")),
-    (mix.matmul, _ops("matmul.default", "bmm.default", "mm.default")),
-    (mix.baddbmm, _ops("baddbmm.default", "addmm.default", "addbmm.default")),
-    (mix.linear, _ops("linear.default")),
-    (mix.einsum, _ops("einsum.default")),
-    (mix.attention, _ops("scaled_dot_product_attention.default")),
-    (mix.flex_attention, [torch.ops.higher_order.flex_attention]),
+# --- elementwise ---
+_line("to.dtype to.device to.dtype_layout _to_copy", each.same, _CAST)
+_line("to.other type_as", each.first, _CAST)
+_line("contiguous", each.same, Trait.COPY | _ROWWISE)
+_line("clone lift_fresh_copy", each.same, Trait.COPY)
+_line("detach detach_ alias lift_fresh", each.same, Trait.COPY | Trait.ALIAS)
+_line("hardswish hardswish_ log_sigmoid requires_grad_", each.same)
+_line("masked_fill.Tensor masked_fill_.Tensor __and__.Tensor", each.pointwise, Trait.POINTWISE)
+_line(
+    "multiply.Tensor divide.Tensor subtract.Tensor __or__.Tensor", each.pointwise, Trait.POINTWISE
 )
+_line("floor_divide floor_divide_.Tensor", each.pointwise, Trait.POINTWISE)
+_line("float_power.Tensor_Tensor prelu rrelu", each.pointwise, Trait.POINTWISE)
+_line("where.ScalarOther where.ScalarSelf", each.pointwise, Trait.POINTWISE)
+_line("le.Tensor le.Scalar ge.Tensor ge.Scalar", None, Trait.ORDERING)  # elementwise by their tag
+_line("lt.Tensor lt.Scalar gt.Tensor gt.Scalar", None, Trait.ORDERING)
+_line("new_empty new_zeros new_ones new_full", each.sizes_alone)
+_line("zeros_like ones_like full_like empty_like rand_like", each.sizes_alone)
+_line("sym_stride.int sym_numel sym_storage_offset", each.sizes_alone)
+_line("view_as_complex", each.as_complex)
+_line("view_as_real", each.as_real)
+_line("dropout", each.dropout, Trait.DROPOUT | _ROWWISE)
+_line("dropout_ feature_dropout", each.dropout, Trait.DROPOUT)
+_line("glu", each.glu)
 
+# --- views and other layouts ---
+_line("view reshape _unsafe_view view_as reshape_as", to.view, Trait.RESHAPE)
+_line("flatten.using_ints unflatten.int", to.view, Trait.RESHAPE)
+_line("transpose.int swapaxes swapdims permute", to.reorder, Trait.TRANSPOSE)
+_line("t mT numpy_T matrix_H adjoint", to.reorder, Trait.TRANSPOSE)
+_line("movedim.intlist movedim.int", to.movedim)
+_line("unsqueeze", to.unsqueeze, Trait.AXIS | Trait.ROW_CHOICE)
+_line("squeeze.dim", to.squeeze, Trait.AXIS | Trait.PART | Trait.ROW_CHOICE)
+# No choice of rows: done to a mask, these could drop its last dim.
+_line("squeeze squeeze.dims", to.squeeze, Trait.AXIS | Trait.PART)
+# Nor these: they name the size of the last dim, which a mask has not.
+_line("expand expand_as broadcast_to", to.expand, Trait.REPEAT)
+_line("repeat", to.repeat, _REPEAT_ROWS)
+_line("repeat_interleave.self_int", to.repeat_interleave, _REPEAT_ROWS)
+_line("repeat_interleave.self_Tensor", to.repeat_interleave)  # some more often than others
+_line("slice.Tensor", to.on_dim(to.sliced), Trait.SLICE | _PIECES)
+_line("narrow", to.on_dim(to.narrowed), Trait.SLICE | _PIECES)
+_line("select.int", to.select, Trait.PART)
+_line("split.Tensor chunk", to.pieces, Trait.EQUAL_PARTS | _PIECES)
+_line("split.sizes split_with_sizes", to.pieces, _PIECES)
+_line("tensor_split.sections tensor_split.indices", to.pieces, _PIECES)
+_line("unbind.int", to.unbind, Trait.PART)
+_line([operator.getitem], None, _PIECES)  # of an op with several outputs
+_line("flip", to.on_dim(to.flipped, "dims"))
+_line("roll", to.on_dim(to.rolled, "dims"))
+_line("unfold", to.unfold)
+_line("constant_pad_nd pad", to.pad)
 
-def rule_of(target: Any) -> Rule | None:
-    """The rule for an op: its own, or that of elementwise ops."""
-    rule = RULES.get(target)
-    if rule is None and torch.Tag.pointwise in getattr(target, "tags", ()):
-        return pointwise
-    return rule
+# --- joins, picks and writes ---
+_line("cat concat concatenate", join.cat)
+_line("stack", join.stack)
+_line("index.Tensor", join.index, _INDEX)
+_line("index_select", join.index_select, _INDEX)
+_line("gather take_along_dim", join.gather)
+_line("embedding", None, Trait.LOOKUP)
+_line("index_copy index_copy_", join.written("source", "dim"))
+_line("slice_scatter select_scatter", join.written("src", "dim"))
+_line("copy copy_", join.written("src"))
+_line("index_put index_put_", join.index_put)
+
+# --- norms and reductions ---
+_line("softmax.int _softmax", mix.along, Trait.SOFTMAX)
+_line("log_softmax.int _log_softmax cumsum cumprod", mix.along)
+_line("topk sort sort.stable argsort argsort.stable", mix.along, Trait.CHOICE)
+_line("argmax", mix.reduce, Trait.CHOICE)
+_line("layer_norm rms_norm", mix.norm, _ROWWISE)
+_line("group_norm", mix.group_norm)
+_line("sum sum.dim_IntList mean mean.dim prod.dim_int", mix.reduce)
+_line("amax amin max max.dim min.dim logsumexp", mix.reduce)
+_line("var.dim var.correction std.correction var_mean.correction", mix.reduce)
+_line("linalg_vector_norm norm.ScalarOpt_dim any any.dim all all.dim", mix.reduce)
+
+# --- products ---
+_line("matmul bmm", mix.matmul, Trait.MATMUL | _STACKS | _ROWWISE)
+_line("mm", mix.matmul, Trait.MATMUL | Trait.PRODUCT | _ROWWISE)
+_line("addmm", mix.baddbmm, Trait.PRODUCT | _ROWWISE)
+_line("baddbmm", mix.baddbmm, _STACKS)
+_line("addbmm", mix.addbmm, Trait.PRODUCT)
+_line("einsum", mix.einsum, _STACKS)
+_line("linear", mix.linear, Trait.LINEAR | _ROWWISE)
+_line(LINEARS, None, Trait.LINEAR | _ROWWISE)  # what passes put in the place of linears
+_line("scaled_dot_product_attention", mix.attention, Trait.ATTENTION)
+_line([torch.ops.higher_order.flex_attention], mix.flex_attention, Trait.ATTENTION)
+_line([attend], None, Trait.ATTENTION)  # what a pass makes of attentions of one token

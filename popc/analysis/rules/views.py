@@ -23,26 +23,20 @@ from popc.analysis.propagation import (
 aten = torch.ops.aten
 
 
-def view(walk: Propagation, node: fx.Node) -> Labels:
+def view(propagation: Propagation, node: fx.Node) -> Labels:
     """``view`` and ``reshape``: the factors of the dims, dealt out anew."""
-    value = walk.of(node.args[0])
+    value = propagation.of(node.args[0])
     return None if value is None else value.viewed(shape(node))
 
 
-def reorder(walk: Propagation, node: fx.Node) -> Labels:
+def reorder(propagation: Propagation, node: fx.Node) -> Labels:
     """``permute``, ``transpose`` and their like."""
-    return only_input(walk, node).permuted(order_of(node))
+    return only_input(propagation, node).permuted(order_of(node))
 
 
-def reverse(walk: Propagation, node: fx.Node) -> Labels:
-    """``numpy_T``: the dims in reverse."""
-    value = only_input(walk, node)
-    return value.permuted(list(reversed(range(len(value.dims)))))
-
-
-def movedim(walk: Propagation, node: fx.Node) -> Labels:
+def movedim(propagation: Propagation, node: fx.Node) -> Labels:
     """``movedim``."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     rank = len(value.dims)
     source, target = dims_of(node, rank, "source"), dims_of(node, rank, "destination")
     rest = [d for d in range(rank) if d not in source]
@@ -51,14 +45,14 @@ def movedim(walk: Propagation, node: fx.Node) -> Labels:
     return value.permuted(rest)
 
 
-def unsqueeze(walk: Propagation, node: fx.Node) -> Labels:
+def unsqueeze(propagation: Propagation, node: fx.Node) -> Labels:
     """``unsqueeze``: a new dim without labels."""
-    return only_input(walk, node).unsqueezed(argument(node, "dim") % len(shape(node)))
+    return only_input(propagation, node).unsqueezed(argument(node, "dim") % len(shape(node)))
 
 
-def squeeze(walk: Propagation, node: fx.Node) -> Labels:
+def squeeze(propagation: Propagation, node: fx.Node) -> Labels:
     """``squeeze``: dims of size 1 fall away."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     before = shape(node.args[0])
     for dim in reversed(dims_of(node, len(before))):
         if same_size(before[dim], 1):
@@ -66,9 +60,9 @@ def squeeze(walk: Propagation, node: fx.Node) -> Labels:
     return value
 
 
-def expand(walk: Propagation, node: fx.Node) -> Labels:
+def expand(propagation: Propagation, node: fx.Node) -> Labels:
     """``expand``: a dim of size 1 without labels takes the new size."""
-    value = walk.of(node.args[0])
+    value = propagation.of(node.args[0])
     if value is None:
         return None
     sizes = shape(node)
@@ -80,9 +74,9 @@ def expand(walk: Propagation, node: fx.Node) -> Labels:
     return LabeledValue((*map(free, sizes[:lead]), *kept), value.labels)
 
 
-def repeat(walk: Propagation, node: fx.Node) -> Labels:
+def repeat(propagation: Propagation, node: fx.Node) -> Labels:
     """``repeat``: labels are tiled."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     times = argument(node, "repeats")
     for _ in range(len(times) - len(value.dims)):
         value = value.unsqueezed(0)
@@ -94,9 +88,9 @@ def repeat(walk: Propagation, node: fx.Node) -> Labels:
     return value
 
 
-def repeat_interleave(walk: Propagation, node: fx.Node) -> Labels:
+def repeat_interleave(propagation: Propagation, node: fx.Node) -> Labels:
     """``repeat_interleave`` by a constant: each label stands several times in a row."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     count, dim = argument(node, "repeats"), argument(node, "dim")
     if dim is None:
         raise Mixes("flattens channels with other axes")
@@ -111,8 +105,8 @@ def repeat_interleave(walk: Propagation, node: fx.Node) -> Labels:
 def on_dim(change: Callable[[fx.Node, np.ndarray, int], np.ndarray], name: str = "dim") -> Rule:
     """A rule for an op that re-arranges positions along dims, one after the other."""
 
-    def rule(walk: Propagation, node: fx.Node) -> Labels:
-        value = only_input(walk, node)
+    def rule(propagation: Propagation, node: fx.Node) -> Labels:
+        value = only_input(propagation, node)
         for at, dim in enumerate(dims_of(node, len(value.dims), name)):
             if not value.is_free(dim):
                 value = value.replaced(dim, change(node, value.along(dim), at))
@@ -140,6 +134,11 @@ def narrowed(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
     return labels[..., start : start + length]
 
 
+def flipped(node: fx.Node, labels: np.ndarray, _: int) -> np.ndarray:
+    """``flip``."""
+    return labels[..., ::-1]
+
+
 def rolled(node: fx.Node, labels: np.ndarray, at: int) -> np.ndarray:
     """The labels ``[..., n]`` as ``roll`` turns them."""
     shifts = argument(node, "shifts")
@@ -147,9 +146,9 @@ def rolled(node: fx.Node, labels: np.ndarray, at: int) -> np.ndarray:
     return np.roll(labels, shift, axis=-1)
 
 
-def select(walk: Propagation, node: fx.Node) -> Labels:
+def select(propagation: Propagation, node: fx.Node) -> Labels:
     """``select``: one label, its dim dropped."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim, index = argument(node, "dim") % len(value.dims), argument(node, "index")
     if value.is_free(dim):
         return value.squeezed(dim)
@@ -158,24 +157,24 @@ def select(walk: Propagation, node: fx.Node) -> Labels:
     return value.replaced(dim, value.along(dim)[..., [index]]).squeezed(dim)
 
 
-def pieces(walk: Propagation, node: fx.Node) -> Labels:
+def pieces(propagation: Propagation, node: fx.Node) -> Labels:
     """split, chunk, tensor_split: the outputs' sizes tell where the cuts are."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim = (argument(node, "dim") or 0) % len(value.dims)
-    outputs, start, pieces = node.meta["val"], 0, []
+    outputs, start, parts = node.meta["val"], 0, []
     for output in outputs:
         size = output.shape[dim]
         if value.is_free(dim):
-            pieces.append(value.resized(dim, size))
+            parts.append(value.resized(dim, size))
             continue
-        pieces.append(value.replaced(dim, value.along(dim)[..., start : start + size]))
+        parts.append(value.replaced(dim, value.along(dim)[..., start : start + size]))
         start += size
-    return pieces  # type: ignore[return-value]
+    return parts  # type: ignore[return-value]
 
 
-def unbind(walk: Propagation, node: fx.Node) -> Labels:
+def unbind(propagation: Propagation, node: fx.Node) -> Labels:
     """``unbind``: a value for each place of the dim."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim = argument(node, "dim") % len(value.dims)
     if value.is_free(dim):
         return [value.squeezed(dim)] * len(node.meta["val"])
@@ -183,9 +182,9 @@ def unbind(walk: Propagation, node: fx.Node) -> Labels:
     return [value.replaced(dim, labels[..., [i]]).squeezed(dim) for i in range(labels.shape[-1])]
 
 
-def unfold(walk: Propagation, node: fx.Node) -> Labels:
+def unfold(propagation: Propagation, node: fx.Node) -> Labels:
     """``unfold`` along a dim without labels."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     dim = argument(node, "dimension") % len(value.dims)
     if not value.is_free(dim):
         raise Mixes("takes windows over the channels")
@@ -193,9 +192,9 @@ def unfold(walk: Propagation, node: fx.Node) -> Labels:
     return value.unsqueezed(len(value.dims), shape(node)[-1])
 
 
-def pad(walk: Propagation, node: fx.Node) -> Labels:
+def pad(propagation: Propagation, node: fx.Node) -> Labels:
     """``pad``: new labels, of nothing, around those there are."""
-    value = only_input(walk, node)
+    value = only_input(propagation, node)
     pads = argument(node, "pad")
     for i in range(len(pads) // 2):
         dim, (before, after) = len(value.dims) - 1 - i, pads[2 * i : 2 * i + 2]

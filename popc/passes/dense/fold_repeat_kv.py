@@ -17,7 +17,7 @@ from popc.analysis.capture import Captured
 from popc.analysis.labels import same_size
 from popc.analysis.mutation import Written, writes
 from popc.analysis.propagation import argument, order_of, shape
-from popc.analysis.tokens import VIEWS
+from popc.analysis.rules.traits import Trait, has
 from popc.ops import attend, native
 from popc.passes.base import PassResult
 from popc.passes.builder import GraphBuilder, finish
@@ -27,8 +27,6 @@ aten = torch.ops.aten
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 _HEADS = 1  # q, k and v are [B, H, T, E]
-_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
-_MOVES = (aten.transpose.int, aten.permute.default)
 
 
 def fold_repeat_kv(captured: Captured, work: RewritePlan) -> PassResult:
@@ -128,8 +126,8 @@ def _repeat(value: fx.Node, dim: int) -> _Repeat | None:
     """What ``value`` repeats along ``dim``: by ``repeat_interleave``, or by an expanded dim that is
     then merged with the one before it."""
     moves: list[fx.Node] = []
-    while value.target in (*_COPIES, *_MOVES):
-        if value.target in _MOVES:
+    while has(value, Trait.COPY | Trait.TRANSPOSE):
+        if has(value, Trait.TRANSPOSE):
             moves.insert(0, value)
             dim = order_of(value)[dim]
         value = _source(value)
@@ -138,7 +136,7 @@ def _repeat(value: fx.Node, dim: int) -> _Repeat | None:
         if along is None or along % len(shape(value)) != dim:
             return None
         return _Repeat(_source(value), None, value, tuple(moves))
-    if value.target not in VIEWS or _source(value).target is not aten.expand.default:
+    if not has(value, Trait.RESHAPE) or _source(value).target is not aten.expand.default:
         return None
     source = _source(_source(value))
     wide, narrow = shape(_source(value)), shape(source)
