@@ -28,8 +28,8 @@ _REMEDIES = {
     "channels; a value that all layers read, as a residual stream, stays whole",
     "attention": "more heads of keys and values: all that attend with one of them are one unit",
     "heads": "mix heads once their values are read, not before",
-    "unknown op": "popc.register_rule({op}, ...), if it acts on each channel alone; or write it with "
-    "ops that have a rule",
+    "unknown op": "popc.register_rule({op}, ...), if it acts on each channel alone; "
+    "or write it with ops that have a rule",
     "not followed": "write {op} so that each channel stays at a place known when it is traced",
     "training": "call model.eval() first",
     "shared": "give each unit channels of its own: those that all units read are always computed",
