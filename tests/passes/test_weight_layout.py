@@ -34,17 +34,17 @@ def prefill_and_step(model: nn.Module, d: int = 16, **options: object) -> nn.Mod
     return pruned
 
 
-def is_input_major(weight: torch.Tensor) -> bool:
+def lies_by_input(weight: torch.Tensor) -> bool:
     return weight.stride() == (1, weight.shape[0])
 
 
-def test_down_is_stored_channel_major_and_the_rest_as_before() -> None:
+def test_down_is_channel_major_and_the_rest_as_before() -> None:
     model = Gated()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parameters = {name: id(value) for name, value in model.named_parameters()}
     pruned = prefill_and_step(model)
     assert len(pruned.popc_plan.regions) == 1
-    assert is_input_major(model.c.weight)
+    assert lies_by_input(model.c.weight)
     assert model.a.weight.is_contiguous() and model.b.weight.is_contiguous()
     assert {name: id(value) for name, value in model.named_parameters()} == parameters
     for name, value in model.state_dict().items():
@@ -62,14 +62,14 @@ def test_a_conv1d_is_turned_the_other_way_round() -> None:
     """GPT-2's weights are [in, out]: it is the producer whose channels are apart."""
     model = AddmmMLP()
     prefill_and_step(model)
-    assert is_input_major(model.w1) and model.w2.is_contiguous()
+    assert lies_by_input(model.w1) and model.w2.is_contiguous()
 
 
 def test_saving_is_as_before(tmp_path) -> None:
     model = tiny_llama()
     dense = copy.deepcopy(model)
     popc.compile(model, policy="pop", sparsity=R, codegen="eager").generate(IDS, max_new_tokens=3)
-    assert is_input_major(model.model.layers[0].mlp.down_proj.weight)
+    assert lies_by_input(model.model.layers[0].mlp.down_proj.weight)
     state = model.state_dict()
     save_file(
         {name: v.clone().contiguous() for name, v in state.items()}, tmp_path / "a.safetensors"
@@ -90,7 +90,7 @@ def test_what_is_written_through_a_state_dict_reaches_the_weights() -> None:
     """As averaging of weights, surgery, and loading a part do it."""
     model = Gated()
     pruned = prefill_and_step(model)
-    assert is_input_major(model.c.weight)
+    assert lies_by_input(model.c.weight)
     for held in (model.state_dict(), pruned.state_dict()):
         assert held["c.weight"].data_ptr() == model.c.weight.data_ptr()
         held["c.weight"].mul_(0.5)
@@ -102,7 +102,7 @@ def test_loading_weights_keeps_the_layout() -> None:
     model, other = Gated(), Gated()
     prefill_and_step(model)
     model.load_state_dict(other.state_dict())
-    assert is_input_major(model.c.weight) and torch.equal(model.c.weight, other.c.weight)
+    assert lies_by_input(model.c.weight) and torch.equal(model.c.weight, other.c.weight)
 
 
 def test_the_original_answers_as_before() -> None:
@@ -180,7 +180,7 @@ def test_shared_layers_are_turned_once() -> None:
 
     model = Twice()
     prefill_and_step(model)
-    assert is_input_major(model.block.c.weight)
+    assert lies_by_input(model.block.c.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -196,7 +196,7 @@ def test_every_graph_reads_turned_weights_right(dtype) -> None:
         )
 
 
-def test_transposed_storage_keeps_values() -> None:
+def test_transposing_keeps_values() -> None:
     value = torch.randn(3, 4, 5)
     stored = transpose_storage(value)
     assert torch.equal(stored, value) and stored.stride() == (20, 1, 4)
