@@ -47,7 +47,7 @@ def compile(
     Args:
         model: any ``nn.Module``.
         config: a :class:`popc.Config`; ``options`` are its fields by name and override it.
-        calibration: for policies that need a text beforehand, as ``"wanda_sp"`` and ``"flap"``:
+        calibration: for policies that need a calibration text, as ``"wanda_sp"`` and ``"flap"``:
             batches of it, each a mapping of the model's inputs or a tensor, its first one. They run
             through the model at once, dense.
 
@@ -75,8 +75,8 @@ def _check_calibration(config: Config, calibration: Iterable[Any] | None) -> Non
         allowed = "batches of a text: popc.compile(model, ..., calibration=batches)"
         raise ConfigError("calibration", None, f"for policy {needs!r} {allowed}")
     if not needs and calibration is not None:
-        given = type(calibration).__name__
-        raise ConfigError("calibration", given, f"None for policy {config.policy_name!r}")
+        kind = type(calibration).__name__
+        raise ConfigError("calibration", kind, f"None for policy {config.policy_name!r}")
 
 
 def analyze(
@@ -98,7 +98,7 @@ def analyze(
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
-        return _found(capture_module(model.module(), args, kwargs)).plan()
+        return _analysis_of(capture_module(model.module(), args, kwargs)).plan()
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.analyze takes an nn.Module or a graph, not {type(model).__name__}")
     if not args and not kwargs and hasattr(model, "dummy_inputs"):
@@ -106,22 +106,22 @@ def analyze(
     model = dense(model)
     with torch.no_grad():
         if isinstance(model, fx.GraphModule):
-            return _found(capture_module(model, args, kwargs)).plan()
+            return _analysis_of(capture_module(model, args, kwargs)).plan()
         return _analyze_traced(model, args, kwargs or {})
 
 
-def _found(captured: Captured) -> Findings:
-    found = find_regions(captured)
-    found.inputs = find_input_groups(captured, found.regions)
-    return found
+def _analysis_of(captured: Captured) -> Findings:
+    findings = find_regions(captured)
+    findings.inputs = find_input_groups(captured, findings.regions)
+    return findings
 
 
 def _named(
     records: Sequence[Record], places: Sequence[Sequence[int]], args: Sequence[Any]
 ) -> Iterator[Record]:
     """The records as they are for the parameters among ``args``, at ``places``."""
-    for record, own in zip(records, places, strict=True):
-        yield with_parameters(record, [identity(args[at]) for at in own])
+    for record, positions in zip(records, places, strict=True):
+        yield with_parameters(record, [identity(args[i]) for i in positions])
 
 
 def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Plan:
@@ -133,12 +133,12 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
         except GraphError as error:
             plan.extend(Plan(breaks=[str(error)]))
             return gm.forward
-        found = _found(captured)
-        first = found.plan()
+        findings = _analysis_of(captured)
+        first = findings.plan()
         plan.extend(first)
         # ``run`` lives as long as Dynamo's caches do: the graph is not to.
-        regions = [input_positions(region.consumers, captured) for region in found.regions]
-        inputs = [input_positions(group.linears, captured) for group in found.inputs]
+        regions = [input_positions(region.consumers, captured) for region in findings.regions]
+        inputs = [input_positions(group.linears, captured) for group in findings.inputs]
 
         def run(*args: Any) -> Any:
             # One graph may serve several layers.

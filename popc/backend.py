@@ -27,7 +27,7 @@ from popc.planning.rewrite_plan import RewritePlan, plan_rewrite
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.interpreter import Interpreted
 from popc.runtime.signature import Signature
-from popc.runtime.variants import Compiled, Variants
+from popc.runtime.variants import CompiledFunction, Variants
 from popc.stages import run_stage
 
 
@@ -42,7 +42,7 @@ def popc_backend(
     measure_only: bool = False,
     only: Collection[Hashable] | None = None,
     has_calibration: bool = False,
-) -> Compiled:
+) -> CompiledFunction:
     """Compile one Dynamo graph; registered with ``torch.compile`` as ``"popc"``.
 
     A graph in which a pass fails, or that can't be traced, runs dense, with a warning.
@@ -53,7 +53,7 @@ def popc_backend(
         on_plan: called with the plan of each graph; ``popc.compile`` collects them.
         measure_only: treat a decode graph as a prefill: dense, with statistics.
         only: keys of the regions that are pruned by units; None: all that ``config`` has.
-        has_calibration: whether a text given beforehand was, or will be, measured.
+        has_calibration: whether a calibration text was, or will be, measured.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
@@ -76,9 +76,9 @@ def popc_backend(
             compiled = _rewritten(captured, work, example_inputs, codegen, variant, on_plan)
     except GraphError as error:
         logger.warning("left dense: %s", error)
-        findings.leave(str(error), "capture")
+        findings.refuse_all(str(error), "capture")
     except PassError as error:
-        findings.leave(str(error), "failed")
+        findings.refuse_all(str(error), "failed")
         warnings.warn(_FAILED.format(error), PopcWarning, stacklevel=2)
     if on_plan is not None:
         on_plan(findings.plan())
@@ -90,9 +90,9 @@ def _rewritten(
     work: RewritePlan,
     example_inputs: Sequence[Any],
     codegen: _Codegen,
-    variant: Callable[..., Compiled] | None,
+    variant: Callable[..., CompiledFunction] | None,
     on_plan: Callable[[Plan], None] | None,
-) -> Compiled | None:
+) -> CompiledFunction | None:
     """Run the passes and generate code; None if no pass found anything to do.
 
     Args:
@@ -155,7 +155,7 @@ class _Codegen:
 
     def __call__(
         self, graph: fx.GraphModule, inputs: Sequence[Any], measures: bool = False
-    ) -> Compiled:
+    ) -> CompiledFunction:
         """``measures``: whether it is the graph of a prompt, which takes statistics."""
         if self.config.codegen == "eager":
             return Interpreted(graph)

@@ -27,7 +27,9 @@ from popc.runtime.guards import PromptGuards
 from popc.runtime.mirror import Mirror, modules_of, replace
 
 Model = TypeVar("Model", bound=nn.Module)
-_NOTHING = "popc found nothing to prune in this model; it runs dense. popc.analyze(model) says why."
+_NOTHING_PRUNED = (
+    "popc found nothing to prune in this model; it runs dense. popc.analyze(model) says why."
+)
 _NOT_REACHED = (
     "popc: generate() of this model called neither its own forward nor that of a part with a "
     "generate() of its own, so it ran dense. Compile the part that it calls: "
@@ -40,7 +42,7 @@ class Compiled:
 
     Attributes:
         plan: of all graphs compiled so far.
-        base: what was measured on a text given beforehand; None without one.
+        base: what was measured on the calibration text; None without one.
         calls: how many calls there were.
     """
 
@@ -61,10 +63,10 @@ class Compiled:
             replace(forward.module, self._attributes(forward))
         generate: Any = getattr(self.model, "generate", None)
         if callable(generate):
-            replace(self.model, {"generate": self._generate(generate)})
+            replace(self.model, {"generate": self._warning_generate(generate)})
 
     def begin(self) -> None:
-        """A call that is no decode step: what was set on the original since is seen, and hooks."""
+        """Before a call that is no decode step: take over what was set on the original."""
         self._mirror.follow()
         hooks = self._mirror.hooks()
         if hooks != self._hooks:
@@ -73,17 +75,17 @@ class Compiled:
                 forward.renew()
 
     def note(self, breaks_before: Mapping[str, int]) -> None:
-        """What a call has shown: graph breaks, and whether anything is pruned."""
+        """After a call: record its graph breaks, and warn if nothing is pruned."""
         breaks = compat.breaks_since(breaks_before)
         if breaks:
             self.plan.extend(Plan(breaks=breaks))
         plan = self.plan
         if not self._warned and not plan.regions and not plan.inputs and plan.skipped:
             self._warned = True
-            warnings.warn(_NOTHING, PopcWarning, stacklevel=6)  # whoever called the model
+            warnings.warn(_NOTHING_PRUNED, PopcWarning, stacklevel=6)  # whoever called the model
 
     def measure(self, calibration: Iterable[Any]) -> None:
-        """Run the batches of a text given beforehand through the model, dense."""
+        """Run the batches of the calibration text through the model, dense."""
         session = sessions.Session()
         compiled = self.forwards[0].frame
 
@@ -96,9 +98,9 @@ class Compiled:
         self.base = session
 
     def _attributes(self, forward: _Forward) -> dict[str, Any]:
-        """What the instance has in place of its class's, so that the class stays as it is."""
+        """Attributes to set on the instance: its class stays as it is."""
         module = forward.module
-        held: dict[str, Any] = {
+        attributes: dict[str, Any] = {
             "forward": forward.function(),
             "popc_plan": self.plan,
             "popc_config": self.config,
@@ -107,20 +109,20 @@ class Compiled:
         }
         if hasattr(module, "get_compiled_call"):
             # transformers' generate would compile the call once more.
-            held["get_compiled_call"] = lambda *_: module.__call__
-        return held | compat.marked_prefill(module, sessions.prefill)
+            attributes["get_compiled_call"] = lambda *_: module.__call__
+        return attributes | compat.marked_prefill(module, sessions.prefill)
 
-    def _generate(self, dense: Callable[..., Any]) -> Callable[..., Any]:
-        """``generate`` of the model, which says so if it ran dense."""
-        told = False
+    def _warning_generate(self, dense: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's ``generate``, which warns once if it ran dense."""
+        warned = False
 
         @functools.wraps(dense, updated=())
         def generate(*args: Any, **kwargs: Any) -> Any:
-            nonlocal told
+            nonlocal warned
             before = self.calls
             out = dense(*args, **kwargs)
-            if self.calls == before and not told:
-                told = True
+            if self.calls == before and not warned:
+                warned = True
                 warnings.warn(_NOT_REACHED, PopcWarning, stacklevel=2)
             return out
 
@@ -136,22 +138,23 @@ class _Forward:
         self.guards = PromptGuards() if shared.config.guards == "prompt" else None
         self._lock = threading.Lock()
         self._by_sequence = shared.config.scope == "sequence"
-        self._backend = _backend(shared.config, shared.plan, self.guards)
+        self._backend = _backend_for(shared.config, shared.plan, self.guards)
         self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
 
     def function(self) -> Callable[..., Any]:
-        """What stands in the module's place for ``forward``.
+        """The module's new ``forward``.
 
         Where Dynamo traces it for another part of this model, it is the dense forward, so that one
-        graph holds all; where for somebody else's function, it breaks that graph.
+        graph holds all; where Dynamo traces it for any other function, it breaks that graph.
         """
         shared, dense, run = self.shared, self.dense, self.run
-        apart = torch.compiler.disable(run, reason="a model that popc compiled has its own graphs")
+        reason = "a model that popc compiled has its own graphs"
+        alone = torch.compiler.disable(run, reason=reason)
 
         @functools.wraps(dense, updated=())
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_dynamo_compiling():
-                return dense(*args, **kwargs) if shared.is_own_trace() else apart(*args, **kwargs)
+                return dense(*args, **kwargs) if shared.is_own_trace() else alone(*args, **kwargs)
             return run(*args, **kwargs)
 
         return forward
@@ -160,8 +163,8 @@ class _Forward:
         shared = self.shared
         shared.calls += 1
         before = compat.graph_breaks()
-        frees = torch.is_grad_enabled() and not _wants_grad(self.module, args, kwargs)
-        with torch.no_grad() if frees else nullcontext(), compat.running(shared):
+        no_grad = torch.is_grad_enabled() and not _wants_grad(self.module, args, kwargs)
+        with torch.no_grad() if no_grad else nullcontext(), compat.running(shared):
             out = compat.call_compiled(
                 in_session, self._call, args, kwargs, shared.base, self._by_sequence, shared.begin
             )
@@ -192,25 +195,25 @@ def _parts(root: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
-def _backend(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
-    """popc's backend with its options, reporting into ``plan``, telling ``guards`` of graphs."""
+def _backend_for(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
+    """popc's backend with its options; it adds to ``plan`` and tells ``guards`` of each graph."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        made = popc_backend(
+        compiled = popc_backend(
             gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
         )
         if guards is not None:
-            decodes = isinstance(made, CompiledGraph) and made.decodes
+            decodes = isinstance(compiled, CompiledGraph) and compiled.decodes
             guards.expect(decodes, compat.written_places())
-        return made
+        return compiled
 
     return backend
 
 
 def _wants_grad(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     values = (*args, *kwargs.values())
-    asks = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
-    return model.training or asks
+    any_requires = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+    return model.training or any_requires
 
 
 def dense(model: Model) -> Model:
@@ -226,8 +229,8 @@ def _deep_copy(shared: Compiled, module: nn.Module, memo: dict[int, Any]) -> nn.
             "text is not kept: copy the model, and compile the copy with its calibration"
         )
     copied = copy.deepcopy(dense(module), memo)
-    memo[id(module)] = made = Compiled(copied, shared.config).model
-    return made
+    memo[id(module)] = compiled = Compiled(copied, shared.config).model
+    return compiled
 
 
 def _refuse_to_pickle(_: Any) -> Any:

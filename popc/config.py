@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from popc import policies
 from popc.errors import ConfigError
 from popc.policies import Counts, Dense, InputPolicy, Policy, UnitPolicy
-from popc.policies.allocation import LEAST, Budget
+from popc.policies.allocation import MIN_SHARE, Budget
 
 if TYPE_CHECKING:
     from popc.analysis.findings import Region
@@ -37,7 +37,7 @@ class Config:
             ``"threshold"``: every linear reads the input channels that matter to the token;
             ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"staged"``: channels by
             their gate, ``"staged_pruned"`` without the tenth that matters least to the prompt;
-            ``"wanda_sp"``, ``"flap"``: fixed by a text given beforehand; ``"dense"``: nothing is
+            ``"wanda_sp"``, ``"flap"``: fixed by a calibration text; ``"dense"``: nothing is
             pruned. Under ``"threshold"``, experts and encoders are pruned by ``"pop"``.
         targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by policies of
             inputs alone also ``"other"`` linears, and ``"head"``, the last ones. None: the policy's
@@ -51,7 +51,7 @@ class Config:
         count: decode graphs also count what is read: see :meth:`popc.Plan.read_share`.
         scope: ``"batch"`` has one partition for the batch (statistics are added over it),
             ``"sequence"`` one for each sequence.
-        guards: when Dynamo looks whether the model is as it was compiled, its modules' attributes
+        guards: when Dynamo checks that the model is as it was compiled, its modules' attributes
             and globals too: at each ``"token"``, as ``torch.compile`` does, or at each ``"prompt"``
             alone, where nothing changes it between a prompt and its last token. A prompt is a call
             with more than one token.
@@ -101,9 +101,9 @@ class Config:
     def _check_policy(self) -> None:
         if isinstance(self.policy, Mapping):
             # A copy, as of all that a caller could change later.
-            held = {kind: policies.current_name(name) for kind, name in self.policy.items()}
-            object.__setattr__(self, "policy", held)
-            for kind, name in held.items():
+            current = {kind: policies.current_name(name) for kind, name in self.policy.items()}
+            object.__setattr__(self, "policy", current)
+            for kind, name in current.items():
                 _check_choice("policy", kind, TARGETS)
                 _check_choice("policy", name, policies.names())
         else:
@@ -114,21 +114,21 @@ class Config:
             raise ConfigError("budget", self.budget, "'fixed' with a policy that prunes units")
 
     def _check_targets(self) -> None:
-        given = self.targets
-        if given is None:
+        targets = self.targets
+        if targets is None:
             if isinstance(self.policy, Mapping):
-                given = tuple(
+                targets = tuple(
                     kind
                     for kind, name in self.policy.items()
                     if not isinstance(policies.get(name), Dense)
                 )
             else:
-                given = policies.get(self.policy).targets
-        given = (given,) if isinstance(given, str) else given
+                targets = policies.get(self.policy).targets
+        targets = (targets,) if isinstance(targets, str) else targets
         try:
-            object.__setattr__(self, "targets", tuple(given))
+            object.__setattr__(self, "targets", tuple(targets))
         except TypeError:
-            raise ConfigError("targets", given, f"a subset of {TARGETS}") from None
+            raise ConfigError("targets", targets, f"a subset of {TARGETS}") from None
         for target in self.target_kinds:
             if target not in TARGETS:
                 raise ConfigError("targets", self.targets, f"a subset of {TARGETS}")
@@ -151,7 +151,7 @@ class Config:
 
     @property
     def calibrated(self) -> str | None:
-        """The first policy that needs a text beforehand; None if none does."""
+        """The first policy that needs a calibration text; None if none does."""
         return next((name for name in self._policies() if policies.get(name).calibrated), None)
 
     def policy_of(self, kind: str) -> str:
@@ -178,7 +178,7 @@ class Config:
         values = {name: getattr(config, name) for name in names} if config else {}
         options = dict(options or {})
         if "policy" in options and "targets" not in options:
-            values.pop("targets", None)  # they were another policy's
+            values.pop("targets", None)  # the usual ones of the other policy
         return cls(**{**values, **options})
 
     def counts(self, units: int, kind: str = "mlp") -> Counts:
@@ -190,7 +190,7 @@ class Config:
         """What the linears whose inputs are pruned may read."""
         share = 1 - self.sparsity
         if self.budget == "elastic":
-            return Budget(share, 1 - self.mass, max(LEAST, share / 2))
+            return Budget(share, 1 - self.mass, max(MIN_SHARE, share / 2))
         return Budget(share)
 
     def prunes(self, kind: str) -> bool:

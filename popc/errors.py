@@ -32,8 +32,8 @@ class PassError(PopcError):
 
     def __init__(self, name: str, error: Exception) -> None:
         self.name = name
-        said = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+        lines = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         super().__init__(f"the pass {name!r} failed: {what}")
 
 

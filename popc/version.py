@@ -25,8 +25,8 @@ def _digest(folder: Path) -> str:
     """A hash of the names and the contents of all sources in ``folder`` and below."""
     total = hashlib.sha256(__version__.encode())
     for path in sorted(p for p in folder.rglob("*") if p.suffix in _SOURCES):
-        held = path.read_bytes()
+        content = path.read_bytes()
         name = path.relative_to(folder).as_posix()
-        # With the lengths, so that no name can run over into what another file holds.
-        total.update(f"{len(name)} {name} {len(held)} ".encode() + held)
+        # With the lengths, so that no name can run over into another file's content.
+        total.update(f"{len(name)} {name} {len(content)} ".encode() + content)
     return total.hexdigest()[:32]

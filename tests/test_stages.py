@@ -102,16 +102,16 @@ def test_a_layout_that_fails_half_way(monkeypatch) -> None:
     """What has changed by then is known to what comes after."""
     from popc.passes import weight_layout
 
-    turn, turned = weight_layout.turn, []
+    transpose_storage, turned = weight_layout.transpose_storage, []
 
     def failing(value: Tensor) -> Tensor:
         if value.device.type != "meta":
             turned.append(value.shape)
             if len(turned) > 1:
                 raise MemoryError("no room")
-        return turn(value)
+        return transpose_storage(value)
 
-    monkeypatch.setattr(weight_layout, "turn", failing)
+    monkeypatch.setattr(weight_layout, "transpose_storage", failing)
     model = nn.Sequential(Plain(), nn.LayerNorm(16), Plain()).eval()
     x = torch.randn(1, 1, 16)
     expected = model(x).detach()

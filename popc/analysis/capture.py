@@ -178,7 +178,7 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def _slim(graph: fx.Graph) -> None:
-    """Hold less of what only a compiler asks for: compiled graphs keep what was captured."""
+    """Drop metadata that only a compiler asks for: compiled graphs keep what was captured."""
     _intern_traces(graph)
     for node in graph.nodes:
         for key in ("from_node", "tensor_meta", "source_fn_stack", "original_aten", "seq_nr"):

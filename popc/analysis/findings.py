@@ -64,8 +64,8 @@ class Region:
     @property
     def experts(self) -> int:
         """E, the number of experts whose weights are stacked; 0 in other regions."""
-        held = self.consumers[0].experts
-        return held.count if held is not None else 0
+        experts = self.consumers[0].experts
+        return experts.count if experts is not None else 0
 
     @property
     def linears(self) -> list[Linear]:
@@ -142,7 +142,7 @@ def record_of(linear: Linear) -> LinearRecord:
 
 @dataclass
 class Findings:
-    """Regions, inputs and refusals of one graph: a backend strikes out what it must leave.
+    """Regions, inputs and refusals of one graph: a backend refuses what it must leave dense.
 
     Attributes:
         regions: what can be pruned, in graph order.
@@ -154,8 +154,8 @@ class Findings:
     skipped: list[Skipped] = field(default_factory=list)
     inputs: list[InputGroup] = field(default_factory=list)
 
-    def leave(self, reason: str, kind: str) -> None:
-        """Make refusals of all that it lists as pruned; where that is nothing yet, of the graph."""
+    def refuse_all(self, reason: str, kind: str) -> None:
+        """Turn all regions and inputs into refusals; if there are none, refuse the graph."""
         owners: list[Region | InputGroup] = [*self.regions, *self.inputs]
         left = [Skipped(o.name, reason, "", o.source, kind, key=o.key) for o in owners]
         self.skipped += left or [Skipped("the graph", reason, kind=kind)]

@@ -40,15 +40,15 @@ class Gate:
 
 
 def find_gate(region: Region) -> Gate | None:
-    """The gate of a region; None if it has none, or its factors' channels lie differently."""
-    makers = {producer.linear.node: producer for producer in region.producers}
-    made: dict[fx.Node, frozenset[fx.Node]] = {node: frozenset([node]) for node in makers}
+    """The gate of a region; None if it has none, or its factors order channels differently."""
+    producers = {producer.linear.node: producer for producer in region.producers}
+    origin: dict[fx.Node, frozenset[fx.Node]] = {node: frozenset([node]) for node in producers}
     product = None
     for node in region.body:
-        sources = [made[source] for source in node.all_input_nodes if source in made]
-        made[node] = frozenset().union(*sources)
+        sources = [origin[source] for source in node.all_input_nodes if source in origin]
+        origin[node] = frozenset().union(*sources)
         if node.target is aten.mul.Tensor and len(sources) == 2:
-            if sources[0].isdisjoint(sources[1]) and made[node] == makers.keys():
+            if sources[0].isdisjoint(sources[1]) and origin[node] == producers.keys():
                 product = node
                 break
     if product is None or not _stays_in_place(product, region):
@@ -57,23 +57,26 @@ def find_gate(region: Region) -> Gate | None:
         factor: tuple(
             n
             for n in region.body
-            if n not in makers and n is not product and made.get(n) and made[n] <= made[factor]
+            if n not in producers
+            and n is not product
+            and origin.get(n)
+            and origin[n] <= origin[factor]
         )
         for factor in product.all_input_nodes
     }
     first, second = product.all_input_nodes
     # The factor with the activation comes first: it is the one that is often small.
     scored, other = (second, first) if len(paths[first]) < len(paths[second]) else (first, second)
-    if len(made[other]) != 1:
+    if len(origin[other]) != 1:
         return None
-    (linear,) = made[other]
-    late = makers[linear]
+    (linear,) = origin[other]
+    late = producers[linear]
     fits = late.rows.shape == region.columns.shape == (region.width, 1)
     if not fits or (late.rows != region.columns).any() or late.linear.outputs != region.width:
         return None
     moved = {linear, *paths[other]}
     if any(user not in moved and user is not product for node in moved for user in node.users):
-        return None  # somebody else waits for what is to come later
+        return None  # another op reads what is to be computed later
     return Gate(scored, other, late.linear, paths[other], product)
 
 

@@ -1,7 +1,7 @@
 """Linears by the input that they share: what can leave input channels out, token by token.
 
 Every linear contracts its input's channels, so any of them may be left out where it is small. No
-life of a channel has to be followed for that, only what the linears of one input belong to.
+labels are needed for that, only what the linears of one input belong to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Label a graph: channels are born in linears, propagated by the rules, and end in linears."""
+"""Label a graph: labels start at the outputs of linears, follow the rules, and end at linears."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LabeledGraph:
         self._leaks: list[fx.Node] = []
         for node in self.graph.nodes:
             self._visit(node)
-        self.cached = self._judge_leaks()
+        self.cached = self._resolve_leaks()
 
     def _visit(self, node: fx.Node) -> None:
         labels_of = self.propagation.of
@@ -83,7 +83,7 @@ class LabeledGraph:
     def _visit_linear(self, linear: Linear) -> None:
         propagation = self.propagation
         try:
-            propagation.carried[linear.node] = self._through(linear)
+            propagation.carried[linear.node] = self._labels_of_output(linear)
         except Mixes as mixes:
             x = propagation.of(linear.x)
             assert x is not None  # else nothing could be mixed
@@ -124,8 +124,8 @@ class LabeledGraph:
         for value in incoming:
             propagation.flow.spoil(value.labels, reason, node, kind)
 
-    def _through(self, linear: Linear) -> LabeledValue:
-        """Channels end here, and new ones are born."""
+    def _labels_of_output(self, linear: Linear) -> LabeledValue:
+        """The labels of a linear's output: its input's channels end here, and new ones start."""
         propagation = self.propagation
         x, y = propagation.of(linear.x), linear.y_dim
         sizes = shape(linear.node)
@@ -184,7 +184,7 @@ class LabeledGraph:
 
     # --- what leaves the graph ---
 
-    def _judge_leaks(self) -> set[int]:
+    def _resolve_leaks(self) -> set[int]:
         """Spoil channels that leave the graph, but for keys and values: those go to a cache."""
         propagation = self.propagation
         kept = self._keys_and_values()

@@ -176,7 +176,7 @@ def divides(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Event:
-    """Something that ties or spoils channels, to be told in a refusal of that ``kind``."""
+    """Something that ties or spoils channels, to be named in a refusal of that ``kind``."""
 
     labels: np.ndarray
     reason: str
@@ -186,7 +186,7 @@ class Event:
 
 @dataclass
 class LabelUnion:
-    """What the walk over a graph has learnt of its labels."""
+    """What propagation through a graph has found out about its labels."""
 
     count: int = 0
     ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)

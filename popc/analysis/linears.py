@@ -186,12 +186,12 @@ def all_linears(captured: Captured) -> list[Linear]:
     linears = list(filter(None, (as_linear(node, captured) for node in nodes)))
     weights = [_values_of(linear.weight, captured) for linear in linears]
     uses, before = Counter(weights), Counter[Hashable]()
-    found = []
+    positioned = []
     for place, (linear, weight) in enumerate(zip(linears, weights, strict=True)):
         position = Position(captured.number, place, before[weight], uses[weight])
-        found.append(replace(linear, position=position))
+        positioned.append(replace(linear, position=position))
         before[weight] += 1
-    return found
+    return positioned
 
 
 def view_of(tensor: torch.Tensor) -> Hashable:

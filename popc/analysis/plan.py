@@ -89,7 +89,7 @@ class AttentionRecord:
 
 @dataclass(frozen=True, eq=False)
 class RegionRecord:
-    """Units that live and die together in one place of a model, from birth to contraction.
+    """Units that are produced and contracted by the same linears, in one place of a model.
 
     A *unit* is the least that can be pruned: one channel of an MLP or of each expert, or one KV
     group with all its query heads. Units are numbered by the columns that contract them.
@@ -256,8 +256,8 @@ def with_parameters(record: Record, parameters: Sequence[int]) -> Record:
             :func:`popc.analysis.capture.identity`.
     """
     weights, *rest = record.key
-    own = tuple((p, *steps) for p, (_, *steps) in zip(parameters, weights, strict=True))
-    return replace(record, key=(own, *rest))
+    weight_keys = tuple((p, *steps) for p, (_, *steps) in zip(parameters, weights, strict=True))
+    return replace(record, key=(weight_keys, *rest))
 
 
 @dataclass

@@ -38,7 +38,7 @@ class _Analysis:
         self.classes = self.flow.classes()
 
     def findings(self) -> Findings:
-        found = Findings()
+        findings = Findings()
         spoiled = self._marked([event.labels for event in self.flow.spoiled])
         attention = self._marked(
             [value.labels for _, value, _ in self.labeled.propagation.attention]
@@ -52,15 +52,15 @@ class _Analysis:
                 continue
             region = self._region(group, attention, cached)
             if region is not None:
-                found.regions.append(region)
+                findings.regions.append(region)
                 groups.append(group)
                 pruned.update(producer.linear.node for producer in region.producers)
-        found.regions = self._with_bodies(found.regions, groups)
-        found.regions.sort(key=lambda region: self.order[region.consumers[0].node])
+        findings.regions = self._with_bodies(findings.regions, groups)
+        findings.regions.sort(key=lambda region: self.order[region.consumers[0].node])
         left = [side for side in self.producers if side.linear.node not in pruned]
-        found.skipped += map(self._refusal, left)
-        found.skipped += [refusal(node, kind) for node, kind in self.labeled.wrapped.items()]
-        return found
+        findings.skipped += map(self._refusal, left)
+        findings.skipped += [refusal(node, kind) for node, kind in self.labeled.wrapped.items()]
+        return findings
 
     def _marked(self, labels: list[np.ndarray]) -> np.ndarray:
         """For each class, whether it is that of one of ``labels``."""

@@ -28,10 +28,10 @@ _LAYOUTS = Trait.RESHAPE | Trait.TRANSPOSE | Trait.AXIS | Trait.COPY | Trait.REP
 
 def reads_context(linear: Linear, region: Region) -> bool:
     """Whether ``linear`` reads not h's tokens, but those that a cross-attention attends to."""
-    given, own = rows_of(linear.x), rows_of(region.hidden)
-    if region.kind != "attention" or given is None or own is None:
+    read_rows, hidden_rows = rows_of(linear.x), rows_of(region.hidden)
+    if region.kind != "attention" or read_rows is None or hidden_rows is None:
         return False
-    pairs = zip(shape(given.grid)[1:-1], shape(own.grid)[1:-1], strict=False)
+    pairs = zip(shape(read_rows.grid)[1:-1], shape(hidden_rows.grid)[1:-1], strict=False)
     return not all(same_size(a, b) for a, b in pairs)
 
 
@@ -57,13 +57,13 @@ def attention_sizes(region: Region) -> AttentionRecord:
         return count if count.is_Integer else sympy.Integer(region.units)
 
     channels, stored = 0, {}
-    for lead, own, width, operand in _contractions(region):
+    for lead, operand_lead, width, operand in _contractions(region):
         channels += int(heads(lead) * width)
         source = operand
         while has(source, _LAYOUTS):
             source = source.args[0]  # type: ignore[assignment]
         times = sympy.cancel(_product(shape(operand)) / _product(shape(source)))
-        kept = heads(own) * width / (times if times.is_Integer else 1)
+        kept = heads(operand_lead) * width / (times if times.is_Integer else 1)
         stored[source] = kept * source.meta["val"].element_size()
     context = sum(stored.values(), sympy.S.Zero)
     return AttentionRecord(channels, int(context) if context.is_Integer else float(context))
@@ -73,8 +73,8 @@ def _contractions(region: Region) -> Iterator[tuple[Sequence[Any], Sequence[Any]
     """Products of two activations: sizes of batch and heads in the result and in the second
     operand; channels of a head; the second operand, which is k or v."""
     weights: set[fx.Node] = set()  # products, and what is made of them
-    found: list[Any] = [n.args[0] if n.target is operator.getitem else n for n in region.body]
-    for node in dict.fromkeys(found):
+    nodes: list[Any] = [n.args[0] if n.target is operator.getitem else n for n in region.body]
+    for node in dict.fromkeys(nodes):
         if has(node, Trait.ATTENTION):
             q, *operands = node.args[:3]
             for operand in operands:

@@ -49,7 +49,7 @@ from popc.compat.fake import (
     record_whole,
     take_new_strides,
 )
-from popc.compat.guards import Place, guard_asks, guard_place, written_places
+from popc.compat.guards import Place, guard_condition, guard_place, written_places
 from popc.compat.transformers import cache_keyword, grouped_mm_fallback, marked_prefill
 
 __all__ = [
@@ -68,7 +68,7 @@ __all__ = [
     "graph_breaks",
     "grouped_mm",
     "grouped_mm_fallback",
-    "guard_asks",
+    "guard_condition",
     "guard_place",
     "inductor",
     "inductor_cache",

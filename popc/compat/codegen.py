@@ -1,4 +1,4 @@
-"""Inductor: what ``torch.compile`` calls to generate code, and the inputs it takes for fixed.
+"""Inductor: what ``torch.compile`` calls to generate code, and which inputs have fixed addresses.
 
 Seen working on torch 2.11 - 2.13.
 """
@@ -57,32 +57,32 @@ def inductor_cache() -> str:
 def keep_inputs(
     gm: fx.GraphModule, original: fx.GraphModule, written: Callable[[fx.Node], bool]
 ) -> None:
-    """Let ``gm`` say of its inputs what Dynamo's ``original``, which it was made of, says of them.
+    """Copy to the inputs of ``gm`` what Dynamo noted on those of ``original``, its first trace.
 
-    That is where they come from, and which lie at fixed addresses, as parameters and static caches
-    do: CUDA graphs copy all others at each call, and are not used at all where one of those is
-    written to. AOTAutograd takes it from attributes that nothing public sets, so a graph that was
-    traced again has to be given them.
+    That is where they come from, and which are at fixed addresses, as parameters and static caches
+    are: CUDA graphs copy all others at each call, and are not used at all where one of those is
+    written to. AOTAutograd takes it from attributes that nothing public sets, so they must be
+    copied to a graph that was traced again.
 
     Args:
         gm: its inputs are those of ``original``, in their order, then others.
-        written: whether an input is written to. Such a one is taken to lie at a fixed address: a
+        written: whether an input is written to. Such a one counts as at a fixed address: a
             static cache that was allocated in a compiled prefill is not marked as one. At another
             address, CUDA graphs are recorded anew.
     """
     from torch._dynamo.source import ConstantSource
 
-    known = original.graph.find_nodes(op="placeholder")
-    if "dynamo_compile_id" not in original.meta or not all(map(_has_source, known)):
+    originals = original.graph.find_nodes(op="placeholder")
+    if "dynamo_compile_id" not in original.meta or not all(map(_has_source, originals)):
         return
-    given = gm.graph.find_nodes(op="placeholder")
-    for node, like in itertools.zip_longest(given, known):
-        node._dynamo_source = getattr(like, "_dynamo_source", None)
-        said = {} if like is None else like.meta.get("tensor_dict", {})
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, source in itertools.zip_longest(placeholders, originals):
+        node._dynamo_source = getattr(source, "_dynamo_source", None)
+        recorded = {} if source is None else source.meta.get("tensor_dict", {})
         fixed = {"_dynamo_static_input_type": "unguarded"} if written(node) else {}
-        node.meta["tensor_dict"] = {**said, **fixed}
-    held = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))
-    gm._param_name_to_source = {name: ConstantSource(name) for name in held}  # type: ignore[assignment]
+        node.meta["tensor_dict"] = {**recorded, **fixed}
+    names = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))
+    gm._param_name_to_source = {name: ConstantSource(name) for name in names}  # type: ignore[assignment]
     gm.meta["dynamo_compile_id"] = original.meta["dynamo_compile_id"]
 
 

@@ -30,7 +30,7 @@ def compile_alone(
     """``torch.compile(function, backend)`` with a recompile limit of its own.
 
     Dynamo counts recompilations by code object, which all models of a class share: a few compiled
-    twins would use up the limit and fall back to eager. ``isolate_recompiles=True`` does the same
+    models would use up the limit and fall back to eager. ``isolate_recompiles=True`` does the same
     from torch 2.13 on; a frame with a copied code object does it everywhere.
 
     Args:
@@ -41,15 +41,15 @@ def compile_alone(
     def frame(*args: Any, **kwargs: Any) -> Any:
         return popc_forward(*args, **kwargs)
 
-    own = types.FunctionType(
+    isolated = types.FunctionType(
         frame.__code__.replace(), frame.__globals__, frame.__name__, None, frame.__closure__
     )
     # The limit is for each code object, and a decorator's wrapper is one for all it decorates: in
     # a model traced in pieces it would be reached by the number of layers. From torch 2.13 on.
-    known = inspect.signature(torch.compile).parameters
-    limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
+    parameters = inspect.signature(torch.compile).parameters
+    limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in parameters else {}
     options: Any = None if guard_filter is None else {"guard_filter_fn": guard_filter}
-    return torch.compile(own, backend=backend, options=options, **limit)
+    return torch.compile(isolated, backend=backend, options=options, **limit)
 
 
 def call_compiled(function: Callable[..., Any], *args: Any) -> Any:
@@ -86,22 +86,22 @@ def traces_for(owner: object) -> Callable[[], bool]:
     Its answer is a constant of the graph, without a guard: which frame is compiled never changes.
     """
 
-    def own() -> bool:
+    def is_owner() -> bool:
         return _running.get() is owner
 
-    return torch.compiler.assume_constant_result(own)
+    return torch.compiler.assume_constant_result(is_owner)
 
 
 def mark_dynamic(tensor: torch.Tensor, sizes: Sequence[int]) -> bool:
-    """Let Dynamo take the one dim of ``tensor`` with one of ``sizes`` for dynamic, if it can.
+    """Mark the one dim of ``tensor`` with one of ``sizes`` as dynamic, if Dynamo can.
 
     Where several dims have such a size nothing tells which one is meant, and none is marked; 0 and
     1 are constants to Dynamo. Returns whether one was. Documented, but in a private module.
     """
-    found = [dim for dim, size in enumerate(tensor.shape) if size in sizes and size > 1]
-    if len(found) == 1:
-        torch._dynamo.maybe_mark_dynamic(tensor, found[0])
-    return len(found) == 1
+    dims = [dim for dim, size in enumerate(tensor.shape) if size in sizes and size > 1]
+    if len(dims) == 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, dims[0])
+    return len(dims) == 1
 
 
 def is_for_dynamo(error: Exception) -> bool:

@@ -86,26 +86,26 @@ def is_whole(node: fx.Node) -> bool:
 
 
 def take_new_strides(parameters: Sequence[torch.Tensor]) -> None:
-    """Let the trace under way hold ``parameters`` as they lie now, from within a backend.
+    """Update the strides of ``parameters`` in the trace under way, from within a backend.
 
     For a backend that changed strides. Two places hold the old ones: the fake mode's memo, and what
-    Dynamo's guards are made of. Where those are not as they are known here, Dynamo traces the frame
-    again, by the one exception that it lets through from a backend for that purpose.
+    Dynamo's guards are made of. Where this torch has no such places, Dynamo traces the frame again,
+    by the one exception that it lets through from a backend for that purpose.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     context = TracingContext.get()
     try:
-        known = dynamo_fake_mode().fake_tensor_converter.meta_converter.describer.lookup_tensor
+        memo = dynamo_fake_mode().fake_tensor_converter.meta_converter.describer.lookup_tensor
         strides = InstructionTranslator.current_tx().output.input_source_to_sizes_strides
         sources = [context.tensor_to_context[p].tensor_source for p in parameters]
-        held = [strides[source] for source in sources]
-        if not all(parameter in known for parameter in parameters):
+        recorded_strides = [strides[source] for source in sources]
+        if not all(parameter in memo for parameter in parameters):
             raise KeyError("the memo")
     except (AttributeError, KeyError) as error:
         raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(
             restart_reason="popc laid weights out"
         ) from error
-    for parameter, recorded in zip(parameters, held, strict=True):
-        del known[parameter]
-        recorded["stride"] = parameter.stride()
+    for parameter, record in zip(parameters, recorded_strides, strict=True):
+        del memo[parameter]
+        record["stride"] = parameter.stride()

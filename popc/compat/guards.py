@@ -65,10 +65,10 @@ def written_places() -> list[Place] | None:
 
 
 def guard_place(entry: Any) -> Place:
-    """Where the object is that a guard looks at; ``entry`` is what a ``guard_filter_fn`` is given.
+    """Where the object of a guard is; ``entry`` is what a ``guard_filter_fn`` takes.
 
-    An entry's own name does not tell a local variable from a key of the same name. What this torch
-    does not tell is taken for the call's: such a guard is kept.
+    An entry's own name does not tell a local variable from a key of the same name. Where this
+    torch does not tell, it counts as the call's: such a guard is kept.
     """
     try:
         return _place(entry.orig_guard.originating_source)
@@ -76,21 +76,21 @@ def guard_place(entry: Any) -> Place:
         return Place("call", ())
 
 
-def guard_asks(entry: Any) -> str | None:
-    """What makes a guard besides the object it looks at: an attribute, a key, another object.
+def guard_condition(entry: Any) -> str | None:
+    """What a guard checks of its object: an attribute, a key, another object.
 
-    It stands in what makes the guard, and nothing public tells. None if that can't be read: two
-    guards may then differ in it.
+    Private because nothing public tells, only the function that creates the guard. None if that
+    can't be read: two guards may then differ in it.
     """
     from torch._dynamo.guards import GuardBuilder
 
-    make = getattr(getattr(entry, "orig_guard", None), "create_fn", None)
+    create = getattr(getattr(entry, "orig_guard", None), "create_fn", None)
     if entry.guard_type == "TENSOR_MATCH":
         return ""  # of a tensor, what it is made of is the tensor
-    if make is not None and make is getattr(GuardBuilder, entry.guard_type, None):
-        return ""  # the method itself, which is given the guard alone
-    if not isinstance(make, functools.partial):
+    if create is not None and create is getattr(GuardBuilder, entry.guard_type, None):
+        return ""  # the method itself, which takes the guard alone
+    if not isinstance(create, functools.partial):
         return None
-    given: dict[Any, Any] = {**dict(enumerate(make.args)), **make.keywords}
-    readable = all(isinstance(v, Source | str | int | type(None)) for v in given.values())
-    return _NUMBER.sub("", repr(given)) if readable else None
+    arguments: dict[Any, Any] = {**dict(enumerate(create.args)), **create.keywords}
+    readable = all(isinstance(v, Source | str | int | type(None)) for v in arguments.values())
+    return _NUMBER.sub("", repr(arguments)) if readable else None

@@ -33,8 +33,8 @@ def marked_prefill(
 
     @functools.wraps(dense)
     def prefill(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(dense).bind(self, *args, **kwargs).arguments
-        begins = given.get("is_first_iteration", True)
+        arguments = inspect.signature(dense).bind(self, *args, **kwargs).arguments
+        begins = arguments.get("is_first_iteration", True)
         with mark() if begins else contextlib.nullcontext():
             return dense(self, *args, **kwargs)
 
@@ -51,5 +51,5 @@ def grouped_mm_fallback() -> OpOverload | None:
     """transformers' stand-in for :data:`grouped_mm`, of the same schema, for dtypes that torch's op
     does not take under ``torch.compile``. None where no model of this transformers defined it."""
     packet = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    found: OpOverload | None = getattr(packet, "default", None)
-    return found
+    op: OpOverload | None = getattr(packet, "default", None)
+    return op

@@ -57,24 +57,24 @@ def _gather_linear(
                 return x.new_zeros(*x.shape[:-1], weight.shape[out_dim])
             return torch.stack(
                 [
-                    _gather_linear(x[b], weight, bias, _of(rows, b), _of(columns, b), out_dim)
+                    _gather_linear(x[b], weight, bias, _at(rows, b), _at(columns, b), out_dim)
                     for b in range(x.shape[0])
                 ]
             )
-    held = weight
+    picked = weight
     if rows is not None:
-        held = held.index_select(out_dim, rows)
+        picked = picked.index_select(out_dim, rows)
         bias = None if bias is None else bias.index_select(0, rows)
     if columns is not None:
-        held = held.index_select(1 - out_dim, columns)
+        picked = picked.index_select(1 - out_dim, columns)
         x = x.index_select(-1, columns)
-    y = linear(x, held if out_dim == 0 else held.t(), bias)
+    y = linear(x, picked if out_dim == 0 else picked.t(), bias)
     if rows is None:
         return y
     return y.new_zeros((*y.shape[:-1], weight.shape[out_dim])).index_copy_(-1, rows, y)
 
 
-def _of(index: Tensor | None, b: int) -> Tensor | None:
+def _at(index: Tensor | None, b: int) -> Tensor | None:
     return index if index is None or index.dim() == 1 else index[b]
 
 

@@ -27,7 +27,7 @@ def collapse(weight: Tensor) -> bool:
 
 
 def page_out(weight: Tensor) -> bool:
-    """Let go of the pages of ``weight``: a file's are read again if anybody asks for them.
+    """Release the pages of ``weight``: a file's are read again if anybody asks for them.
 
     A model that was loaded from safetensors is mapped, and its pages count as the process's own
     for as long as the file is, whether or not a tensor is still there.

@@ -19,7 +19,7 @@ in the graph would take Inductor's wrapper 0.7 to 1.6 us each, at each token.
 
 ``popc::threshold_linears(x, weights, biases, norm, threshold, out_dims, center, base)``: the same
 for linears that share x and what counts of it; in ``base`` one linear's part follows the other's. A
-kernel chooses the channels once, and reads their lines of all the weights together.
+kernel chooses the channels once, and reads them in all the weights together.
 
 ``popc::count_active_channels(x, norm, threshold, center) -> int64 []``, parts of these likewise:
 how many channels count for at least one token.
@@ -36,17 +36,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_OWN = "int group=0, int channel=0, int output=0"
+_OFFSETS = "int group=0, int channel=0, int output=0"
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm, Tensor threshold, int out_dim, "
-    f"Tensor? center=None, Tensor? base=None, {_OWN}) -> Tensor"
+    f"Tensor? center=None, Tensor? base=None, {_OFFSETS}) -> Tensor"
 )
 torch.library.define("popc::threshold_linear", _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 torch.library.define("popc::threshold_linear_reference", _SCHEMA)
 torch.library.define(
     "popc::threshold_linears",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor norm, Tensor threshold, int[] out_dims, "
-    f"Tensor? center=None, Tensor? base=None, {_OWN}) -> Tensor[]",
+    f"Tensor? center=None, Tensor? base=None, {_OFFSETS}) -> Tensor[]",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 torch.library.define(
@@ -60,14 +60,14 @@ threshold_linears = torch.ops.popc.threshold_linears.default
 count_active_channels = torch.ops.popc.count_active_channels.default
 
 
-def _moved(x: Tensor, center: Tensor | None) -> Tensor:
+def _centered(x: Tensor, center: Tensor | None) -> Tensor:
     return x if center is None else x - _to_rows(center, x)
 
 
-def _counts(moved: Tensor, norm: Tensor, threshold: Tensor) -> Tensor:
-    """Bool, of the shape of ``moved [..., K]``: which channels count for each token."""
-    limit = threshold.reshape(-1, *([1] * (moved.dim() - 1)))
-    return ~(moved.abs().float() * norm <= limit)
+def _is_counted(centered: Tensor, norm: Tensor, threshold: Tensor) -> Tensor:
+    """Bool, of the shape of ``centered [..., K]``: which channels count for each token."""
+    limit = threshold.reshape(-1, *([1] * (centered.dim() - 1)))
+    return ~(centered.abs().float() * norm <= limit)
 
 
 def _to_rows(values: Tensor, like: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _to_rows(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(*([-1] * (like.dim() > 1)), *([1] * (like.dim() - 2)), values.shape[-1])
 
 
-def own_parts(
+def group_parts(
     x: Tensor,
     outputs: int,
     norm: Tensor,
@@ -86,7 +86,7 @@ def own_parts(
     channel: int,
     output: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What a linear with so many outputs has of norms, thresholds, centers and bases."""
+    """The parts of norms, thresholds, centers and bases that one linear of ``outputs`` reads."""
     width = x.shape[-1]
     norm = norm.narrow(0, channel, width)
     center = None if center is None else center.narrow(1, channel, width)
@@ -107,11 +107,11 @@ def _threshold_linear(
     channel: int = 0,
     output: int = 0,
 ) -> Tensor:
-    norm, threshold, center, base = own_parts(
+    norm, threshold, center, base = group_parts(
         x, weight.shape[out_dim], norm, threshold, center, base, group, channel, output
     )
-    moved = _moved(x, center)
-    kept = torch.where(_counts(moved, norm, threshold), moved, 0.0).to(x.dtype)
+    centered = _centered(x, center)
+    kept = torch.where(_is_counted(centered, norm, threshold), centered, 0.0).to(x.dtype)
     y = linear(kept, weight if out_dim == 0 else weight.t(), bias)
     return y if base is None else (y + _to_rows(base, y)).to(y.dtype)
 
@@ -129,16 +129,16 @@ def _threshold_linears(
     channel: int = 0,
     output: int = 0,
 ) -> list[Tensor]:
-    given = len(weights), len(biases), len(out_dims)
-    if not all(given) or len(set(given)) > 1:
-        counts = "{} weights, {} biases and {} out_dims".format(*given)
+    lengths = len(weights), len(biases), len(out_dims)
+    if not all(lengths) or len(set(lengths)) > 1:
+        counts = "{} weights, {} biases and {} out_dims".format(*lengths)
         raise ValueError(f"popc::threshold_linears: {counts} do not go together")
-    found = []
+    results = []
     for weight, bias, out_dim in zip(weights, biases, out_dims, strict=True):
-        own = center, base, group, channel, output
-        found.append(_threshold_linear(x, weight, bias, norm, threshold, out_dim, *own))
+        parts = center, base, group, channel, output
+        results.append(_threshold_linear(x, weight, bias, norm, threshold, out_dim, *parts))
         output += weight.shape[out_dim]
-    return found
+    return results
 
 
 def _count_active_channels(
@@ -149,8 +149,8 @@ def _count_active_channels(
     group: int = 0,
     channel: int = 0,
 ) -> Tensor:
-    norm, threshold, center, _ = own_parts(x, 0, norm, threshold, center, None, group, channel, 0)
-    counted = _counts(_moved(x, center), norm, threshold)
+    norm, threshold, center, _ = group_parts(x, 0, norm, threshold, center, None, group, channel, 0)
+    counted = _is_counted(_centered(x, center), norm, threshold)
     return counted.flatten(0, -2).any(0).sum()
 
 

@@ -4,7 +4,7 @@
 have the arguments and answers of the ops without ``triton_`` in their names. Inductor sees through
 them, down to the kernel and the ATen ops around it. Nothing waits for the device and no shape
 depends on data, so CUDA graphs take them. Sums are in float32 and in a fixed order: where the
-contraction is split, parts are kept apart, ``[SPLITS, ...]``, and added by ATen, not by atomics.
+contraction is split, partial sums ``[SPLITS, ...]`` are added by ATen, not by atomics.
 
 ``popc::select_units`` needs no kernel: its ATen ops have fixed shapes and never wait either.
 
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from popc.ops.threshold import own_parts
+from popc.ops.threshold import group_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens that meet a tile of the weight at once; tensor cores take no fewer.
 BLOCK_M = 16
 # Programs that keep the largest GPUs busy: a few for each of their 132 multiprocessors.
 _PROGRAMS = 512
-_NARROWEST = 64
+_MIN_BLOCK_N = 64
 
 
 @functools.cache
@@ -55,22 +55,22 @@ def _splits(outputs: int, inputs: int, tokens: int) -> int:
     Each part must be long enough that what it writes, 4 bytes for each output and token, is little
     beside what it reads. Groups are not counted: their number may be symbolic.
     """
-    wanted = _ceil(_PROGRAMS, _ceil(outputs, _NARROWEST))
+    wanted = _cdiv(_PROGRAMS, _cdiv(outputs, _MIN_BLOCK_N))
     shortest = 64 if tokens == 1 else 512
     return max(1, min(wanted, inputs // shortest))
 
 
-def _ceil(a: Any, b: Any) -> Any:
+def _cdiv(a: Any, b: Any) -> Any:
     return (a + b - 1) // b
 
 
-def _dense(index: Tensor | None) -> Tensor | None:
+def _contiguous(index: Tensor | None) -> Tensor | None:
     """A list as the kernel takes it: contiguous along its last dim."""
     return index if index is None or index.stride(-1) == 1 else index.contiguous()
 
 
-def _between(values: Tensor | None) -> Any:
-    """How far from one group's row to the next: none where all share one."""
+def _group_stride(values: Tensor | None) -> Any:
+    """The stride from one group's row to the next: 0 where all share one."""
     shared = values is None or values.dim() == 1 or values.shape[0] == 1
     return 0 if shared else values.stride(0)  # type: ignore[union-attr]
 
@@ -86,8 +86,8 @@ def launch_linear(
     out_dim: int,
 ) -> Tensor:
     """``gather_linear`` by two kernels that the caller has made ready to launch."""
-    apart = any(index is not None and index.dim() == 2 for index in (rows, columns))
-    lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
+    batched = any(index is not None and index.dim() == 2 for index in (rows, columns))
+    lead = (x.shape[0], prod(x.shape[1:-1])) if batched else (1, prod(x.shape[:-1]))
     y = _launch(
         rows_kernel,
         columns_kernel,
@@ -119,11 +119,11 @@ def launch_threshold(
     output: int = 0,
 ) -> Tensor:
     """``threshold_linear`` by two kernels that the caller has made ready to launch."""
-    norm, threshold, center, base = own_parts(
+    norm, threshold, center, base = group_parts(
         x, weight.shape[out_dim], norm, threshold, center, base, group, channel, output
     )
-    apart = threshold.numel() > 1 or any(v is not None and v.shape[0] > 1 for v in (center, base))
-    lead = (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
+    batched = threshold.numel() > 1 or any(v is not None and v.shape[0] > 1 for v in (center, base))
+    lead = (x.shape[0], prod(x.shape[1:-1])) if batched else (1, prod(x.shape[:-1]))
     y = _launch(
         rows_kernel,
         columns_kernel,
@@ -186,36 +186,36 @@ def _launch(
     base: Tensor | None = None,
 ) -> Tensor:
     """``x [groups, tokens, K]`` and ``weight [experts, ...]`` give ``[groups, tokens, N]``."""
-    bias, expert, full, rows, columns = map(_dense, (bias, expert, full, rows, columns))
-    norm, threshold, center, base = map(_dense, (norm, threshold, center, base))
+    bias, expert, full, rows, columns = map(_contiguous, (bias, expert, full, rows, columns))
+    norm, threshold, center, base = map(_contiguous, (norm, threshold, center, base))
     groups, tokens, inputs = x.shape
     outputs = weight.shape[1 + out_dim]
     by_output, by_input = weight.stride(1 + out_dim), weight.stride(2 - out_dim)
     listed_rows = outputs if rows is None else rows.shape[-1]
     listed_columns = inputs if columns is None else columns.shape[-1]
     # An expert that is used in full has as many outputs as its weight.
-    most = outputs if expert is not None else listed_rows
-    if groups == 0 or tokens == 0 or most == 0:
+    rows_max = outputs if expert is not None else listed_rows
+    if groups == 0 or tokens == 0 or rows_max == 0:
         return x.new_zeros((groups, tokens, outputs))
     along_k = by_input <= by_output
-    longest = inputs if expert is not None else listed_columns
-    splits = 1 if along_k else _splits(most, longest, tokens)
+    columns_max = inputs if expert is not None else listed_columns
+    splits = 1 if along_k else _splits(rows_max, columns_max, tokens)
     # Outputs in no list are written by no program.
-    make = x.new_empty if rows is None else x.new_zeros
+    allocate = x.new_empty if rows is None else x.new_zeros
     shape = (splits, groups, tokens, outputs)
-    y = make(shape) if splits == 1 else make(shape, dtype=torch.float32)
+    y = allocate(shape) if splits == 1 else allocate(shape, dtype=torch.float32)
     block = 1 if tokens == 1 else BLOCK_M
     kernel = rows_kernel if along_k else columns_kernel
-    kernel[lambda meta: (_ceil(most, meta["BLOCK_N"]), splits * _ceil(tokens, block), groups)](
+    kernel[lambda meta: (_cdiv(rows_max, meta["BLOCK_N"]), splits * _cdiv(tokens, block), groups)](
         *(x, weight, bias, rows, columns, expert, full, norm, threshold, center, base, y),
         *(tokens, outputs, inputs, listed_rows, listed_columns),
         *x.stride(),
         *(weight.stride(0), by_output, by_input),
-        _between(rows),
-        _between(columns),
+        _group_stride(rows),
+        _group_stride(columns),
         0 if threshold is None or threshold.numel() == 1 else 1,
-        _between(center),
-        _between(base),
+        _group_stride(center),
+        _group_stride(base),
         *y.stride()[:3],
         SPLITS=splits,
         BLOCK_M=block,

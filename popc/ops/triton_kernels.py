@@ -1,8 +1,8 @@
 """The Triton kernel of both gather ops, under the two tilings that weights call for.
 
 A program owns BLOCK_N outputs of one group of tokens, takes every SPLITS-th block of BLOCK_K inputs
-and accumulates in float32. The tile of W is always ``[BLOCK_K, BLOCK_N]``; which of its sides lies
-contiguous in memory is for the strides to say, so one body serves both layouts, and what differs
+and accumulates in float32. The tile of W is always ``[BLOCK_K, BLOCK_N]``; which of its sides
+is contiguous in memory follows from the strides, so one body serves both layouts, and what differs
 are the block sizes worth trying:
 
 - ``gather_rows``: a weight contiguous along K. Few outputs, long runs of inputs.

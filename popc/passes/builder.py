@@ -49,11 +49,11 @@ class GraphBuilder:
         """``function`` of ``values`` as nodes: traced once on their fake values."""
         with self.mode:
             traced = make_fx(function)(*(value.meta["val"] for value in values))
-        given = iter(values)
+        inputs = iter(values)
         copied: dict[fx.Node, fx.Node] = {}
         for node in traced.graph.nodes:
             if node.op == "placeholder":
-                copied[node] = next(given)
+                copied[node] = next(inputs)
             elif node.op == "output":
                 return copied[node.args[0]]
             else:
@@ -71,8 +71,8 @@ class GraphBuilder:
 
     def size(self, value: fx.Node, dim: int) -> Any:
         """A size of ``value`` as an argument: a number, or a node where it is symbolic."""
-        held = value.meta["val"].shape[dim]
-        return held if isinstance(held, int) else self.call(aten.sym_size.int, value, dim)
+        size = value.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, value, dim)
 
 
 def replace(node: fx.Node, made: fx.Node) -> None:

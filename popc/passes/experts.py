@@ -37,10 +37,10 @@ def expert_of_rows(builder: GraphBuilder, linear: Linear) -> fx.Node:
         spread = builder.call(aten.expand.default, column, [experts.count, rows])
         return builder.call(aten.reshape.default, spread, [-1])
     rows = builder.size(linear.x, 0)
-    places = builder.call(aten.arange.default, rows, device=device)
-    found = builder.call(aten.searchsorted.Tensor, experts.selector, places, right=True)
+    positions = builder.call(aten.arange.default, rows, device=device)
+    expert = builder.call(aten.searchsorted.Tensor, experts.selector, positions, right=True)
     # Rows after the last expert's belong to none; the model drops what they give.
-    return builder.call(aten.clamp.default, found, None, experts.count - 1)
+    return builder.call(aten.clamp.default, expert, None, experts.count - 1)
 
 
 def shaped_output(builder: GraphBuilder, linear: Linear, y: fx.Node) -> fx.Node:

@@ -94,7 +94,7 @@ def append_statistics(
     with graph.inserting_before(output):
         builder = GraphBuilder(captured, output)
         sums = [
-            _emit_sum(captured, region, value, mask, scope)
+            _add_sum(captured, region, value, mask, scope)
             for region, policy, mask in zip(regions, policies, valid, strict=True)
             for value in policy.values(builder, region.hidden, region)
         ]
@@ -123,7 +123,7 @@ def _zero_missing_units(captured: Captured, regions: Sequence[Region], scope: st
         start += region.width
 
 
-def _emit_sum(
+def _add_sum(
     captured: Captured, region: Region, h: fx.Node, valid: fx.Node | None, scope: str
 ) -> fx.Node:
     """Nodes for ``Σ h²`` of one region, ``[S, K]``, or ``[1, E·K]`` with experts."""

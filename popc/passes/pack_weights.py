@@ -72,20 +72,20 @@ def copy_listed_rows(captured: Captured) -> tuple[Packer | None, int]:
     recipe = _Recipe(captured)
     for node in graph.find_nodes(op="call_function", target=gather_linear):
         x, weight, bias, rows, columns, out_dim = node.args
-        listed = _live(captured, columns) if columns is not None else rows
+        listed = _live_list(captured, columns) if columns is not None else rows
         if listed is None or len(shape(listed)) != 1 or (rows is not None and columns is not None):
             continue
         if listed.target is select_units:  # rows that this very token chose
             continue
         dim = out_dim if columns is None else 1 - out_dim
-        held = recipe.add(weight, dim, listed)
+        packed = recipe.add(weight, dim, listed)
         with graph.inserting_before(node):
             builder = GraphBuilder(captured, node)
-            turned = held if out_dim == 0 else builder.call(aten.t.default, held)
+            weight_nk = packed if out_dim == 0 else builder.call(aten.t.default, packed)
             y = (
-                _by_rows(builder, x, turned, bias, rows, node)
+                _by_rows(builder, x, weight_nk, bias, rows, node)
                 if columns is None
-                else _by_columns(builder, x, turned, bias, listed, columns)
+                else _by_columns(builder, x, weight_nk, bias, listed, columns)
             )
         replace(node, y)
     if not recipe.outputs:
@@ -98,13 +98,13 @@ def copy_listed_rows(captured: Captured) -> tuple[Packer | None, int]:
 def _by_rows(
     builder: GraphBuilder,
     x: fx.Node,
-    held: fx.Node,
+    packed: fx.Node,
     bias: fx.Node | None,
     rows: fx.Node,
     node: fx.Node,
 ) -> fx.Node:
-    part = None if bias is None else builder.call(aten.index_select.default, bias, 0, rows)
-    y = builder.call(aten.linear.default, x, held, part)
+    packed_bias = None if bias is None else builder.call(aten.index_select.default, bias, 0, rows)
+    y = builder.call(aten.linear.default, x, packed, packed_bias)
     sizes = [builder.size(x, d) for d in range(len(shape(x)) - 1)]
     zeros = builder.call(aten.new_zeros.default, y, [*sizes, shape(node)[-1]])
     return builder.call(aten.index_copy.default, zeros, -1, rows, y)
@@ -113,20 +113,20 @@ def _by_rows(
 def _by_columns(
     builder: GraphBuilder,
     x: fx.Node,
-    held: fx.Node,
+    packed: fx.Node,
     bias: fx.Node | None,
     listed: fx.Node,
     columns: fx.Node,
 ) -> fx.Node:
     # By copying, not by a product with 0: NaN in a channel that is left out counts for nothing.
     zeros = builder.call(aten.zeros_like.default, x)
-    kept = builder.call(aten.index_select.default, x, -1, columns)
-    masked = builder.call(aten.index_copy.default, zeros, -1, columns, kept)
+    active = builder.call(aten.index_select.default, x, -1, columns)
+    masked = builder.call(aten.index_copy.default, zeros, -1, columns, active)
     live = builder.call(aten.index_select.default, masked, -1, listed)
-    return builder.call(aten.linear.default, live, held, bias)
+    return builder.call(aten.linear.default, live, packed, bias)
 
 
-def _live(captured: Captured, active: fx.Node) -> fx.Node | None:
+def _live_list(captured: Captured, active: fx.Node) -> fx.Node | None:
     """All columns that ``active``, a token's choice, is made from; None if it is no choice."""
     if active.target is select_units:
         columns = active.args[2]
@@ -138,11 +138,11 @@ def _live(captured: Captured, active: fx.Node) -> fx.Node | None:
     if active.target is aten.cat.default:
         parts = active.args[0]
         assert isinstance(parts, list | tuple)
-        found = [_live(captured, part) or part for part in parts if isinstance(part, fx.Node)]
-        if any(len(shape(part)) != 1 for part in found):
+        lists = [_live_list(captured, part) or part for part in parts if isinstance(part, fx.Node)]
+        if any(len(shape(part)) != 1 for part in lists):
             return None
         with captured.gm.graph.inserting_before(active):
-            return GraphBuilder(captured, active).call(aten.cat.default, found, -1)
+            return GraphBuilder(captured, active).call(aten.cat.default, lists, -1)
     return None
 
 
@@ -159,7 +159,7 @@ class _Recipe:
 
     def add(self, weight: fx.Node, dim: int, listed: fx.Node) -> fx.Node:
         """The input of the decode graph that holds ``weight`` at ``listed`` of ``dim``."""
-        args = (self._copied(weight), dim, self._copied(listed))
+        args = (self._copy(weight), dim, self._copy(listed))
         self.outputs.append(self.graph.call_function(aten.index_select.default, args))
         with self.captured.fake_mode:
             value = aten.index_select(weight.meta["val"], dim, listed.meta["val"])
@@ -171,9 +171,9 @@ class _Recipe:
         made = fx.GraphModule(torch.nn.Module(), self.graph)
         return lambda inputs: made(*inputs)
 
-    def _copied(self, node: fx.Node) -> fx.Node:
+    def _copy(self, node: fx.Node) -> fx.Node:
         if node not in self.copies:
             for before in node.all_input_nodes:
-                self._copied(before)
+                self._copy(before)
             self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
         return self.copies[node]

@@ -22,7 +22,7 @@ def valid_rows_node(
 ) -> fx.Node | None:
     """Bool, of the rank of ``hidden`` with size 1 in its channel dim; None: all rows are valid.
 
-    Nodes go before ``before``; ``memo`` holds what was emitted for each mask.
+    Nodes go before ``before``; ``memo`` holds the node of each mask's valid tokens.
     """
     graph = captured.gm.graph
     mask, rows = mask_of(hidden, graph), rows_of(hidden)
@@ -31,8 +31,8 @@ def valid_rows_node(
         return None
     with graph.inserting_before(before):
         if mask not in memo:
-            judged = partial(valid_tokens, hides=mask.hides)
-            memo[mask] = GraphBuilder(captured, mask.node).splice(judged, mask.node)
+            validity = partial(valid_tokens, hides=mask.hides)
+            memo[mask] = GraphBuilder(captured, mask.node).splice(validity, mask.node)
         builder = GraphBuilder(captured, hidden)
         valid = memo[mask]
         if not same_size(shape(valid)[0], shape(rows.grid)[0]):  # one mask for all sequences

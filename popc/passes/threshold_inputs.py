@@ -119,7 +119,7 @@ def rewrite_linears(
             with graph.inserting_before(group.linears[0].node):
                 builder = GraphBuilder(captured, group.linears[0].node)
                 read.append(builder.call(count_active_channels, group.x, *fed[:3], i, start))
-        for linears in _grouped(group, position, writes):
+        for linears in _joinable(group, position, writes):
             with graph.inserting_before(linears[0].node):
                 builder = GraphBuilder(captured, linears[0].node)
                 _rewrite_group(builder, group.x, linears, fed, (i, start, done))
@@ -140,7 +140,7 @@ def _rewrite_group(
 
     Args:
         fed: norms, thresholds, centers and bases of all groups.
-        offsets: the group's own in them: its number, its first channel, and the first output.
+        offsets: where the group's part of them begins: its number, first channel and first output.
     """
     norm, threshold, center, base = fed
     if len(linears) == 1:
@@ -160,7 +160,7 @@ def _rewrite_group(
         builder.change(linear.node, operator.getitem, results, i)
 
 
-def _grouped(
+def _joinable(
     group: InputGroup, position: dict[fx.Node, int], writes: Sequence[int]
 ) -> list[list[Linear]]:
     """The group's linears, those together that one op can take: where the first of them stands.
@@ -183,7 +183,7 @@ def _grouped(
         first = joined[-1][0].node
         read = [*linear.weight.path, *([] if linear.bias is None else [linear.bias])]
         late = [node for node in read if position[node] > position[first]]
-        written = any(position[first] <= at < position[linear.node] for at in writes)
+        written = any(position[first] <= write < position[linear.node] for write in writes)
         if written or any(node not in linear.weight.path for node in late):
             joined.append([linear])
             continue

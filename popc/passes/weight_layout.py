@@ -1,9 +1,9 @@
-"""Layout pass: a weight is stored in memory by the channels that its lists name.
+"""Layout pass: weights are stored channel-major, along the axis that a decode step's lists index.
 
 A gather saves bytes only where a channel's values are neighbours: ``down [D, F]``, read by columns,
-is to be stored as ``[F, D]``. The change is made once, in place of the original storage: the
-parameter keeps its object, shape and values, and becomes a transposed view of new memory; the old
-is freed. No second copy stays, and all that shares the parameter sees the same values.
+is to be stored as ``[F, D]``. The storage is replaced once: the parameter keeps its object, shape
+and values, and becomes a transposed view of new memory; the old is freed. No second copy stays, and
+all that shares the parameter sees the same values.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ def store_channel_major(captured: Captured, work: RewritePlan) -> PassResult:
     """
     if work.device is None or not has_kernel(work.device):
         return UNCHANGED
-    turned: list[fx.Node] = []
+    changed: list[fx.Node] = []
     try:
-        refused = _turn_all(captured, work.owners, turned)
+        refused = _relayout_all(captured, work.owners, changed)
     finally:
-        # Even if a later one fails: whatever comes now must know of these.
-        if turned:
-            compat.take_new_strides([captured.parameters[node] for node in turned])
-            _propagate_strides(captured, turned)
+        # Even if a later one fails: the trace must have the new strides of these.
+        if changed:
+            compat.take_new_strides([captured.parameters[node] for node in changed])
+            _propagate_strides(captured, changed)
     for owner, reason in refused.items():
         work.refuse(owner, reason, "layout")
-    return PassResult(len(turned))
+    return PassResult(len(changed))
 
 
-def _propagate_strides(captured: Captured, parameters: Sequence[fx.Node]) -> None:
+def _propagate_strides(captured: Captured, placeholders: Sequence[fx.Node]) -> None:
     """Give the graph's values the strides that follow from those of ``parameters`` now."""
-    changed = set(parameters)
-    for node in parameters:
-        real = captured.parameters[node]
-        node.meta["val"] = compat.fakify(captured.fake_mode, real)
+    changed = set(placeholders)
+    for node in placeholders:
+        parameter = captured.parameters[node]
+        node.meta["val"] = compat.fakify(captured.fake_mode, parameter)
     for node in captured.gm.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
@@ -63,12 +63,12 @@ def _propagate_strides(captured: Captured, parameters: Sequence[fx.Node]) -> Non
         args, kwargs = map_arguments(node.args, node.kwargs, lambda n: n.meta["val"])
         with captured.fake_mode:
             value = node.target(*args, **kwargs)
-        if not _lie_alike(before, value):
+        if not _same_strides(before, value):
             node.meta["val"] = value
             changed.add(node)
 
 
-def _lie_alike(before: Any, value: Any) -> bool:
+def _same_strides(before: Any, value: Any) -> bool:
     pairs = zip(compat.pytree.tree_leaves(before), compat.pytree.tree_leaves(value), strict=True)
     return all(
         all(map(same_size, one.stride(), other.stride()))
@@ -77,77 +77,77 @@ def _lie_alike(before: Any, value: Any) -> bool:
     )
 
 
-def _turn_all(
-    captured: Captured, owners: Sequence[Owner], turned: list[fx.Node]
+def _relayout_all(
+    captured: Captured, owners: Sequence[Owner], changed: list[fx.Node]
 ) -> dict[Owner, str]:
-    """Turn what gains by it; ``turned`` gains each parameter that changes, as soon as it does.
+    """Store channel-major what gains by it; ``changed`` gains each parameter as soon as it changes.
 
     Returns:
-        The owners that can't be read by channel, with the reason.
+        The owners whose weights can't be stored channel-major, with the reason.
     """
-    linears = {linear.node for owner in owners for linear, _ in _uses(owner)}
+    linears = {linear.node for owner in owners for linear, _ in _weight_uses(owner)}
     roles: dict[fx.Node, list[tuple[Weight, int]]] = {}
     for owner in owners:
-        for linear, dim in _uses(owner):
+        for linear, dim in _weight_uses(owner):
             roles.setdefault(linear.weight.parameter, []).append((linear.weight, dim))
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
         real = captured.parameters[parameter]
-        fits = any(is_contiguous_along(weight.node.meta["val"], dim) for weight, dim in uses)
-        if fits or not any(_turning_helps(weight, dim, real) for weight, dim in uses):
-            # Where it lies for one of its lists, what another gained that one would lose.
-            _claimed[real] = True
+        is_laid_out = any(is_contiguous_along(weight.node.meta["val"], dim) for weight, dim in uses)
+        if is_laid_out or not any(_transposing_helps(weight, dim, real) for weight, dim in uses):
+            # As one of its lists has it: a change would cost that list what another gains.
+            _laid_out[real] = True
             continue
         reason = _refusal(parameter, captured, linears)
-        if real in _claimed:
-            warnings.warn(_TAKEN, stacklevel=2)  # and what lists leave out is still left out
+        if real in _laid_out:
+            warnings.warn(_CONFLICT, stacklevel=2)  # and what lists leave out is still left out
         elif reason is None:
             # One parameter at a time: the peak is one weight above what the model holds.
             before = real.detach()
-            real.data = turn(before)
-            turned.append(parameter)
+            real.data = transpose_storage(before)
+            changed.append(parameter)
             page_out(before)
             del before
-            _claimed[real] = True
+            _laid_out[real] = True
         else:
             refused[parameter] = reason
-    _collapse(captured.parameters[parameter] for parameter in roles)
+    _use_huge_pages(captured.parameters[parameter] for parameter in roles)
     return {
         owner: refused[linear.weight.parameter]
         for owner in owners
-        for linear, _ in _uses(owner)
+        for linear, _ in _weight_uses(owner)
         if linear.weight.parameter in refused
     }
 
 
-_claimed = WeakTensorKeyDictionary()  # weights that lie as a compiled graph wants them
-_TAKEN = (
-    "another popc.compile of this model, under another policy, has laid its weights out otherwise: "
+_laid_out = WeakTensorKeyDictionary()  # weights whose layout a compiled graph relies on
+_CONFLICT = (
+    "another popc.compile of this model, under another policy, has stored its weights otherwise: "
     "this one is right, but reads more than it needs. Compile a copy.deepcopy of the model instead."
 )
-_collapsed = WeakTensorKeyDictionary()
+_in_huge_pages = WeakTensorKeyDictionary()
 
 
-def _collapse(weights: Iterable[Tensor]) -> None:
+def _use_huge_pages(weights: Iterable[Tensor]) -> None:
     """Ask for huge pages, once for each storage."""
-    for weight in filter(_is_plain, weights):
-        where = weight.untyped_storage().data_ptr()
-        if _collapsed.get(weight) != where:
-            _collapsed[weight] = where
+    for weight in filter(_has_plain_storage, weights):
+        address = weight.untyped_storage().data_ptr()
+        if _in_huge_pages.get(weight) != address:
+            _in_huge_pages[weight] = address
             collapse(weight)
 
 
-def turn(value: Tensor) -> Tensor:
-    """``value``, its last two dims the other way round in memory."""
+def transpose_storage(value: Tensor) -> Tensor:
+    """``value`` with its last two dims swapped in memory; shape and values stay."""
     return value.mT.contiguous().mT
 
 
-def _uses(owner: Owner) -> list[tuple[Linear, int]]:
+def _weight_uses(owner: Owner) -> list[tuple[Linear, int]]:
     """The owner's linears, each with the dim of its weight that lists name channels of."""
     if isinstance(owner, InputGroup):
         return [(linear, linear.weight.in_dim) for linear in owner.linears]
-    made = [(p.linear, p.linear.weight.out_dim) for p in owner.producers]
-    return made + [(linear, linear.weight.in_dim) for linear in owner.consumers]
+    uses = [(p.linear, p.linear.weight.out_dim) for p in owner.producers]
+    return uses + [(linear, linear.weight.in_dim) for linear in owner.consumers]
 
 
 def is_contiguous_along(value: Tensor, dim: int) -> bool:
@@ -156,50 +156,50 @@ def is_contiguous_along(value: Tensor, dim: int) -> bool:
     return value.stride(other) == 1 or value.shape[other] == 1
 
 
-def _is_plain(value: Tensor) -> bool:
-    """Whether its storage is what it seems: no subclass, and no tensor of inference mode."""
+def _has_plain_storage(value: Tensor) -> bool:
+    """Whether its storage can be replaced: no subclass, and no tensor of inference mode."""
     return type(value) in (Tensor, torch.nn.Parameter) and not value.is_inference()
 
 
-def _turning_helps(weight: Weight, dim: int, real: Tensor) -> bool:
+def _transposing_helps(weight: Weight, dim: int, real: Tensor) -> bool:
     if is_contiguous_along(weight.node.meta["val"], dim) or real.dim() < 2:
         return False
-    turned = weight.replayed(turn(torch.empty_like(real, device="meta")))
-    return is_contiguous_along(turned, dim)
+    transposed = weight.replayed(transpose_storage(torch.empty_like(real, device="meta")))
+    return is_contiguous_along(transposed, dim)
 
 
 def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> str | None:
     """Why the parameter's storage can't be replaced."""
-    held = captured.parameters[parameter]
-    if held.device.type == "meta":
+    weight = captured.parameters[parameter]
+    if weight.device.type == "meta":
         return "its weight is on the meta device, or offloaded: there is no storage to lay out"
-    if not _is_plain(held):
-        kind = type(held).__name__
+    if not _has_plain_storage(weight):
+        kind = type(weight).__name__
         return f"its weight is a {kind} that is no plain tensor, or was made in inference mode"
-    if held.untyped_storage().nbytes() != held.nbytes:
+    if weight.untyped_storage().nbytes() != weight.nbytes:
         return "its weight is a part of a larger storage, which others share"
     others = [
         node
         for node, other in captured.parameters.items()
-        if other is not held and other.device == held.device and node not in captured.wrapped
-        and other.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
+        if other is not weight and other.device == weight.device and node not in captured.wrapped
+        and other.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     ]  # fmt: skip
-    if others or compat.storage_users(held) > 1:
+    if others or compat.storage_users(weight) > 1:
         return "its weight is tied: other tensors share its storage"
-    foreign = _other_user(parameter, linears)
-    if foreign is not None:
-        return f"its weight is shared with {foreign.target}, which reads it otherwise"
+    other_user = _user_outside(parameter, linears)
+    if other_user is not None:
+        return f"its weight is shared with {other_user.target}, which reads it otherwise"
     return None
 
 
-def _other_user(value: fx.Node, linears: set[fx.Node]) -> fx.Node | None:
+def _user_outside(value: fx.Node, linears: set[fx.Node]) -> fx.Node | None:
     """A node that reads the weight and is not among ``linears``."""
     for user in value.users:
         if user in linears:
             continue
         if not is_view_of_weight(user):
             return user
-        found = _other_user(user, linears)
-        if found is not None:
-            return found
+        other = _user_outside(user, linears)
+        if other is not None:
+            return other
     return None

@@ -10,7 +10,7 @@ from popc.errors import ConfigError
 from popc.planning.reads import decode_bytes
 
 _STEPS = 30
-_MOST = 0.99  # sparsity
+_HIGH = 0.99  # sparsity
 
 
 def resolve(config: Config, parameters: int, plan: Plan) -> Config:
@@ -48,14 +48,14 @@ def _with_bytes(config: Config, plan: Plan) -> Config:
                 saved += region.weight_bytes - decode_bytes(region, at)
         return (total - saved) / total
 
-    if read(_MOST) > config.bytes:
+    if read(_HIGH) > config.bytes:
         raise ConfigError(
             "bytes",
             config.bytes,
-            f"what {config.targets} name leaves {read(_MOST):.1%} of the bytes to read at least; "
+            f"what {config.targets} name leaves {read(_HIGH):.1%} of the bytes to read at least; "
             "add targets or ask for less",
         )
-    low, high = 0.0, _MOST
+    low, high = 0.0, _HIGH
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if read(middle) > config.bytes else (low, middle)

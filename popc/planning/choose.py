@@ -31,8 +31,8 @@ def choose(findings: Findings, config: Config, only: Collection[Hashable] | None
             return None
         return UNMEASURED
 
-    leave(findings, lambda region: _refused(region, config), "policy")
-    leave(findings, lambda region: _costs_more(region, config), "costs more")
+    refuse_where(findings, lambda region: _policy_refusal(region, config), "policy")
+    refuse_where(findings, lambda region: _cost_refusal(region, config), "costs more")
     by_units = {
         linear.node
         for region in findings.regions
@@ -43,13 +43,13 @@ def choose(findings: Findings, config: Config, only: Collection[Hashable] | None
         group
         for group in findings.inputs
         # Between two regions, with nothing between them, a linear may be of both kinds.
-        if _prunes(group, config) and by_units.isdisjoint(n.node for n in group.linears)
+        if _prunes_inputs(group, config) and by_units.isdisjoint(n.node for n in group.linears)
     ]
-    leave(findings, unmeasured, "unmeasured")
+    refuse_where(findings, unmeasured, "unmeasured")
 
 
-def leave(findings: Findings, reason_of: Callable[[Region], str | None], kind: str) -> None:
-    """Take the regions out of the findings for which there is a reason."""
+def refuse_where(findings: Findings, reason_of: Callable[[Region], str | None], kind: str) -> None:
+    """Move the regions with a reason from the findings' regions to their refusals."""
     for region in list(findings.regions):
         reason = reason_of(region)
         if reason is not None:
@@ -99,21 +99,21 @@ def _can_flatten(linear: Linear) -> bool:
     )
 
 
-def _refused(region: Region, config: Config) -> str | None:
+def _policy_refusal(region: Region, config: Config) -> str | None:
     if not config.prunes_units(region):
         return None
     reason = config.unit_policy(region.kind).refuses(region)
     return None if reason is None else f"{config.policy_of(region.kind)}: {reason}"
 
 
-def _costs_more(region: Region, config: Config) -> str | None:
+def _cost_refusal(region: Region, config: Config) -> str | None:
     """Why the lists of a targeted region are larger than what pruning leaves unread."""
     if not config.prunes_units(region) or _active(region, config) == region.units:
         return None
     return saves(region.record, config)
 
 
-def _prunes(group: InputGroup, config: Config) -> bool:
+def _prunes_inputs(group: InputGroup, config: Config) -> bool:
     if not config.prunes_inputs(group.kind) or config.input_budget.share >= 1:
         return False
     if config.scope == "batch" or len(shape(group.x)) == 3:

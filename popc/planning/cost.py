@@ -49,13 +49,13 @@ class Cost:
         return self.weights + self.lists + self.context
 
     def __add__(self, other: Cost) -> Cost:
-        mine, its = vars(self), vars(other)
-        return Cost(**{name: mine[name] + its[name] for name in mine})
+        a, b = vars(self), vars(other)
+        return Cost(**{name: a[name] + b[name] for name in a})
 
     def at(self, **values: float) -> Amount:
         """The numbers at ``B, T, S, r, gamma``, given by name: all that the expressions hold."""
-        given = {_NAMED[name]: value for name, value in values.items()}
-        return Amount(*(round(float(e.subs(given))) for e in (self.flops, self.bytes)))
+        substitutions = {_NAMED[name]: value for name, value in values.items()}
+        return Amount(*(round(float(e.subs(substitutions))) for e in (self.flops, self.bytes)))
 
 
 class RegionCost(NamedTuple):
@@ -68,7 +68,7 @@ class RegionCost(NamedTuple):
 def region_cost(region: RegionRecord, config: Config | None = None) -> RegionCost:
     """The cost of a region: in B, T, S, r and γ, the counts of units unrounded.
 
-    With ``config`` r and γ are gone: its rounded counts stand for them, and its scope counts.
+    With ``config``, its rounded counts replace r and γ, and its scope matters.
     """
     if config is not None and config.prunes_inputs(region.kind):
         if not config.prunes_units(region):
@@ -88,8 +88,8 @@ def region_cost(region: RegionRecord, config: Config | None = None) -> RegionCos
     dense, pruned = _linears(region, units, units), _linears(region, live, active, late)
     # Each expert has lists of its own, and a mark whether it runs dense.
     lists = _experts(region)[1] * live * (INDEX * width + NORM) + INDEX * region.experts
-    own = config is not None and config.scope == "sequence" and not region.experts
-    times = B if own else 1  # each sequence reads what its own lists name
+    per_sequence = config is not None and config.scope == "sequence" and not region.experts
+    times = B if per_sequence else 1  # each sequence reads what its own lists name
     pruned = Cost(pruned.flops, times * pruned.weights, times * lists)
     attention = _attention(region)
     return RegionCost(dense + attention, pruned + attention)

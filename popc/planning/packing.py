@@ -52,7 +52,7 @@ def slot_of(region: Region, config: Config) -> Slot:
 
 @dataclass(frozen=True, eq=False)
 class _Segment:
-    """A stretch of the index: ``table [U, m]`` at the live units of ``slot``; the same for every
+    """A segment of the index: ``table [U, m]`` at the live units of ``slot``; the same for every
     partition if ``slot`` is -1; the experts that run dense if ``table`` is None."""
 
     start: int
@@ -96,8 +96,8 @@ class Packing:
     def _add(self, name: Hashable, slot: int, table: np.ndarray | None, stack: int) -> None:
         live = self.slots[slot].counts.live
         size = stack if table is None else stack * live * table.shape[1]
-        held = None if table is None else torch.from_numpy(np.ascontiguousarray(table))
-        self._segments[name] = _Segment(self.total, size, slot, held)
+        units = None if table is None else torch.from_numpy(np.ascontiguousarray(table))
+        self._segments[name] = _Segment(self.total, size, slot, units)
         self.total += size
 
     def _add_rest(self, name: Hashable, size: int, tables: list[np.ndarray]) -> None:
@@ -110,8 +110,8 @@ class Packing:
 
     def place(self, *name: Hashable) -> tuple[int, int] | None:
         """Where a list starts and ends in the index; None if there is none of this name."""
-        held = self._segments.get(name)
-        return None if held is None else (held.start, held.start + held.size)
+        segment = self._segments.get(name)
+        return None if segment is None else (segment.start, segment.start + segment.size)
 
     def pack(self, live: Sequence[Tensor], full: Sequence[Tensor | None]) -> Tensor:
         """The index ``[S, total]``.

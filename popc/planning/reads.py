@@ -37,9 +37,9 @@ def read_share(
     pruned: Plan | None = None,
 ) -> float:
     """See :meth:`popc.Plan.read_share`."""
-    within = pruned or plan
-    regions = {region.key for region in within.regions if config.prunes_units(region)}
-    contracted = {group.key for group in within.inputs if config.prunes_inputs(group.kind)}
+    targets = pruned or plan
+    regions = {region.key for region in targets.regions if config.prunes_units(region)}
+    thresholded = {group.key for group in targets.inputs if config.prunes_inputs(group.kind)}
     dense = read = 0.0
     for region in plan.regions:
         if region.experts or region.one_pass:  # whose linears are in none of the inputs
@@ -50,7 +50,7 @@ def read_share(
     for group in plan.inputs:
         if group.kind == "head":
             continue
-        share = share_read(group, config, reads) if group.key in contracted else 1.0
+        share = share_read(group, config, reads) if group.key in thresholded else 1.0
         dense += group.weight_bytes
         read += share * group.weight_bytes
     return read / dense if dense else 1.0

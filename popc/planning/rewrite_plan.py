@@ -1,4 +1,4 @@
-"""What passes are to do in one graph: found, chosen, and split into measuring and pruning."""
+"""What passes are to do in one graph: what to measure and what to prune."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from popc.analysis.tokens import is_one_token
 from popc.config import Config
 from popc.log import logger
 from popc.planning.budget_solver import resolve
-from popc.planning.choose import choose, leave, prunable, with_known_units
+from popc.planning.choose import choose, prunable, refuse_where, with_known_units
 from popc.planning.packing import Slot, slot_of
 from popc.stages import run_stage
 
@@ -89,14 +89,14 @@ def plan_rewrite(
     """Find what a graph has, choose what ``config`` prunes of it, and say how.
 
     Args:
-        findings: gains what is found, as soon as it is.
+        findings: gains each result as soon as it is there.
         measure_only, only: see :func:`popc.backend.popc_backend`.
     """
-    found = run_stage("find regions", find_regions, captured)
-    findings.regions = [with_known_units(region, captured) for region in found.regions]
-    findings.skipped = found.skipped
+    detected = run_stage("find regions", find_regions, captured)
+    findings.regions = [with_known_units(region, captured) for region in detected.regions]
+    findings.skipped = detected.skipped
     if not captured.runnable:
-        leave(findings, lambda _: _VMAP, "vmap")
+        refuse_where(findings, lambda _: _VMAP, "vmap")
     else:
         findings.inputs = run_stage("find inputs", find_input_groups, captured, findings.regions)
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}

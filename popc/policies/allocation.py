@@ -19,10 +19,10 @@ from torch import Tensor
 
 from popc.ops.measure import BINS, edges
 
-# How far a group's share follows its own need; the rest is the mean over groups alike. The needs of
-# single layers differ by more than what following them is worth.
-OWN = 0.5
-LEAST = 0.05  # share of channels that is read at least
+# The weight of a group's own need in its share; the rest is the mean over groups alike. The needs
+# of single layers differ by more than what following them is worth.
+NEED_WEIGHT = 0.5
+MIN_SHARE = 0.05  # share of channels that is read at least
 READ_ALL = -1.0  # a threshold that every score exceeds
 _LN_ERROR = (-40.0, 4.0)
 _STEPS = 50
@@ -55,30 +55,30 @@ class Budget:
 
     share: float
     error: float | None = None
-    least: float = LEAST
+    least: float = MIN_SHARE
 
 
-def allocate(histograms: Tensor, demands: Sequence[GroupSpec], budget: Budget) -> Allocation:
+def allocate(histograms: Tensor, groups: Sequence[GroupSpec], budget: Budget) -> Allocation:
     """Thresholds for G groups, whose scores were counted, float64 ``[G, BINS + 1]``.
 
     See :mod:`popc.ops.measure`.
     """
-    curves = _Curves(histograms, demands)
-    share = budget.share
+    curves = _Curves(histograms, groups)
+    target = budget.share
     if budget.error is not None:
-        found = curves.shares(budget.error, at_least_own=True)
-        if curves.read(found) >= budget.least:
-            return Allocation(curves.thresholds(found), found, budget.error)
-        share = budget.least
+        shares = curves.shares(budget.error, in_each=True)
+        if curves.read(shares) >= budget.least:
+            return Allocation(curves.thresholds(shares), shares, budget.error)
+        target = budget.least
     low, high = _LN_ERROR
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if curves.read(curves.shares(math.exp(middle))) > share:
+        if curves.read(curves.shares(math.exp(middle))) > target:
             low = middle
         else:
             high = middle
-    found = curves.shares(math.exp(high))
-    return Allocation(curves.thresholds(found), found, math.exp(high))
+    shares = curves.shares(math.exp(high))
+    return Allocation(curves.thresholds(shares), shares, math.exp(high))
 
 
 def at_shares(histograms: Tensor, groups: Sequence[GroupSpec], shares: Tensor) -> Allocation:
@@ -89,32 +89,33 @@ def at_shares(histograms: Tensor, groups: Sequence[GroupSpec], shares: Tensor) -
 class _Curves:
     """For each group, the share of its scores below each bin, and the error of leaving them out."""
 
-    def __init__(self, histograms: Tensor, demands: Sequence[GroupSpec]) -> None:
-        held = histograms.detach().double().cpu()
-        ends = edges()
-        finite = ends[1:].isfinite()  # the last bins are of infinities and NaN: always read
-        self.low, self.high = ends[:-1][finite], ends[1:][finite]
+    def __init__(self, histograms: Tensor, groups: Sequence[GroupSpec]) -> None:
+        counted = histograms.detach().double().cpu()
+        bins = edges()
+        in_range = bins[1:].isfinite()  # the last bins are of infinities and NaN: always read
+        self.low, self.high = bins[:-1][in_range], bins[1:][in_range]
         middle = (self.low * self.high).sqrt().where(self.low > 0, self.high / 2)
-        scores = held[:, :BINS].sum(1, keepdim=True).clamp(min=1)
-        counts = held[:, :BINS][:, finite] / scores
-        self.below = _cumulated(counts)
-        width = torch.tensor([[float(demand.width)] for demand in demands])
+        scores = counted[:, :BINS].sum(1, keepdim=True).clamp(min=1)
+        counts = counted[:, :BINS][:, in_range] / scores
+        self.below = _cumulative(counts)
+        width = torch.tensor([[float(group.width)] for group in groups])
         # A geometric mean over tokens: a few outsized ones do not lift it.
-        typical = (held[:, BINS:] * width / scores).exp()
-        self.error = _cumulated(counts * width * middle) / typical
-        self.bytes = torch.tensor([float(demand.bytes) for demand in demands])
-        classes = list(dict.fromkeys(demand.alike for demand in demands))
-        self.member = torch.tensor([classes.index(demand.alike) for demand in demands])
-        self.size = torch.bincount(self.member).double()
+        typical = (counted[:, BINS:] * width / scores).exp()
+        self.error = _cumulative(counts * width * middle) / typical
+        self.bytes = torch.tensor([float(group.bytes) for group in groups])
+        classes = list(dict.fromkeys(group.alike for group in groups))
+        self.class_of = torch.tensor([classes.index(group.alike) for group in groups])
+        self.class_size = torch.bincount(self.class_of).double()
 
-    def shares(self, error: float, at_least_own: bool = False) -> Tensor:
+    def shares(self, error: float, in_each: bool = False) -> Tensor:
         """The shares of channels to read ``[G]`` for an error of ``error``, on average over groups
-        alike; ``at_least_own``: in each of them."""
-        given = torch.full((len(self.error), 1), error, dtype=torch.float64)
-        own = 1 - _at(self.error, given, self.below)[:, 0]
-        mean = torch.zeros_like(self.size).index_add(0, self.member, own) / self.size
-        shares = OWN * own + (1 - OWN) * mean[self.member]
-        return (torch.maximum(shares, own) if at_least_own else shares).clamp(LEAST, 1.0)
+        alike; ``in_each``: in each of them."""
+        errors = torch.full((len(self.error), 1), error, dtype=torch.float64)
+        needed = 1 - _interpolate(self.error, errors, self.below)[:, 0]
+        total = torch.zeros_like(self.class_size).index_add(0, self.class_of, needed)
+        mean = total / self.class_size
+        shares = NEED_WEIGHT * needed + (1 - NEED_WEIGHT) * mean[self.class_of]
+        return (torch.maximum(shares, needed) if in_each else shares).clamp(MIN_SHARE, 1.0)
 
     def read(self, shares: Tensor) -> float:
         """The share of all bytes."""
@@ -123,23 +124,23 @@ class _Curves:
     def thresholds(self, shares: Tensor) -> Tensor:
         """Float32 ``[G]``: scores ``|x_c| · ‖W[:, c]‖`` that ``shares`` of the prompt's exceed."""
         bins = torch.arange(self.below.shape[1], dtype=torch.float64).expand_as(self.below)
-        place = _at(self.below, (1 - shares)[:, None], bins)[:, 0]
-        at = place.long().clamp(max=len(self.low) - 1)
-        part = place - at
-        low, high = self.low[at], self.high[at]
+        position = _interpolate(self.below, (1 - shares)[:, None], bins)[:, 0]
+        i = position.long().clamp(max=len(self.low) - 1)
+        part = position - i
+        low, high = self.low[i], self.high[i]
         ratio = high / low.clamp(min=torch.finfo(torch.float32).tiny)
         squared = (low * ratio**part).where(low > 0, high * part)
         return squared.sqrt().float()
 
 
-def _cumulated(values: Tensor) -> Tensor:
+def _cumulative(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.cumsum(1), (1, 0))
 
 
-def _at(x: Tensor, given: Tensor, y: Tensor) -> Tensor:
-    """``y`` where ascending ``x`` reaches ``given``, row by row; linear between points."""
-    place = torch.searchsorted(x, given).clamp(1, x.shape[1] - 1)
-    x0, x1 = x.gather(1, place - 1), x.gather(1, place)
-    y0, y1 = y.gather(1, place - 1), y.gather(1, place)
-    part = ((given - x0) / (x1 - x0).clamp(min=1e-300)).clamp(0, 1)
+def _interpolate(x: Tensor, at: Tensor, y: Tensor) -> Tensor:
+    """``y`` where ascending ``x`` reaches ``at``, row by row; linear between points."""
+    i = torch.searchsorted(x, at).clamp(1, x.shape[1] - 1)
+    x0, x1 = x.gather(1, i - 1), x.gather(1, i)
+    y0, y1 = y.gather(1, i - 1), y.gather(1, i)
+    part = ((at - x0) / (x1 - x0).clamp(min=1e-300)).clamp(0, 1)
     return y0 + part * (y1 - y0)

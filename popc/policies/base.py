@@ -46,7 +46,7 @@ class Policy:
     Attributes:
         name: by which :class:`popc.Config` knows it.
         targets: kinds of targets that it prunes if none are given.
-        calibrated: a text given beforehand is measured, not the prompt.
+        calibrated: a calibration text is measured, not the prompt.
         units: the name of the policy that prunes units where this one has none.
     """
 
@@ -118,7 +118,7 @@ class UnitPolicy(Policy, ABC):
         return (self.measured(emit, h),)
 
     def scale(self, norm: Tensor, *squares: Tensor) -> Tensor:
-        """What a token's ``|h|`` is multiplied with to score it, ``[U]``, ``[E, U]``, ``[S, U]``.
+        """The factor of a token's ``|h|`` in its score, ``[U]``, ``[E, U]``, ``[S, U]``.
 
         Args:
             squares: of each value, as :meth:`importance` takes them.

@@ -25,7 +25,7 @@ _known: dict[str, Policy] = {
         Dense(),
     )
 }
-# Names of earlier versions, which still serve.
+# Names of earlier versions, still accepted.
 _RENAMED = {"contraction": "threshold"}
 
 
@@ -37,9 +37,9 @@ def register(policy: Policy) -> None:
     """
     if not isinstance(policy, UnitPolicy | InputPolicy):
         raise ConfigError("policy", policy, "an instance of a popc.UnitPolicy or popc.InputPolicy")
-    held = _known.get(policy.name)
+    registered = _known.get(policy.name)
     # By its name: a cell of a notebook that is run again defines another class of the same name.
-    if held is not None and type(held).__qualname__ != type(policy).__qualname__:
+    if registered is not None and type(registered).__qualname__ != type(policy).__qualname__:
         raise ConfigError("policy", policy.name, f"a name other than {', '.join(_known)}")
     _known[policy.name] = policy
 

@@ -1,4 +1,4 @@
-"""One mask for all prompts, from a text given beforehand: ``policy="wanda_sp"`` and ``"flap"``."""
+"""One mask for all prompts, from a calibration text: ``policy="wanda_sp"`` and ``"flap"``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Wanda(FixedUnits):
-    """Wanda-sp: one mask for all prompts, from a text given beforehand.
+    """Wanda-sp: one mask for all prompts, from a calibration text.
 
     The score is Wanda's (arXiv 2306.11695), ``‖W[:, c]‖ · ‖X_c‖``, summed over channels as FLAP's
     authors do for their baseline (arXiv 2312.11983, section 4).
@@ -33,8 +33,9 @@ class Wanda(FixedUnits):
 class Flap(FixedUnits):
     """FLAP (arXiv 2312.11983): channels that hardly vary give way to their mean.
 
-    The score is the variance of a channel times ``‖W[:, c]‖²`` (equation 4), over a text given
-    beforehand; the output gains ``Σ W[:, c] · mean(X_c)`` of the pruned channels (equation 5).
+    The score is the variance of a channel times ``‖W[:, c]‖²`` (equation 4), over a
+    calibration text; the output gains ``Σ W[:, c] · mean(X_c)`` of the pruned channels
+    (equation 5).
     Every region keeps the same share, the paper's ``UL``.
     """
 

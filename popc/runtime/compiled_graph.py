@@ -16,7 +16,7 @@ from popc.passes.base import Binding, Call
 from popc.planning.rewrite_plan import RewritePlan
 from popc.runtime.instances import Instance, Instances
 from popc.runtime.signature import Signature, is_cache_like
-from popc.runtime.variants import Compiled, Variants
+from popc.runtime.variants import CompiledFunction, Variants
 from popc.sessions import Session
 
 _SPLIT = (
@@ -46,7 +46,7 @@ class CompiledGraph:
 
     def __init__(
         self,
-        run: Compiled,
+        run: CompiledFunction,
         bindings: Sequence[Binding[Any]],
         signature: Signature,
         work: RewritePlan,
@@ -69,7 +69,7 @@ class CompiledGraph:
         by_tensors = session is None
         if session is None:
             session = self._session_of(args)
-        # Entering no_grad once more takes longer than looking.
+        # Entering no_grad once more takes longer than checking.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             outputs = self._run(args, session)
         if by_tensors:

@@ -1,8 +1,8 @@
-"""Which guards a decode step keeps, where the model stays as it is from a prompt to its last token.
+"""The guards that a decode step keeps where nothing changes the model since its prompt.
 
-At each call Dynamo looks at all that its trace has read of the model: 6,000 guards on 30 layers,
-1 ms of each token. With ``guards="prompt"`` prompts keep all of them, and a decode step leaves out
-those that prompts have too: what they say is known since the prompt.
+At each call Dynamo evaluates a guard for all that its trace has read of the model: 6,000 guards on
+30 layers, 1 ms of each token. With ``guards="prompt"`` prompts keep all of them, and a decode step
+leaves out those that prompts have too: what they say is known since the prompt.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from popc import compat
 from popc.compat import Place
 from popc.log import logger
 
-# Guards that go by what an object is, not by what it holds.
+# Guards on an object's identity, not on its content.
 _BY_IDENTITY = ("ID_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_LASTING = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-_MOST_CHANGES = 2
+_LONG_LIVED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+_MAX_CHANGES = 2
 
-# Where a guard looks, its kind, what it asks and what it saw.
+# What a guard is on, its kind, its condition, and the value that it was made for.
 Fact = tuple[Place, str, Hashable]
 
 
@@ -52,8 +52,8 @@ class PromptGuards:
     def take_change(self) -> bool:
         """Whether a prompt found the model changed since this was last asked.
 
-        What the frame holds of decode steps is then out of date, and a new frame must take its
-        place. Each change is told once.
+        The frame's code for decode steps is then out of date, and a new frame must take its place.
+        Each change is reported once.
         """
         with self._lock:
             changed, self._changed = self._changed, False
@@ -82,28 +82,28 @@ class PromptGuards:
         if new:
             self._written |= new
             if self._known is not None:
-                still = {f: n for f, n in self._known.items() if not _is_of(f[0], new)}
-                self._known = Counter(still)
+                kept = {f: n for f, n in self._known.items() if not _is_within(f[0], new)}
+                self._known = Counter(kept)
             self._changed, self._relied_on = self._changed or self._relied_on, False
 
     def __call__(self, entries: Sequence[Any]) -> list[bool]:
         """For each guard whether it is kept: Dynamo's ``guard_filter_fn``."""
         with self._lock:
-            return self._kept(entries)
+            return self._filter(entries)
 
-    def _kept(self, entries: Sequence[Any]) -> list[bool]:
+    def _filter(self, entries: Sequence[Any]) -> list[bool]:
         if self.off is not None:
             return [True] * len(entries)
-        facts = [self._fact(entry) for entry in entries]
+        facts = [self._fact_of(entry) for entry in entries]
         if not self._decodes:
             self._learn(Counter(fact for fact in facts if fact is not None))
             return [True] * len(entries)
-        left = Counter(self._known)
+        remaining = Counter(self._known)
         kept = []
         for fact in facts:
-            kept.append(fact is None or left[fact] == 0)
-            if fact is not None and left[fact]:
-                left[fact] -= 1
+            kept.append(fact is None or remaining[fact] == 0)
+            if fact is not None and remaining[fact]:
+                remaining[fact] -= 1
         self._relied_on = True
         logger.info("a decode step keeps %d of %d guards", sum(kept), len(kept))
         return kept
@@ -112,41 +112,41 @@ class PromptGuards:
         """A prompt's guards have ``now``."""
         self._call.graphs = getattr(self._call, "graphs", 0) + 1
         if self._call.graphs > 1:
-            # Each would be asked about a part of the model, under names of its own.
+            # Each graph guards a part of the model, under names of its own.
             self._keep_all("its graph breaks")
         elif self._known is None:
             self._known = now
         elif self._relied_on and self._known - now:
             self._changes += 1
-            if self._changes > _MOST_CHANGES:
+            if self._changes > _MAX_CHANGES:
                 self._keep_all("it changes again and again, or prompts are of many kinds")
             self._changed, self._known, self._relied_on = True, now, False
         else:
             self._known &= now
 
-    def _fact(self, entry: Any) -> Fact | None:
-        """What a guard holds of the model, or of a global; None of what a call is given."""
+    def _fact_of(self, entry: Any) -> Fact | None:
+        """What a guard says of the model or of a global; None for one on a call's arguments."""
         place = compat.guard_place(entry)
-        if place.root == "call" or _is_of(place, self._written):
+        if place.root == "call" or _is_within(place, self._written):
             return None
-        asked = compat.guard_asks(entry)
-        if asked is None:
+        condition = compat.guard_condition(entry)
+        if condition is None:
             return None
-        seen = _seen(entry.value, entry.guard_type) if entry.has_value else None
-        return place, entry.guard_type, (asked, seen)
+        observed = _observed(entry.value, entry.guard_type) if entry.has_value else None
+        return place, entry.guard_type, (condition, observed)
 
     def _keep_all(self, reason: str) -> None:
         if self.off is None:
             self._changed, self.off = self._changed or self._relied_on, reason
-            logger.warning("the model is looked at with each token after all: %s", reason)
+            logger.warning("all guards are evaluated at each token after all: %s", reason)
 
 
-def _is_of(place: Place, others: Iterable[Place]) -> bool:
+def _is_within(place: Place, others: Iterable[Place]) -> bool:
     """Whether what is at ``place`` is reached through one of ``others``."""
     return any(place.within(other) for other in others)
 
 
-def _seen(value: Any, kind: str) -> Hashable:
+def _observed(value: Any, kind: str) -> Hashable:
     if kind == "TYPE_MATCH":
         return (type(value),)
     if isinstance(value, torch.Tensor):
@@ -154,8 +154,8 @@ def _seen(value: Any, kind: str) -> Hashable:
         return type(value), layout
     if isinstance(value, _PLAIN):
         return type(value), repr(value)
-    if isinstance(value, _LASTING):
-        return value  # held, so that nothing else can be at its address
+    if isinstance(value, _LONG_LIVED):
+        return value  # kept alive, so that nothing else can be at its address
     if isinstance(value, tuple | list | set | frozenset | dict):
         # Of a dict the keys: what it holds has guards of its own.
         return type(value), len(value), repr(list(value)) if _is_plain(value) else None

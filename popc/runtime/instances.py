@@ -1,4 +1,4 @@
-"""What bindings know of the parameters that a graph runs with: of each layer that it serves."""
+"""The states of a graph's bindings for each set of parameters, that is each layer, it runs with."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Instances:
 
     Args:
         bindings: of the graph's passes.
-        samples: whether the weights' values are to be looked at, since a prompt can run here.
+        samples: whether prompts can run here, at which the weights' values are compared.
         on_plan: called with the regions and input groups of each new instance.
     """
 
@@ -144,7 +144,7 @@ class Instances:
 
 
 def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What takes the values at ``positions``, by itself: at each token a loop is slow."""
+    """A function that picks the values at ``positions``: a loop is slow at each token."""
     if not positions:
         return lambda args: ()
     # One more, as of a single position this would give no tuple.

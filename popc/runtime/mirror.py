@@ -1,8 +1,8 @@
 """A mirror of a model: modules of its own that share the model's parameters and buffers.
 
 What is set on a mirror (an attribute, a submodule, a hook, train or eval mode) is read by its own
-``forward`` and leaves the original as it is. What is set on the original later reaches the mirror
-with :meth:`Mirror.follow`. Weights are never copied.
+``forward`` and leaves the original as it is. What is set on the original later is set on the mirror
+by :meth:`Mirror.follow`. Weights are never copied.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 
 from popc.compat import COMPILED_CALL
 
-REPLACED = "_popc_replaced"  # what a compiled module holds of its own attributes, as they were
+REPLACED = "_popc_replaced"  # where a compiled module keeps the attributes that popc replaced
 _MISSING = object()
 _CONTAINERS = (dict, list, tuple)
-_DEPTH = 4  # containers within containers that are looked into
-# What nn.Module itself leaves out of a copy, too: it is bound to the module that it was made for.
-_LEFT_OUT = (COMPILED_CALL, REPLACED)
+_DEPTH = 4  # how deep containers within containers are searched for modules
+# Bound to one module, so nn.Module itself does not copy the first either.
+_NOT_COPIED = (COMPILED_CALL, REPLACED)
 
 
 class Mirror:
@@ -38,8 +38,9 @@ class Mirror:
     def __init__(self, model: nn.Module) -> None:
         self.original = model
         self._lock = threading.Lock()
-        self._copies: dict[int, nn.Module] = {}  # by the id of the original, which `_seen` holds
-        self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._copies: dict[int, nn.Module] = {}  # by the id of the original
+        # These keep the originals alive, and so their ids unique.
+        self._snapshots: list[tuple[nn.Module, dict[str, Any]]] = []
         self.root = self._copy_tree(model)
 
     def of(self, module: nn.Module) -> nn.Module:
@@ -53,27 +54,27 @@ class Mirror:
         """
         with self._lock:
             changed = False
-            for number, (module, before) in enumerate(self._seen):
+            for number, (module, before) in enumerate(self._snapshots):
                 copied = self._copies[id(module)]
                 if type(copied) is not type(module):  # a parametrization was added or removed
                     copied.__class__ = type(module)
-                now = _plain(module)
-                if _is_same(before, now):
+                now = _attributes_of(module)
+                if _is_unchanged(before, now):
                     continue
                 changed = True
-                self._seen[number] = module, _snapshot(now)
-                self._repeat(before, now, copied.__dict__)
+                self._snapshots[number] = module, _snapshot(now)
+                self._replay(before, now, copied.__dict__)
             if changed:
-                self._forget_removed()
+                self._drop_removed()
 
-    def _forget_removed(self) -> None:
-        """Let go of modules that the original has no more."""
-        held = {id(module) for module in self.original.modules()}
-        self._seen = [(module, before) for module, before in self._seen if id(module) in held]
-        self._copies = {number: copied for number, copied in self._copies.items() if number in held}
+    def _drop_removed(self) -> None:
+        """Drop the copies of modules that the original no longer has."""
+        ids = {id(module) for module in self.original.modules()}
+        self._snapshots = [pair for pair in self._snapshots if id(pair[0]) in ids]
+        self._copies = {id_: copied for id_, copied in self._copies.items() if id_ in ids}
 
     def hooks(self) -> list[tuple[nn.Module, str, Any]]:
-        """What hooks the mirror's parts have: module, kind and hook.
+        """The hooks of the mirror's submodules: module, kind and hook.
 
         Not those of the root: they are called around its forward. Dynamo does not guard on hooks.
         """
@@ -94,45 +95,45 @@ class Mirror:
                 self._copies[id(module)] = copied
                 new.append(module)
         for module in new:
-            held = _plain(module)
-            self._seen.append((module, _snapshot(held)))
-            own = self._copies[id(module)].__dict__
-            own.update((name, self._mapped(value)) for name, value in held.items())
-            for name in _registries(held):
-                own[name] = _mapped_items(held[name], self._mapped)
-            own.update((name, set(held[name])) for name in _SETS & held.keys())
-            for name in _slots(module):
+            attributes = _attributes_of(module)
+            self._snapshots.append((module, _snapshot(attributes)))
+            target = self._copies[id(module)].__dict__
+            target.update((name, self._mapped(value)) for name, value in attributes.items())
+            for name in _dicts_of(attributes):
+                target[name] = _mapped_items(attributes[name], self._mapped)
+            target.update((name, set(attributes[name])) for name in _SETS & attributes.keys())
+            for name in _slot_names(module):
                 object.__setattr__(self._copies[id(module)], name, getattr(module, name))
         return self.of(model)
 
-    def _repeat(
-        self, before: Mapping[str, Any], now: Mapping[str, Any], own: dict[str, Any]
+    def _replay(
+        self, before: Mapping[str, Any], now: Mapping[str, Any], copied: dict[str, Any]
     ) -> None:
-        fixed = own.get(REPLACED, {})  # by popc: the mirror's forward stays the compiled one
-        for name in before.keys() - now.keys() - fixed.keys():
-            own.pop(name, None)
+        replaced = copied.get(REPLACED, {})  # the mirror's forward stays the compiled one
+        for name in before.keys() - now.keys() - replaced.keys():
+            copied.pop(name, None)
         for name, value in now.items():
-            known = before.get(name, _MISSING)
-            if name in fixed:
+            old = before.get(name, _MISSING)
+            if name in replaced:
                 continue
-            if isinstance(known, _Registry) and isinstance(value, dict):
-                for key in known.items.keys() - value.keys():
-                    own[name].pop(key, None)
+            if isinstance(old, _DictSnapshot) and isinstance(value, dict):
+                for key in old.items.keys() - value.keys():
+                    copied[name].pop(key, None)
                 for key, item in value.items():
-                    if known.items.get(key, _MISSING) is not item:
-                        mine = [one for k, one in own[name].items() if k not in known.items]
-                        # What a library installs on either when it is first used, once each.
-                        if name not in _HOOKS or not any(_is_alike(item, one) for one in mine):
-                            own[name][key] = self._taken(item)
-                for key in [*value, *(key for key in own[name] if key not in value)]:
-                    if key in own[name]:
-                        own[name][key] = own[name].pop(key)  # in the original's order
-            elif isinstance(known, frozenset):
-                own[name] = (own[name] - known) | set(value)
-            elif known is not value:
-                own[name] = self._taken(value)
+                    if old.items.get(key, _MISSING) is not item:
+                        added = [one for k, one in copied[name].items() if k not in old.items]
+                        # A hook that a library installs on both at first use is not added twice.
+                        if name not in _HOOKS or not any(_is_same_hook(item, one) for one in added):
+                            copied[name][key] = self._copied_or_mapped(item)
+                for key in [*value, *(key for key in copied[name] if key not in value)]:
+                    if key in copied[name]:
+                        copied[name][key] = copied[name].pop(key)  # in the original's order
+            elif isinstance(old, frozenset):
+                copied[name] = (copied[name] - old) | set(value)
+            elif old is not value:
+                copied[name] = self._copied_or_mapped(value)
 
-    def _taken(self, value: Any) -> Any:
+    def _copied_or_mapped(self, value: Any) -> Any:
         """``value`` as it is set on the mirror; a module that is new to it is copied."""
         if isinstance(value, nn.Module):
             return self._copy_tree(value)
@@ -156,9 +157,9 @@ class Mirror:
         if all(inner(item) is item for item in items):
             return value
         if isinstance(value, tuple):
-            made = map(inner, value)
-            return type(value)._make(made) if hasattr(value, "_make") else type(value)(made)
-        copied: Any = copy.copy(value)  # of a subclass, as defaultdict, with what it is made of
+            mapped = map(inner, value)
+            return type(value)._make(mapped) if hasattr(value, "_make") else type(value)(mapped)
+        copied: Any = copy.copy(value)  # keeps a subclass and its state, as a defaultdict's factory
         if isinstance(value, dict):
             copied.update((key, inner(item)) for key, item in value.items())
         else:
@@ -172,33 +173,33 @@ class Mirror:
         cells = []
         for cell in value.__closure__:
             try:
-                held = cell.cell_contents
+                content = cell.cell_contents
             except ValueError:  # not filled yet
                 return value
-            made = self._mapped(held, depth - 1)
-            cells.append(cell if made is held else types.CellType(made))
+            mapped = self._mapped(content, depth - 1)
+            cells.append(cell if mapped is content else types.CellType(mapped))
         if all(a is b for a, b in zip(cells, value.__closure__, strict=True)):
             return value
-        found = types.FunctionType(
+        copied = types.FunctionType(
             value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
         )
-        found.__kwdefaults__ = value.__kwdefaults__
-        vars(found).update(vars(value))
-        return found
+        copied.__kwdefaults__ = value.__kwdefaults__
+        vars(copied).update(vars(value))
+        return copied
 
     def _mapped_partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
         """As Accelerate's hooks have it: ``module.forward = partial(new_forward, module)``."""
-        held = value.func, value.args, value.keywords
-        function, args, keywords = map(self._mapped, held)
+        parts = value.func, value.args, value.keywords
+        function, args, keywords = map(self._mapped, parts)
         if function is value.func and args is value.args and keywords is value.keywords:
             return value
-        made = functools.partial(function, *args, **keywords)
-        vars(made).update({name: self._mapped(item) for name, item in vars(value).items()})
-        return made
+        copied = functools.partial(function, *args, **keywords)
+        vars(copied).update({name: self._mapped(item) for name, item in vars(value).items()})
+        return copied
 
 
-class _Registry:
-    """The items of one of a module's own dicts, as they were."""
+class _DictSnapshot:
+    """The items of a dict of nn.Module's, such as ``_parameters``, at one time."""
 
     __slots__ = ("items",)
 
@@ -206,26 +207,26 @@ class _Registry:
         self.items = dict(items)
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """The module's attributes, those of a compiled one as they were before."""
-    held = module.__dict__
-    replaced: Mapping[str, Any] = held.get(REPLACED, {})
-    if not replaced and not any(name in held for name in _LEFT_OUT):
-        return held
-    kept = {name: value for name, value in held.items() if name not in _LEFT_OUT}
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes; of a compiled one, those that it had before."""
+    attributes = module.__dict__
+    replaced: Mapping[str, Any] = attributes.get(REPLACED, {})
+    if not replaced and not any(name in attributes for name in _NOT_COPIED):
+        return attributes
+    plain = {name: value for name, value in attributes.items() if name not in _NOT_COPIED}
     for name, value in replaced.items():
-        kept.pop(name, None)
+        plain.pop(name, None)
         if value is not _MISSING:
-            kept[name] = value
-    return kept
+            plain[name] = value
+    return plain
 
 
 def replace(module: nn.Module, attributes: Mapping[str, Any]) -> None:
-    """Set attributes of the instance that a mirror of it, and a copy, leave out."""
-    held = module.__dict__
-    before = {name: held.get(name, _MISSING) for name in attributes}
-    held[REPLACED] = {**before, **held.get(REPLACED, {})}
-    held.update(attributes)
+    """Set attributes of the instance that mirrors and copies of it do not take over."""
+    instance = module.__dict__
+    before = {name: instance.get(name, _MISSING) for name in attributes}
+    instance[REPLACED] = {**before, **instance.get(REPLACED, {})}
+    instance.update(attributes)
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -235,15 +236,15 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         module = stack.pop()
         yield module
         for part in module.children():
-            apart = part.__dict__.get("popc_plan") is not model.__dict__.get("popc_plan")
-            if id(part) not in seen and not (REPLACED in part.__dict__ and apart):
+            compiled_alone = part.__dict__.get("popc_plan") is not model.__dict__.get("popc_plan")
+            if id(part) not in seen and not (REPLACED in part.__dict__ and compiled_alone):
                 seen.add(id(part))
                 stack.append(part)
 
 
 def _empty_copy(module: nn.Module) -> nn.Module | None:
-    """An object of the same class, past ``__init__`` and ``__new__``: what the class does there was
-    done for the original. None of one that is more than a Python object."""
+    """An object of the same class, without its ``__init__`` and ``__new__``, which ran for the
+    original. None for a class that is not plain Python."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     try:
@@ -252,8 +253,8 @@ def _empty_copy(module: nn.Module) -> nn.Module | None:
         return None
 
 
-def _slots(module: nn.Module) -> list[str]:
-    """Names of what the module holds in slots."""
+def _slot_names(module: nn.Module) -> list[str]:
+    """Names of the slots that are set."""
     named = [vars(cls).get("__slots__", ()) for cls in type(module).__mro__]
     flat = [name for names in named for name in ([names] if isinstance(names, str) else names)]
     return [
@@ -261,64 +262,64 @@ def _slots(module: nn.Module) -> list[str]:
     ]
 
 
-def _is_alike(one: Any, other: Any) -> bool:
+def _is_same_hook(one: Any, other: Any) -> bool:
     """Whether two hooks are the same function over the same values."""
     code = getattr(one, "__code__", None)
     if code is None or code is not getattr(other, "__code__", None):
         return False
     cells = zip(one.__closure__ or (), other.__closure__ or (), strict=True)
     try:
-        return all(_is_equal(a.cell_contents, b.cell_contents) for a, b in cells)
+        return all(_is_same_value(a.cell_contents, b.cell_contents) for a, b in cells)
     except ValueError:  # a cell that is not filled yet
         return False
 
 
-def _is_equal(one: Any, other: Any) -> bool:
+def _is_same_value(one: Any, other: Any) -> bool:
     if one is other or type(one) is not type(other):
         return one is other
     if isinstance(one, types.FunctionType):
-        return _is_alike(one, other)
+        return _is_same_hook(one, other)
     return isinstance(one, str | int | float | bool) and one == other
 
 
-def _registries(held: Mapping[str, Any]) -> list[str]:
+def _dicts_of(attributes: Mapping[str, Any]) -> list[str]:
     """Names of the dicts that nn.Module itself keeps: parameters, buffers, submodules, hooks."""
-    return [name for name in _OWN if isinstance(held.get(name), dict)]
+    return [name for name in _DICTS if isinstance(attributes.get(name), dict)]
 
 
-_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+_DICTS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 _SETS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, set))
-_HOOKS = tuple(name for name in sorted(_OWN) if "forward" in name and "hooks" in name)
+_HOOKS = tuple(name for name in sorted(_DICTS) if "forward" in name and "hooks" in name)
 
 
-def _snapshot(held: Mapping[str, Any]) -> dict[str, Any]:
-    before = dict(held)
-    before.update((name, _Registry(held[name])) for name in _registries(held))
-    sets = ((name, value) for name, value in held.items() if isinstance(value, set))
-    before.update((name, frozenset(value)) for name, value in sets if name in _SETS)
-    return before
+def _snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    snapshot = dict(attributes)
+    snapshot.update((name, _DictSnapshot(attributes[name])) for name in _dicts_of(attributes))
+    sets = ((name, value) for name, value in attributes.items() if isinstance(value, set))
+    snapshot.update((name, frozenset(value)) for name, value in sets if name in _SETS)
+    return snapshot
 
 
-def _is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _is_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """By identity: tensors must not be compared."""
     if len(before) != len(now):
         return False
     for name, value in now.items():
-        known = before.get(name, _MISSING)
-        if known is value or (isinstance(known, frozenset) and known == value):
+        old = before.get(name, _MISSING)
+        if old is value or (isinstance(old, frozenset) and old == value):
             continue
-        if not isinstance(known, _Registry) or not isinstance(value, dict):
+        if not isinstance(old, _DictSnapshot) or not isinstance(value, dict):
             return False
-        if len(known.items) != len(value):
+        if len(old.items) != len(value):
             return False
-        if value and any(known.items.get(k, _MISSING) is not v for k, v in value.items()):
+        if value and any(old.items.get(k, _MISSING) is not v for k, v in value.items()):
             return False
     return True
 
 
-def _mapped_items(items: Mapping[Any, Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
-    made: dict[Any, Any] = OrderedDict() if isinstance(items, OrderedDict) else {}
-    made.update((key, change(value)) for key, value in items.items())
-    return made
+def _mapped_items(items: Mapping[Any, Any], function: Callable[[Any], Any]) -> dict[Any, Any]:
+    mapped: dict[Any, Any] = OrderedDict() if isinstance(items, OrderedDict) else {}
+    mapped.update((key, function(value)) for key, value in items.items())
+    return mapped

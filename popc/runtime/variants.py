@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-Compiled = Callable[..., Sequence[Any]]
+CompiledFunction = Callable[..., Sequence[Any]]
 
-_only: ContextVar[frozenset[Hashable] | None] = ContextVar("popc_only", default=None)
+_only_keys: ContextVar[frozenset[Hashable] | None] = ContextVar("popc_only", default=None)
 
 
 class Variants:
@@ -21,9 +21,9 @@ class Variants:
         backend: popc's, which takes ``only`` and ``measure_only``.
     """
 
-    def __init__(self, gm: fx.GraphModule, backend: Callable[..., Compiled]) -> None:
+    def __init__(self, gm: fx.GraphModule, backend: Callable[..., CompiledFunction]) -> None:
         self._gm, self._backend = gm, backend
-        self._compiled: dict[tuple[bool, ...], Compiled] = {}
+        self._compiled: dict[tuple[bool, ...], CompiledFunction] = {}
 
     def dense(self, args: Sequence[Any]) -> Sequence[Any]:
         """Run it dense, and have it measure as a prefill does: the first token of an empty cache
@@ -33,18 +33,18 @@ class Variants:
     def pruning(self, known: Mapping[Hashable, bool], args: Sequence[Any]) -> Sequence[Any]:
         """Run it with those of its regions pruned that are ``known``, by their keys."""
         keys = frozenset(key for key, is_known in known.items() if is_known)
-        token = _only.set(keys)
+        token = _only_keys.set(keys)
         try:
             return self._of(tuple(known.values()))(*args)
         finally:
-            _only.reset(token)
+            _only_keys.reset(token)
 
-    def _of(self, known: tuple[bool, ...]) -> Compiled:
+    def _of(self, known: tuple[bool, ...]) -> CompiledFunction:
         if known not in self._compiled:
 
-            def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> CompiledFunction:
                 # Of the call that has it compiled: it may be for another layer's parameters.
-                only = _only.get() if known else None
+                only = _only_keys.get() if known else None
                 return self._backend(gm, inputs, only=only, measure_only=not known)
 
             self._compiled[known] = torch.compile(self._gm, backend=backend)

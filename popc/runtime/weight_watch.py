@@ -1,6 +1,6 @@
 """Weights that change under a compiled model, as by ``load_state_dict`` or a merged LoRA.
 
-Norms are taken once; a change is told by a few values of each weight, looked at with each prompt.
+Norms are computed once; at each prompt a sample of each weight's values shows whether it changed.
 PyTorch's own version counters don't see what is written through ``.data``.
 """
 
@@ -26,8 +26,8 @@ def sample(weights: Sequence[Tensor]) -> Tensor:
         stored = weight.untyped_storage().nbytes() // weight.element_size()
         length = min(weight.numel(), stored - weight.storage_offset())
         size, step = min(_VALUES, length), max(1, length // _VALUES)
-        held = weight.detach().as_strided((size,), (step,), weight.storage_offset())
-        parts.append(held.double())
+        values = weight.detach().as_strided((size,), (step,), weight.storage_offset())
+        parts.append(values.double())
     return torch.cat(parts)
 
 

@@ -1,7 +1,7 @@
 """Which session a call is in.
 
 ``popc.compile``'s wrapper sees the cache object, which holds its session, and names that around the
-call (:func:`use`). Under ``torch.compile(backend="popc")`` only tensors are seen: a static cache's
+call (:func:`use`). Under ``torch.compile(backend="popc")`` tensors alone are seen: a static cache's
 tensors stay the same objects, and a dynamic cache's tensors of one call are the inputs of the next,
 so sessions are found by the tensors they touched, held weakly. Either way, a dropped cache frees
 its session.
@@ -30,7 +30,7 @@ _ATTRIBUTE = "_popc_session"
 _lock = threading.Lock()
 
 
-class _Setting(Generic[T]):
+class _SetVariable(Generic[T]):
     """A context in which a variable has a value.
 
     A class, as at each token a generator is slow.
@@ -48,14 +48,14 @@ class _Setting(Generic[T]):
         self._variable.reset(self._token)
 
 
-def use(session: Session) -> _Setting[Session | None]:
+def use(session: Session) -> _SetVariable[Session | None]:
     """Run compiled graphs under ``session``."""
-    return _Setting(_named, session)
+    return _SetVariable(_named, session)
 
 
-def offer(session: Session) -> _Setting[Session | None]:
+def offer(session: Session) -> _SetVariable[Session | None]:
     """Have graphs begin ``session``, where their tensors belong to none yet."""
-    return _Setting(_offered, session)
+    return _SetVariable(_offered, session)
 
 
 def offered() -> Session:
@@ -63,7 +63,7 @@ def offered() -> Session:
     return _offered.get() or Session()
 
 
-def prefill() -> _Setting[bool]:
+def prefill() -> _SetVariable[bool]:
     """A context whose calls are parts of a prompt, also those of a single token.
 
     Anywhere else a call with one token is a decode step. transformers' ``generate`` of a compiled
@@ -74,7 +74,7 @@ def prefill() -> _Setting[bool]:
             for chunk in prompt.split(512, dim=1):
                 out = compiled(chunk, past_key_values=cache)
     """
-    return _Setting(_prefilling, True)
+    return _SetVariable(_prefilling, True)
 
 
 def is_prefill() -> bool:
@@ -89,8 +89,8 @@ def named() -> Session | None:
 
 def of_cache(cache: object) -> Session | None:
     """The session of a cache object, if it has one."""
-    held = getattr(cache, _ATTRIBUTE, None)
-    return held if isinstance(held, Session) else None
+    session = getattr(cache, _ATTRIBUTE, None)
+    return session if isinstance(session, Session) else None
 
 
 def bind(cache: object, session: Session) -> None:
@@ -102,8 +102,8 @@ def bind(cache: object, session: Session) -> None:
 def of_tensors(tensors: Iterable[Tensor]) -> Session | None:
     """The session that last touched one of ``tensors``; None if two sessions did."""
     with _lock:
-        found = {id(s): s for s in (_by_tensor.get(t) for t in tensors) if s is not None}
-    return next(iter(found.values())) if len(found) == 1 else None
+        sessions = {id(s): s for s in (_by_tensor.get(t) for t in tensors) if s is not None}
+    return next(iter(sessions.values())) if len(sessions) == 1 else None
 
 
 def touch(tensors: Iterable[Tensor], session: Session) -> None:

@@ -123,7 +123,7 @@ class InputStatistics:
         None if that holds for each.
 
         Args:
-            owner: whoever asks; what each was given is kept until the next prefill.
+            owner: whoever asks; each owner's thresholds are kept until the next prefill.
             batch: with ``scope="sequence"``, the batch size; thresholds of another do not fit.
         """
         known = self._fed.get(owner)
@@ -134,7 +134,7 @@ class InputStatistics:
             return None
         rows = len(next(iter(thresholds.values())))
         unknown = torch.full((rows,), READ_ALL)
-        middles = [
+        group_centers = [
             centers(self._moments[group.key, scope])
             if group.key in thresholds
             else torch.zeros(1, group.spec.width, device=like.device)
@@ -145,7 +145,7 @@ class InputStatistics:
             thresholds=torch.stack([thresholds.get(g.key, unknown) for g in groups]).to(
                 like.device
             ),
-            center=torch.cat([middle.expand(rows, -1) for middle in middles], 1),
+            center=torch.cat([group_center.expand(rows, -1) for group_center in group_centers], 1),
             missing=sum(group.key not in thresholds for group in groups),
         )
         self._fed[owner] = fed
@@ -153,18 +153,18 @@ class InputStatistics:
 
     def _thresholds(self, scope: str, budget: Budget, batch: int | None) -> dict[Hashable, Tensor]:
         """Of all measured groups, float32 ``[S]`` on the CPU by their keys."""
-        asked = scope, budget, batch
-        if asked not in self._allocated:
-            self._allocated[asked] = self._allocate(*asked)
-        return self._allocated[asked]
+        key = scope, budget, batch
+        if key not in self._allocated:
+            self._allocated[key] = self._allocate(*key)
+        return self._allocated[key]
 
     def _allocate(self, scope: str, budget: Budget, batch: int | None) -> dict[Hashable, Tensor]:
-        counted = {
+        histograms = {
             key: histogram if batch is None else for_rows(histogram, batch)
-            for (key, of), histogram in self._histograms.items()
-            if of == scope
+            for (key, histogram_scope), histogram in self._histograms.items()
+            if histogram_scope == scope
         }
-        known = {key: histogram for key, histogram in counted.items() if histogram is not None}
+        known = {key: histogram for key, histogram in histograms.items() if histogram is not None}
         if not known or len({len(histogram) for histogram in known.values()}) > 1:
             return {}
         thresholds: dict[Hashable, Tensor] = {}
@@ -172,8 +172,8 @@ class InputStatistics:
             keys = [key for key in known if self._groups[key].policy is policy]
             specs = [self._groups[key].spec for key in keys]
             by_sequence = [
-                policy.allocate(one, specs, budget).thresholds
-                for one in torch.stack([known[key] for key in keys], 1).cpu()
+                policy.allocate(histograms_of_sequence, specs, budget).thresholds
+                for histograms_of_sequence in torch.stack([known[key] for key in keys], 1).cpu()
             ]
             thresholds.update(zip(keys, torch.stack(by_sequence, 1), strict=True))
         return thresholds

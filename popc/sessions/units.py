@@ -70,7 +70,7 @@ def _by_expert(sums: Tensor, region: RegionState) -> Tensor:
     return sums.view(region.experts, region.width) if region.experts else sums
 
 
-def lost_of(sums: Tensor, region: RegionState, live: Tensor) -> Tensor:
+def pruned_means(sums: Tensor, region: RegionState, live: Tensor) -> Tensor:
     """h's mean at the columns of pruned units, 0 at others; float32 ``[S, K]``."""
     mean = region.policy.mean(*sums.chunk(region.policy.parts, dim=-1)).float()
     columns = region.columns.to(mean.device)
@@ -80,7 +80,7 @@ def lost_of(sums: Tensor, region: RegionState, live: Tensor) -> Tensor:
     return lost.scatter(1, columns[live].flatten(1), 0.0)
 
 
-def unseen(sums: Tensor, region: RegionState) -> Tensor:
+def unseen_experts(sums: Tensor, region: RegionState) -> Tensor:
     """Bool ``[E]``: experts that no prompt token reached. They run dense until one has."""
     plain = sums.chunk(region.policy.parts, dim=-1)[0]
     return (_by_expert(plain, region) == 0).all(dim=-1)
@@ -207,15 +207,15 @@ class UnitStatistics:
             owner: whoever asks; each owner's partition is kept until the next prefill.
             batch: with ``scope="sequence"``, the batch size; a partition of another does not fit.
         """
-        known = self._partitions.get(owner)
-        if known is not None and (batch is None or len(known.index) == batch):
-            return known
-        made = self._new_partition(regions, packing, scope, batch)
-        if made is not None and batch is not None and len(made.index) != batch:
-            made = None
-        if made is not None:
-            self._partitions[owner] = made
-        return made
+        cached = self._partitions.get(owner)
+        if cached is not None and (batch is None or len(cached.index) == batch):
+            return cached
+        partition = self._new_partition(regions, packing, scope, batch)
+        if partition is not None and batch is not None and len(partition.index) != batch:
+            partition = None
+        if partition is not None:
+            self._partitions[owner] = partition
+        return partition
 
     def _new_partition(
         self, regions: Sequence[RegionState], packing: Packing, scope: str, batch: int | None
@@ -238,10 +238,10 @@ class UnitStatistics:
             cached = for_rows(self._cached.get((region.key, scope)), sequences)
             units, norm = split(sums, region, cached)
             if region.policy.compensates:
-                lost.append(lost_of(sums, region, units))
+                lost.append(pruned_means(sums, region, units))
             live.append(units)
             norms.append(norm.reshape(1, -1) if region.experts else norm)
-            full.append(unseen(sums, region) if region.experts else None)
+            full.append(unseen_experts(sums, region) if region.experts else None)
         if len({norm.shape[0] for norm in norms}) > 1:
             return None
         for region, units in zip(regions, live, strict=True):

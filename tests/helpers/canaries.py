@@ -128,10 +128,10 @@ def guards_tell_their_place() -> None:
 
 
 def guards_tell_what_they_ask() -> None:
-    asks = [(entry.guard_type, compat.guard_asks(entry)) for entry in compiled().guards]
-    assert ("TENSOR_MATCH", "") in asks and ("TYPE_MATCH", "") in asks
-    assert any(asked for _, asked in asks)  # a key, or an attribute
-    assert not any(asked is None for _, asked in asks)
+    conditions = [(entry.guard_type, compat.guard_condition(entry)) for entry in compiled().guards]
+    assert ("TENSOR_MATCH", "") in conditions and ("TYPE_MATCH", "") in conditions
+    assert any(asked for _, asked in conditions)  # a key, or an attribute
+    assert not any(asked is None for _, asked in conditions)
 
 
 def inductor_takes_options() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from popc.ops import centers, measure_inputs, sum_squares
 from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares, _times
-from popc.policies.allocation import LEAST, Budget, GroupSpec, allocate
+from popc.policies.allocation import MIN_SHARE, Budget, GroupSpec, allocate
 
 
 def nothing_known(sequences: int, width: int) -> Tensor:
@@ -127,5 +127,5 @@ def test_thresholds_are_quantiles() -> None:
     tight = allocate(histograms, demands, Budget(0.9, error=0.9, least=0.4))
     assert float(tight.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(0.4)
     unseen = allocate(torch.zeros_like(histograms), demands, Budget(0.5))
-    assert unseen.thresholds.isfinite().all() and unseen.shares.min() >= LEAST
+    assert unseen.thresholds.isfinite().all() and unseen.shares.min() >= MIN_SHARE
     assert not math.isnan(unseen.error)

@@ -12,7 +12,7 @@ from torch import nn
 
 import popc
 from popc.ops.pages import collapse
-from popc.passes.weight_layout import turn
+from popc.passes.weight_layout import transpose_storage
 from popc.sessions import Session, use
 from tests.helpers.models import AddmmMLP, Gated, tiny_llama
 
@@ -38,7 +38,7 @@ def lies_by_input(weight: torch.Tensor) -> bool:
     return weight.stride() == (1, weight.shape[0])
 
 
-def test_down_lies_by_channel_and_the_rest_as_before() -> None:
+def test_down_is_channel_major_and_the_rest_as_before() -> None:
     model = Gated()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parameters = {name: id(value) for name, value in model.named_parameters()}
@@ -196,9 +196,10 @@ def test_every_graph_reads_turned_weights_right(dtype) -> None:
         )
 
 
-def test_turn_keeps_values() -> None:
+def test_transposing_keeps_values() -> None:
     value = torch.randn(3, 4, 5)
-    assert torch.equal(turn(value), value) and turn(value).stride() == (20, 1, 4)
+    stored = transpose_storage(value)
+    assert torch.equal(stored, value) and stored.stride() == (20, 1, 4)
 
 
 def test_huge_pages_keep_values() -> None:

@@ -191,13 +191,13 @@ def test_functions_and_tuples_lead_to_the_mirrors_own_parts() -> None:
 def test_another_class_and_removed_modules_are_followed() -> None:
     net, x = Net(), torch.randn(2, 3, 16)
     mirror = Mirror(net)
-    count = len(mirror._seen)
+    count = len(mirror._snapshots)
     torch.nn.utils.parametrizations.weight_norm(net.a.a)
     for _ in range(5):
         net.b = Plain()
         mirror.follow()
         assert torch.equal(mirror.root(x), net(x))
-    assert len(mirror._seen) == len(mirror._copies) == len(list(net.modules())) > count
+    assert len(mirror._snapshots) == len(mirror._copies) == len(list(net.modules())) > count
 
 
 class Slotted(nn.Module):

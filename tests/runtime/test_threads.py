@@ -108,10 +108,10 @@ def entry(make: object, kind: str, source: object = None) -> SimpleNamespace:
 def test_a_guard_that_says_nothing_known_is_kept() -> None:
     from torch._dynamo.guards import GuardBuilder
 
-    assert compat.guard_asks(entry(GuardBuilder.TYPE_MATCH, "TYPE_MATCH")) == ""
+    assert compat.guard_condition(entry(GuardBuilder.TYPE_MATCH, "TYPE_MATCH")) == ""
     for make in (lambda guard: None, GuardBuilder.ID_MATCH, None):
-        assert compat.guard_asks(entry(make, "TYPE_MATCH")) is None
-    assert compat.guard_asks(SimpleNamespace(guard_type="TYPE_MATCH")) is None
+        assert compat.guard_condition(entry(make, "TYPE_MATCH")) is None
+    assert compat.guard_condition(SimpleNamespace(guard_type="TYPE_MATCH")) is None
     assert compat.guard_place(entry(None, "TYPE_MATCH")).root == "call"
     assert compat.guard_place(SimpleNamespace()).root == "call"
 

@@ -42,8 +42,8 @@ def hoist_masks(captured: Captured, work: RewritePlan) -> PassResult:
             continue
         with graph.inserting_before(nodes[0]):
             added = GraphBuilder(captured, mask).call(additive_mask, mask, dtype)
-        for node, given in masks.items():
-            node.replace_input_with(given, added)
+        for node, expanded in masks.items():
+            node.replace_input_with(expanded, added)
         count += 1
     if count:
         finish(captured)
@@ -51,7 +51,7 @@ def hoist_masks(captured: Captured, work: RewritePlan) -> PassResult:
 
 
 def _may_be_mask(node: fx.Node) -> bool:
-    """Whether what ``node`` writes to may be bools, under whatever type it sees them."""
+    """Whether what ``node`` writes to may be bools, in whatever dtype."""
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.element_size() == 1
 
