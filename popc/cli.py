@@ -85,17 +85,17 @@ def demo(
     tokens: Annotated[int, typer.Option(min=3, help="Tokens to decode.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each model.")] = 3,
 ) -> None:
-    """Compile a real model, let it speak, and time it beside the dense one."""
+    """Compile a real model, generate text with it, and time it against the dense one."""
     with _errors():
         model, tokenizer = _load(DEFAULT, "float32")
         configs = {r: popc.Config(sparsity=r) for r in (0.2, 0.4)}
         pruned = {r: popc.compile(model, config) for r, config in configs.items()}
-        # popc lays the weights of `model` out anew: dense has weights of its own, as they were.
+        # popc changes strides of `model`'s weights: dense has a copy, as they were.
         dense = copy.deepcopy(model)
         models: dict[str, Any] = {
             "dense, eager": dense,
             "dense, torch.compile": torch.compile(dense.forward),
-            **{f"popc, r = {r}": twin for r, twin in pruned.items()},
+            **{f"popc, r = {r}": compiled for r, compiled in pruned.items()},
         }
         ids = _prompt(tokenizer, DEMO_PROMPT)["input_ids"]
         with _progress("compiling", len(models) * (rounds + 1)) as step:
@@ -148,7 +148,7 @@ def report(
     figures: Annotated[
         list[Path] | None, typer.Option(help="A file of eval --out or bench --out; repeat it.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Its partitions; else a text.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Else a Wikipedia text.")] = None,
     tokens: Annotated[int, typer.Option(min=0, help="New tokens after it; 0: no model.")] = 128,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of each later partition.")] = 32,
     sparsity: Sparsity = 0.4,
@@ -160,16 +160,16 @@ def report(
 
     with _errors():
         config = popc.Config(sparsity=sparsity, candidate=candidate)
-        found = Figures.read(figures or [])
+        results = Figures.read(figures or [])
         drift = None
         if tokens:
             loaded, tokenizer = _load(model, dtype)
             with console.status("generating, and comparing partitions"):
-                said = text.wikipedia_articles()[0][:1200] if prompt is None else prompt
-                ids = tokenizer(said, return_tensors="pt").input_ids
+                passage = text.wikipedia_articles()[0][:1200] if prompt is None else prompt
+                ids = tokenizer(passage, return_tensors="pt").input_ids
                 drift = measure(loaded, ids, config, tokens, chunk)
-        written = frontier_report(found, drift, model)
-        write_whole(out, written)
+        page = frontier_report(results, drift, model)
+        write_whole(out, page)
         console.print(f"written to {out}", markup=False, highlight=False)
 
 
@@ -189,9 +189,9 @@ def generate(
     with _errors():
         config = _config(policy, targets, sparsity=sparsity, candidate=candidate)
         loaded, tokenizer = _load(model, dtype)
-        twin = _compile(loaded, config, tokenizer, calibration)
+        compiled = _compile(loaded, config, tokenizer, calibration)
         with console.status("compiling and generating"):
-            text = _generate(twin, tokenizer, _prompt(tokenizer, prompt), tokens)
+            text = _generate(compiled, tokenizer, _prompt(tokenizer, prompt), tokens)
         console.print(text, markup=False, highlight=False)
 
 
@@ -225,9 +225,9 @@ def evaluate_command(
             plan = popc.analyze(loaded)
             config = resolve(config, loaded.num_parameters(), plan)
             rows = text.windows(tokenizer, windows, prompt + continuation)
-        twin = _compile(loaded, config, tokenizer, calibration, windows)
+        compiled = _compile(loaded, config, tokenizer, calibration, windows)
         with _progress("window", windows) as step:
-            quality = evaluate(loaded, twin, rows, prompt, lambda: step("window"), plan)
+            quality = evaluate(loaded, compiled, rows, prompt, lambda: step("window"), plan)
         figures = {
             "model": model,
             "policy": config.policy_name,
@@ -236,7 +236,7 @@ def evaluate_command(
             "candidate": candidate,
             "mass": mass,
             "calibration": calibration if config.calibrated else 0,
-            "pruned_bytes": twin.popc_plan.decode_share(config),
+            "pruned_bytes": compiled.popc_plan.decode_share(config),
             **asdict(quality),
         }
         articles = text.wikipedia_articles() if asked else []
@@ -244,15 +244,15 @@ def evaluate_command(
         with _progress("example", len(asked) * examples) as step:
             for task in asked:
                 done = perform(
-                    task, loaded, twin, tokenizer, articles, examples, partial(step, task.name)
+                    task, loaded, compiled, tokenizer, articles, examples, partial(step, task.name)
                 )
                 outcomes.append(done)
         for name, value in figures.items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
             console.print(f"{name:>18}  {shown}", highlight=False)
         for done in outcomes:
-            told = f"{done.score:.3f}, dense {done.dense_score:.3f}"
-            console.print(f"{done.task:>18}  {told}", highlight=False)
+            scores = f"{done.score:.3f}, dense {done.dense_score:.3f}"
+            console.print(f"{done.task:>18}  {scores}", highlight=False)
         if out is not None:
             figures["tasks"] = [asdict(done) for done in outcomes]
             write_whole(out, json.dumps(figures, indent=1) + "\n")
@@ -281,7 +281,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot, as .png or .svg.")] = None,
 ) -> None:
-    """Time MODEL dense and pruned, in turn, beside what the bytes read allow at best."""
+    """Time MODEL dense and pruned, in turn, and show the limit that the bytes read set."""
     from popc.bench import command, show
     from popc.bench.ffn import Shape, ffn_steps
 
@@ -330,18 +330,18 @@ def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
 
 def _config(policy: str, targets: str | None, **options: Any) -> popc.Config:
     """Options of a command as a Config; ``policy`` is a name, or ``mlp=pop,attention=...``."""
-    given: Any = policy
+    policies: Any = policy
     if options.get("mass") is not None:
         options["budget"] = "elastic"
     else:
         options.pop("mass", None)
     if "=" in policy:
-        given = dict(word.split("=", 1) for word in _words(policy))
-    return popc.Config(policy=given, targets=_words(targets) if targets else None, **options)
+        policies = dict(word.split("=", 1) for word in _words(policy))
+    return popc.Config(policy=policies, targets=_words(targets) if targets else None, **options)
 
 
 def _compile(loaded: Any, config: popc.Config, tokenizer: Any, count: int, skip: int = 0) -> Any:
-    """The twin; ``count`` windows of text, after ``skip`` others, are shown to it if need be."""
+    """Compiled; on ``count`` windows of text after ``skip`` others if the policy is calibrated."""
     from popc.tools import text
 
     if not config.calibrated:
@@ -387,7 +387,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """What the user can mend is one line and exit code 2, not a traceback."""
+    """What the user can fix is one line and exit code 2, not a traceback."""
     try:
         yield
     except (PopcError, OSError) as error:

@@ -41,13 +41,13 @@ class PopcLM(HFLM):
         ConfigError: an option of popc's is not allowed.
     """
 
-    def __init__(self, pretrained: Any, **given: Any) -> None:
+    def __init__(self, pretrained: Any, **arguments: Any) -> None:
         names = {field.name for field in fields(popc.Config)}
-        options = {name: given.pop(name) for name in names & given.keys()}
+        options = {name: arguments.pop(name) for name in names & arguments.keys()}
         if isinstance(options.get("targets"), str):
             options["targets"] = tuple(options["targets"].split("+"))
         config = popc.Config(**options)
-        super().__init__(pretrained, backend="causal", **given)
+        super().__init__(pretrained, backend="causal", **arguments)
         self._model: Any = popc.compile(self.model, config)
 
     def _loglikelihood_tokens(
@@ -56,15 +56,15 @@ class PopcLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        found = []
+        likelihoods = []
         for _, context, continuation in track(requests, "decoding", disable=disable_tqdm):
             ids = torch.tensor([(context + continuation)[-(self.max_length + 1) :]])
             ids = ids.to(self.device)
             logits = self._decoded(ids[:, :-1], ids.shape[1] - len(continuation))
             expected = ids[0, -len(continuation) :]
             likely = logits.log_softmax(-1).gather(1, expected[:, None]).sum()
-            found.append((float(likely), bool((logits.argmax(-1) == expected).all())))
-        return found
+            likelihoods.append((float(likely), bool((logits.argmax(-1) == expected).all())))
+        return likelihoods
 
     @torch.no_grad()
     def _decoded(self, ids: Tensor, prompt: int) -> Tensor:

@@ -60,12 +60,12 @@ def recorded(policy: str, device: str) -> str:
         torch.compiler.reset()
         counters.clear()
         model = small_llama(device)
-        twin = popc.compile(model, policy=policy, sparsity=0.4, inductor=options)
+        compiled = popc.compile(model, policy=policy, sparsity=0.4, inductor=options)
         prompt = random_prompt(model, 1, PROMPT, device)
-        context = Context(model.config, prompt, TOKENS, twin.forward, allocate=model.forward)
+        context = Context(model.config, prompt, TOKENS, compiled.forward, allocate=model.forward)
         for _ in range(3):  # recorded in the second, replayed from then on
-            found = context.decode(twin.forward, TOKENS)[1]
-        tokens.append(found.tolist())
+            decoded = context.decode(compiled.forward, TOKENS)[1]
+        tokens.append(decoded.tolist())
     skipped = counters["inductor"]["cudagraph_skips"]
     assert device == "cpu" or not skipped, f"{skipped} graphs were not recorded"
     assert tokens[0] == tokens[1], tokens

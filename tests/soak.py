@@ -23,30 +23,30 @@ SLOWER = 1.25  # the last quarter's time over the first's
 
 def resident() -> int:
     """Bytes of memory in use."""
-    with open("/proc/self/statm") as held:
-        return int(held.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--policy", default="threshold")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    twin = popc.compile(tiny_llama(), policy=given.policy, sparsity=0.5)
+    compiled = popc.compile(tiny_llama(), policy=options.policy, sparsity=0.5)
     made = torch.Generator().manual_seed(0)
     known: dict[int, torch.Tensor] = {}
     faults: list[str] = []
     seconds: list[float] = []
     base = 0
-    generations = -(-given.tokens // EACH)
+    generations = -(-options.tokens // EACH)
     for number in track(range(generations), "generating"):
         seed = number % REPEATED if number % 2 else number + REPEATED
         made.manual_seed(seed)
         length = int(torch.randint(4, 24, (), generator=made))
         ids = torch.randint(1, 96, (1, length), generator=made)
         begun = time.perf_counter()
-        out = twin.generate(ids, max_new_tokens=EACH, do_sample=False)
+        out = compiled.generate(ids, max_new_tokens=EACH, do_sample=False)
         seconds.append(time.perf_counter() - begun)
         if not torch.equal(known.setdefault(seed, out), out):
             faults.append(f"generation {number}: other tokens than those of the same prompt before")

@@ -34,17 +34,17 @@ def test_the_original_is_unchanged() -> None:
     model, ids = tiny_llama(), prompt()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     dense = model.generate(ids, max_new_tokens=6, do_sample=False)
-    twin = popc.compile(model, **OPTIONS)
-    twin.generate(ids, max_new_tokens=6, do_sample=False)
+    compiled = popc.compile(model, **OPTIONS)
+    compiled.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), dense)
     assert "forward" not in vars(model)
-    assert type(twin) is type(model)
-    assert twin.config is model.config
-    assert twin.device == model.device
+    assert type(compiled) is type(model)
+    assert compiled.config is model.config
+    assert compiled.device == model.device
     after = model.state_dict()
-    assert before.keys() == after.keys() == twin.state_dict().keys()
+    assert before.keys() == after.keys() == compiled.state_dict().keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert next(twin.parameters()) is next(model.parameters())
+    assert next(compiled.parameters()) is next(model.parameters())
 
 
 def test_a_model_in_pieces_is_pruned_and_says_so() -> None:
@@ -52,37 +52,37 @@ def test_a_model_in_pieces_is_pruned_and_says_so() -> None:
     config = popc.Config(**OPTIONS)
     expected = oracle_run(model, config, ids, 10)
     model.model.layers[1].mlp = Broken(model.model.layers[1].mlp)
-    twin = popc.compile(model, config)
-    assert relative(run(twin, ids, 10), expected) < 1e-4
-    assert twin.popc_plan.count("mlp") == 2
-    assert twin.popc_plan.breaks
-    assert "traced in pieces" in str(twin.popc_plan)
+    compiled = popc.compile(model, config)
+    assert relative(run(compiled, ids, 10), expected) < 1e-4
+    assert compiled.popc_plan.count("mlp") == 2
+    assert compiled.popc_plan.breaks
+    assert "traced in pieces" in str(compiled.popc_plan)
 
 
 def test_nothing_prunable_warns_once_and_is_dense() -> None:
     model = InnerNorm().eval()
-    twin, x = popc.compile(model, policy="pop", sparsity=0.5), torch.randn(1, 4, 16)
+    compiled, x = popc.compile(model, policy="pop", sparsity=0.5), torch.randn(1, 4, 16)
     with torch.no_grad():
         with pytest.warns(UserWarning, match="found nothing to prune"):
-            y = twin(x)
+            y = compiled(x)
         assert torch.allclose(y, model(x), atol=1e-5)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            twin(x)
+            compiled(x)
 
 
 def test_inputs_that_require_grad_run_dense_with_a_warning() -> None:
     model = Plain().eval()
-    twin = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
     x = torch.randn(1, 4, 16, requires_grad=True)
     with pytest.warns(UserWarning, match="needs gradients and runs dense"):
-        y = twin(x)
+        y = compiled(x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     (expected,) = torch.autograd.grad(model(x).sum(), x)
     assert torch.allclose(grad, expected, atol=1e-6)
 
 
-def test_two_twins_of_one_model_have_options_of_their_own() -> None:
+def test_a_model_is_compiled_twice_with_different_options() -> None:
     model, ids = tiny_llama(), tokens()
     for sparsity in (0.3, 0.6):
         config = popc.Config(policy="pop", sparsity=sparsity, codegen="eager")
@@ -119,24 +119,24 @@ class Counter(nn.Module):
 
 def test_data_dependent_control_flow_still_runs() -> None:
     model, x = Counter().eval(), torch.randn(1, 4, 16)
-    twin = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
     with torch.no_grad():
-        assert torch.allclose(twin(x), model(x), atol=1e-6)
-    assert twin.popc_plan.breaks
-    assert [region.units for region in twin.popc_plan.regions] == [40]
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    assert compiled.popc_plan.breaks
+    assert [region.units for region in compiled.popc_plan.regions] == [40]
     assert popc.analyze(model, (x,)).breaks
 
 
 def test_cache_made_by_the_model_is_known_too() -> None:
-    """No cache given: the one that the model returns carries the session."""
+    """No cache passed: the one that the model returns carries the session."""
     model, ids = tiny_llama(), prompt()
-    twin = popc.compile(model, **OPTIONS)
+    compiled = popc.compile(model, **OPTIONS)
     with torch.no_grad():
-        given = DynamicCache()
-        twin(ids, **{CACHE: given}, use_cache=True)
-        expected = twin(ids[:, :1], **{CACHE: given}, use_cache=True).logits
-        made = twin(ids, use_cache=True)[CACHE]
-        logits = twin(ids[:, :1], **{CACHE: made}, use_cache=True).logits
+        cache = DynamicCache()
+        compiled(ids, **{CACHE: cache}, use_cache=True)
+        expected = compiled(ids[:, :1], **{CACHE: cache}, use_cache=True).logits
+        made = compiled(ids, use_cache=True)[CACHE]
+        logits = compiled(ids[:, :1], **{CACHE: made}, use_cache=True).logits
         dense_cache = model(ids, use_cache=True)[CACHE]
         dense = model(ids[:, :1], **{CACHE: dense_cache}, use_cache=True).logits
     assert torch.equal(logits, expected)

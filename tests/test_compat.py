@@ -36,7 +36,7 @@ class Canary(NamedTuple):
 
 SHARED = "a graph is traced again with symbols of its own: guards on sizes are lost"
 FIXED = "CUDA graphs copy weights and caches at each call, or are not used at all"
-STRIDES = "a graph compiled after weights were laid out takes them to lie as before"
+STRIDES = "a graph compiled after weights were laid out assumes their earlier strides"
 PLACES = 'guards="prompt" can\'t tell which guards look at the model, and keeps all'
 WRITES = 'guards="prompt" can\'t tell what a decode step changes, and keeps all guards'
 BREAKS = "a graph break is not seen: no reason in the plan, and half a step is pruned"
@@ -62,7 +62,7 @@ CANARIES = [
     Canary(
         "torch._dynamo.symbolic_convert.InstructionTranslator",
         STRIDES,
-        canaries.strides_are_held_in_two_places,
+        canaries.strides_are_kept_in_two_places,
     ),
     Canary(
         "torch._dynamo.exc.TensorifyScalarRestartAnalysis",
@@ -130,7 +130,7 @@ CANARIES = [
     Canary(
         "torch._C._functorch.is_functorch_wrapped_tensor",
         "models with flex attention fail where their block masks are traced again",
-        canaries.functorch_tensors_are_told,
+        canaries.functorch_tensors_are_recognised,
     ),
     Canary("torch.utils._pytree", "no graph is captured", canaries.trees_are_taken_apart),
     Canary(

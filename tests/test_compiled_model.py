@@ -137,12 +137,12 @@ def step(model: nn.Module, token: Tensor, cache: object) -> Tensor:
 
 @torch.no_grad()
 def tokens(model: nn.Module, call: Callable[..., Tensor], config: object) -> list[int]:
-    cache, found = StaticCache(config=config, max_cache_len=32), []
+    cache, ids = StaticCache(config=config, max_cache_len=32), []
     token = step(model, prompt(0), cache)
     for _ in range(4):
         token = call(model, token.clone(), cache)
-        found.append(int(token))
-    return found
+        ids.append(int(token))
+    return ids
 
 
 def wrapped_step(model: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
@@ -288,11 +288,11 @@ class Nested(Chat):
     """Reaches its part from code that Dynamo does not trace; the part makes the cache."""
 
     @torch.compiler.disable
-    def inner(self, ids: Tensor, **given: object) -> object:
-        return self.lm(ids, use_cache=True, **given)
+    def inner(self, ids: Tensor, **options: object) -> object:
+        return self.lm(ids, use_cache=True, **options)
 
-    def forward(self, ids: Tensor, **given: object) -> object:
-        return self.inner(ids, **given)
+    def forward(self, ids: Tensor, **options: object) -> object:
+        return self.inner(ids, **options)
 
 
 @torch.no_grad()
@@ -301,19 +301,19 @@ def test_a_cache_keeps_the_session_of_the_call_that_made_it() -> None:
         compiled_of(tiny_llama(), "pop"),
         compiled_of(Nested(tiny_llama()).eval(), "pop"),
     )
-    found = []
+    logits = []
     for call in (alone, nested):
-        given = {} if call is nested else {"use_cache": True}
-        cache = call(prompt(0), **given)[CACHE]
-        found.append(call(prompt(1, 1), **{CACHE: cache}, **given).logits)
-    assert torch.equal(*found)
+        options = {} if call is nested else {"use_cache": True}
+        cache = call(prompt(0), **options)[CACHE]
+        logits.append(call(prompt(1, 1), **{CACHE: cache}, **options).logits)
+    assert torch.equal(*logits)
 
 
 # --- caches that are no objects ------------------------------------------------------------------
 
 
 class Buffered(nn.Module):
-    """One layer whose keys and values lie in buffers, as gpt-fast has it, or in tuples."""
+    """One layer whose keys and values are in buffers, as gpt-fast has it, or in tuples."""
 
     def __init__(self, in_buffers: bool, d: int = 32, longest: int = 24) -> None:
         super().__init__()
@@ -339,14 +339,14 @@ class Buffered(nn.Module):
 
 @torch.no_grad()
 def decoded(call: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]], in_buffers: bool) -> Tensor:
-    ids, past, found = prompt(0, 8), None, []
+    ids, past, outputs = prompt(0, 8), None, []
     for number in range(5):
         at = torch.arange(8) if not number else torch.tensor([7 + number])
-        given = () if in_buffers or past is None else (past,)
-        logits, past = call(ids, at, *given)
-        found.append(logits[:, -1].clone())
-        ids = found[-1].argmax(-1, keepdim=True)
-    return torch.stack(found)
+        rest = () if in_buffers or past is None else (past,)
+        logits, past = call(ids, at, *rest)
+        outputs.append(logits[:, -1].clone())
+        ids = outputs[-1].argmax(-1, keepdim=True)
+    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("in_buffers", [True, False])
@@ -355,7 +355,7 @@ def test_caches_that_are_tensors_are_followed(policy: str, in_buffers: bool) -> 
     options = {"policy": policy, "sparsity": 0.5, "codegen": "eager"}
     model = Buffered(in_buffers).eval()
     dense = decoded(model, in_buffers)
-    found = []
+    outputs = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", popc.PopcWarning)
         for way in (
@@ -364,26 +364,26 @@ def test_caches_that_are_tensors_are_followed(policy: str, in_buffers: bool) -> 
         ):
             torch.compiler.reset()
             call = way(Buffered(in_buffers).eval())
-            found += [decoded(call, in_buffers)]
+            outputs += [decoded(call, in_buffers)]
             if in_buffers:
                 call.k.zero_()
                 call.v.zero_()
-            found += [decoded(call, in_buffers)]
-    assert all(torch.equal(found[0], other) for other in found)
-    assert torch.equal(found[0][0], dense[0]) and relative(found[0], dense) > 1e-2
+            outputs += [decoded(call, in_buffers)]
+    assert all(torch.equal(outputs[0], other) for other in outputs)
+    assert torch.equal(outputs[0][0], dense[0]) and relative(outputs[0], dense) > 1e-2
 
 
-def test_a_cache_that_was_filled_elsewhere_is_told_of_once() -> None:
+def test_a_cache_that_was_filled_elsewhere_is_warned_of_once() -> None:
     model = tiny_llama()
     compiled = compiled_of(model)
     with torch.no_grad():
         cache = model(prompt(0), use_cache=True)[CACHE]
-        given = {CACHE: cache, "use_cache": True}
+        options = {CACHE: cache, "use_cache": True}
         with pytest.warns(popc.PopcWarning, match="nothing is known of its prompt"):
-            compiled(prompt(1, 1), **given)
+            compiled(prompt(1, 1), **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error", popc.PopcWarning)
-            compiled(prompt(2, 1), **given)
+            compiled(prompt(2, 1), **options)
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_a_cache_that_breaks_graphs_decodes_the_same_each_time() -> None:
     model = tiny_llama(head_dim=64, num_hidden_layers=1)
     how = {"nbits": 4, "axis_key": 1, "axis_value": 1, "q_group_size": 32, "residual_length": 8}
     compiled = compiled_of(model, sparsity=0.4)
-    found = [
+    outputs = [
         compiled.generate(
             prompt(0, 12),
             max_new_tokens=12,
@@ -450,7 +450,7 @@ def test_a_cache_that_breaks_graphs_decodes_the_same_each_time() -> None:
         )
         for _ in range(3)
     ]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 # --- a prefix that several prompts share ---------------------------------------------------------
@@ -466,13 +466,13 @@ def test_one_row_that_is_repeated_keeps_its_statistics(policy: str, tail: int) -
 
     def after(rows: int, repeat: bool) -> Tensor:
         cache = DynamicCache()
-        given = {CACHE: cache, "use_cache": True}
-        compiled(prompt(0, 20).expand(1 if repeat else rows, -1), **given)
+        options = {CACHE: cache, "use_cache": True}
+        compiled(prompt(0, 20).expand(1 if repeat else rows, -1), **options)
         if repeat and rows > 1:
             cache.batch_repeat_interleave(rows)
         if tail:
-            compiled(prompt(1, tail).expand(rows, -1), **given)
-        return compiled(prompt(2, 1).expand(rows, -1), **given).logits
+            compiled(prompt(1, tail).expand(rows, -1), **options)
+        return compiled(prompt(2, 1).expand(rows, -1), **options).logits
 
     alone, repeated, from_start = after(1, True), after(3, True), after(3, False)
     for row in range(3):

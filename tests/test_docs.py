@@ -48,16 +48,16 @@ class Example:
 def examples(page: Path) -> list[Example]:
     text = page.read_text(encoding="utf-8")
     blocks = list(_FENCE.finditer(text))
-    found = []
+    listed = []
     for block, after in zip_longest(blocks, blocks[1:]):
         language, options, code = block.groups()
         if language != "python":
             continue
-        told = after is not None and after[1] == "text"
-        told = told and not text[block.end() : after.start()].strip()
+        prints = after is not None and after[1] == "text"
+        prints = prints and not text[block.end() : after.start()].strip()
         line = text.count("\n", 0, block.start()) + 1
-        found.append(Example(line, code, "no-run" not in options, after[3] if told else None))
-    return found
+        listed.append(Example(line, code, "no-run" not in options, after[3] if prints else None))
+    return listed
 
 
 class Bytes:
@@ -116,9 +116,9 @@ def lines(text: str) -> list[str]:
 
 
 def test_nearly_all_examples_run() -> None:
-    found = [example for page in PAGES for example in examples(page)]
-    assert len(found) >= 15
-    assert sum(not example.runs for example in found) <= 2
+    listed = [example for page in PAGES for example in examples(page)]
+    assert len(listed) >= 15
+    assert sum(not example.runs for example in listed) <= 2
 
 
 def links() -> Iterator[tuple[Path, str]]:
@@ -138,9 +138,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    found = list(links())
-    assert len(found) >= 40
-    for page, target in found:
+    listed = list(links())
+    assert len(listed) >= 40
+    for page, target in listed:
         name, _, anchor = target.partition("#")
         to = (page.parent / name).resolve() if name else page
         assert to.exists(), f"{page.name}: {target}"
@@ -179,36 +179,38 @@ def rows(page: str, heading: str) -> dict[str, list[str]]:
     return {first.strip().strip("`"): [cell.strip() for cell in rest] for first, *rest in cells}
 
 
-def test_all_options_are_told_with_their_defaults() -> None:
-    told = {name: default.strip("`") for name, (default, _) in rows("usage.md", "Options").items()}
-    found = {}
+def test_all_options_are_documented_with_their_defaults() -> None:
+    documented = {
+        name: default.strip("`") for name, (default, _) in rows("usage.md", "Options").items()
+    }
+    defaults = {}
     for field in fields(popc.Config):
         value = field.default if field.default is not MISSING else field.default_factory()
-        found[field.name] = repr(value).replace("'", '"')
-    assert told == found
+        defaults[field.name] = repr(value).replace("'", '"')
+    assert documented == defaults
 
 
-def test_all_policies_are_told() -> None:
+def test_all_policies_are_documented() -> None:
     text = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
     for name in policies.names():
         assert f"`{name}`" in text, name
 
 
-def test_all_commands_are_told() -> None:
-    told = {name.split()[1] for name in rows("cli.md", "The command line")}
+def test_all_commands_are_documented() -> None:
+    documented = {name.split()[1] for name in rows("cli.md", "The command line")}
     commands = cli.app.registered_commands
-    assert told == {c.name or c.callback.__name__ for c in commands if c.callback is not None}
+    assert documented == {c.name or c.callback.__name__ for c in commands if c.callback is not None}
 
 
-def test_all_layers_are_told() -> None:
-    told = {name for key in rows("architecture.md", "Layers") for name in key.split("`, `")}
+def test_all_layers_are_documented() -> None:
+    documented = {name for key in rows("architecture.md", "Layers") for name in key.split("`, `")}
     parts = {path.name.removesuffix(".py") for path in (ROOT / "popc").iterdir()}
-    assert told == {part for part in parts if part[0] != "_" and part != "py.typed"}
+    assert documented == {part for part in parts if part[0] != "_" and part != "py.typed"}
 
 
 def test_policies_of_the_page_are_those_of_the_examples() -> None:
-    held = [example.code for example in examples(ROOT / "docs" / "add-a-policy.md")]
-    classes = [code[code.index("\nclass ") :] for code in held if "\nclass " in code]
+    blocks = [example.code for example in examples(ROOT / "docs" / "add-a-policy.md")]
+    classes = [code[code.index("\nclass ") :] for code in blocks if "\nclass " in code]
     files = ("unit_policy.py", "input_policy.py")
     for code, name in zip(classes, files, strict=True):
         shown = code[: code.index("\n\n\n", 1)]

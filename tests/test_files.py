@@ -51,7 +51,7 @@ def test_what_is_written_is_readable_as_any_file_is(tmp_path: Path) -> None:
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_keys_tell_files_apart(tmp_path: Path) -> None:
+def test_keys_differ_from_file_to_file(tmp_path: Path) -> None:
     """By folder, by size and by time; the same file by any path has the same key."""
     paths = [tmp_path / name / "model.gguf" for name in ("a", "b")]
     for path in paths:
@@ -70,7 +70,7 @@ def test_keys_tell_files_apart(tmp_path: Path) -> None:
     assert key_of(paths[0]) not in (first, touched)
 
 
-def test_two_models_of_one_name_are_converted_apart(tmp_path: Path, monkeypatch) -> None:
+def test_two_models_of_one_name_are_converted_separately(tmp_path: Path, monkeypatch) -> None:
     """And each is found again, without being converted once more."""
     converted: list[bytes] = []
 
@@ -85,12 +85,12 @@ def test_two_models_of_one_name_are_converted_apart(tmp_path: Path, monkeypatch)
         package.mkdir(exist_ok=True)
         if not (package / "smollm2.gguf").exists():
             (package / "smollm2.gguf").write_text(name)
-        monkeypatch.setattr(models, "package_folder", lambda *_, held=package: held)
+        monkeypatch.setattr(models, "package_folder", lambda *_, source=package: source)
         assert (models._smollm2() / "model.safetensors").read_text() == name
     assert converted == [b"a", b"b"]
 
 
-def test_two_dumps_of_one_name_are_read_apart(tmp_path: Path, monkeypatch) -> None:
+def test_two_dumps_of_one_name_are_read_separately(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("POPC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(text, "_parse", lambda dump: [bz2.open(dump, "rt").read()])
     for name in ("a", "b", "a"):
@@ -99,7 +99,7 @@ def test_two_dumps_of_one_name_are_read_apart(tmp_path: Path, monkeypatch) -> No
         dump = data / "enwiki-latest-shortened.bz2"
         if not dump.exists():
             dump.write_bytes(bz2.compress(name.encode()))
-        monkeypatch.setattr(text, "package_folder", lambda *_, held=tmp_path / name: held)
+        monkeypatch.setattr(text, "package_folder", lambda *_, folder=tmp_path / name: folder)
         assert text.wikipedia_articles() == [name]
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
@@ -125,13 +125,13 @@ def test_a_record_that_names_a_file_elsewhere_is_left_alone(tmp_path: Path, how:
 
 
 @pytest.mark.parametrize(
-    "held", ["", "null", "[1, 2]", '["a"]', '{"a": 1, "b": 2}', '["\\u0000", 1]']
+    "content", ["", "null", "[1, 2]", '["a"]', '{"a": 1, "b": 2}', '["\\u0000", 1]']
 )
-def test_a_record_that_says_nothing_is_ignored(tmp_path: Path, held: str) -> None:
+def test_a_record_that_says_nothing_is_ignored(tmp_path: Path, content: str) -> None:
     record = tmp_path / "popc-record.json"
-    record.write_text(held)
+    record.write_text(content)
     native._discard_if_damaged(record)
-    assert record.read_text() == held
+    assert record.read_text() == content
 
 
 def test_a_damaged_library_in_the_cache_is_removed(tmp_path: Path) -> None:

@@ -75,38 +75,40 @@ def test_generate_runs_pruned_and_at_sparsity_zero_as_dense(how: dict, batch: in
 
 
 def test_static_and_dynamic_cache_agree() -> None:
-    twin, ids = popc.compile(tiny_llama(), **OPTIONS), prompt()
-    dynamic = twin.generate(ids, max_new_tokens=12, do_sample=False)
-    static = twin.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    compiled, ids = popc.compile(tiny_llama(), **OPTIONS), prompt()
+    dynamic = compiled.generate(ids, max_new_tokens=12, do_sample=False)
+    static = compiled.generate(
+        ids, max_new_tokens=12, do_sample=False, cache_implementation="static"
+    )
     assert torch.equal(dynamic, static)
 
 
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_prompt_and_one_decode_step_are_all_that_is_compiled(codegen: str) -> None:
     """Dense, the second step compiles again, as only that shows that the past grows."""
-    twin = popc.compile(tiny_llama(), policy="pop", sparsity=0.4, codegen=codegen)
+    compiled = popc.compile(tiny_llama(), policy="pop", sparsity=0.4, codegen=codegen)
     with torch.no_grad():
-        run = Stepper(twin, prompt())
+        run = Stepper(compiled, prompt())
         for _ in range(12):
             run.step()
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    twin.generate(prompt(batch=2), max_new_tokens=8, do_sample=False)  # brings masks of its own
+    compiled.generate(prompt(batch=2), max_new_tokens=8, do_sample=False)  # brings masks of its own
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    assert twin.popc_plan.breaks == []
+    assert compiled.popc_plan.breaks == []
 
 
 def test_interleaved_generations_keep_their_partitions() -> None:
-    twin = popc.compile(tiny_llama(), **OPTIONS)
+    compiled = popc.compile(tiny_llama(), **OPTIONS)
     prompts = [prompt(seed=1), prompt(2, 11)]
     with torch.no_grad():
         alone = []
         for ids in prompts:
-            run = Stepper(twin, ids)
+            run = Stepper(compiled, ids)
             for _ in range(10):
                 run.step()
             alone.append(run.tokens)
-        runs = [Stepper(twin, ids) for ids in prompts]
+        runs = [Stepper(compiled, ids) for ids in prompts]
         for _ in range(10):
             for run in runs:
                 run.step()
@@ -117,11 +119,11 @@ def test_interleaved_generations_keep_their_partitions() -> None:
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("cuts", few([(3, 8), (4,), (2, 4, 6, 8)], 1))
 def test_chunked_prefill_gives_the_whole_prefills_partition(scope: str, cuts: tuple) -> None:
-    twin, ids = popc.compile(tiny_llama(), scope=scope, **OPTIONS), prompt(length=12, batch=2)
+    compiled, ids = popc.compile(tiny_llama(), scope=scope, **OPTIONS), prompt(length=12, batch=2)
     with torch.no_grad():
-        whole = Stepper(twin, ids)
+        whole = Stepper(compiled, ids)
         whole.step()
-        chunked = Stepper(twin, ids[:, : cuts[0]])
+        chunked = Stepper(compiled, ids[:, : cuts[0]])
         for start, stop in zip(cuts, (*cuts[1:], 12), strict=True):
             chunked.feed(ids[:, start:stop])
         chunked.step()
@@ -130,12 +132,12 @@ def test_chunked_prefill_gives_the_whole_prefills_partition(scope: str, cuts: tu
 
 def test_a_later_turn_adds_to_the_statistics() -> None:
     """Prompt, two tokens, then a second prompt: the partition is that of both prompts."""
-    twin, ids = popc.compile(tiny_llama(), **OPTIONS), prompt(length=12)
+    compiled, ids = popc.compile(tiny_llama(), **OPTIONS), prompt(length=12)
     with torch.no_grad():
-        run = Stepper(twin, ids[:, :8])
+        run = Stepper(compiled, ids[:, :8])
         run.step()
         session = sessions.of_cache(run.cache)
-        key = next(r.key for r in twin.popc_plan.regions if r.kind == "mlp")
+        key = next(r.key for r in compiled.popc_plan.regions if r.kind == "mlp")
         first, before = index_of(run.cache), session.units.statistics(key, "batch").clone()
         run.feed(ids[:, 8:])
         run.step()
@@ -148,7 +150,7 @@ def test_a_later_turn_adds_to_the_statistics() -> None:
 
 def test_padding_counts_in_no_statistic() -> None:
     """Each padded row's partition is that of the same prompt alone."""
-    twin = popc.compile(tiny_llama(), scope="sequence", **OPTIONS)
+    compiled = popc.compile(tiny_llama(), scope="sequence", **OPTIONS)
     rows = [prompt(1, 6), prompt(2, 9)]
     ids = torch.full((2, 9), 95)
     mask = torch.zeros(2, 9, dtype=torch.long)
@@ -158,32 +160,32 @@ def test_padding_counts_in_no_statistic() -> None:
     with torch.no_grad():
         cache = DynamicCache()
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        twin(ids, attention_mask=mask, position_ids=position, **{CACHE: cache})
+        compiled(ids, attention_mask=mask, position_ids=position, **{CACHE: cache})
         step = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
         last = position[:, -1:] + 1
-        twin(ids[:, :1], attention_mask=step, position_ids=last, **{CACHE: cache})
+        compiled(ids[:, :1], attention_mask=step, position_ids=last, **{CACHE: cache})
         padded = index_of(cache)
         for b, row in enumerate(rows):
             alone = DynamicCache()
-            twin(row, **{CACHE: alone})
-            twin(row[:, :1], **{CACHE: alone})
+            compiled(row, **{CACHE: alone})
+            compiled(row[:, :1], **{CACHE: alone})
             assert torch.equal(index_of(alone)[0], padded[b])
 
 
 def test_one_token_without_a_partition_is_dense() -> None:
     model = tiny_llama()
-    twin = popc.compile(model, **OPTIONS)
+    compiled = popc.compile(model, **OPTIONS)
     with torch.no_grad():
-        assert relative(twin(prompt(length=1)).logits, model(prompt(length=1)).logits) < 1e-5
+        assert relative(compiled(prompt(length=1)).logits, model(prompt(length=1)).logits) < 1e-5
 
 
 def test_a_cache_that_others_filled_stays_dense() -> None:
     """Its tokens were never measured, and one token after another tells nothing of them."""
     model, ids = tiny_llama(), prompt()
-    twin = popc.compile(model, **OPTIONS)
+    compiled = popc.compile(model, **OPTIONS)
     with torch.no_grad():
         dense, run = Stepper(model, ids), Stepper(model, ids)
-        run.model = twin
+        run.model = compiled
         for _ in range(4):
             dense.step()
             run.step()
@@ -191,9 +193,9 @@ def test_a_cache_that_others_filled_stays_dense() -> None:
 
 
 def test_an_emptied_cache_starts_anew() -> None:
-    twin = popc.compile(tiny_llama(), **OPTIONS)
+    compiled = popc.compile(tiny_llama(), **OPTIONS)
     with torch.no_grad():
-        run = Stepper(twin, prompt())
+        run = Stepper(compiled, prompt())
         first = sessions.of_cache(run.cache)
         run.cache.crop(-prompt().shape[1])
         run.feed(prompt(seed=5))
@@ -201,9 +203,9 @@ def test_an_emptied_cache_starts_anew() -> None:
 
 
 def test_a_dropped_cache_frees_its_session() -> None:
-    twin = popc.compile(tiny_llama(), **OPTIONS)
+    compiled = popc.compile(tiny_llama(), **OPTIONS)
     with torch.no_grad():
-        run = Stepper(twin, prompt())
+        run = Stepper(compiled, prompt())
         run.step()
     session = weakref.ref(sessions.of_cache(run.cache))
     del run

@@ -40,10 +40,10 @@ DOCS = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(path)
-    held = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
-    held.pre_tokenizer = pre_tokenizers.Whitespace()
-    held.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    PreTrainedTokenizerFast(tokenizer_object=held, eos_token="w0").save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0").save_pretrained(path)
     return path
 
 
@@ -79,14 +79,14 @@ def test_pruned_is_what_decoding_gives(folder: Path) -> None:
     dense = likelihoods(pretrained=str(folder), sparsity=0)
     torch.compiler.reset()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    twin = popc.compile(model, sparsity=0.6, codegen="eager", targets=("mlp", "attention"))
+    compiled = popc.compile(model, sparsity=0.6, codegen="eager", targets=("mlp", "attention"))
     expected = []
     for _, context, continuation in requests():
-        cache = {cache_keyword(twin.forward): DynamicCache()}
+        cache = {cache_keyword(compiled.forward): DynamicCache()}
         total, ids = 0.0, context
         for token in continuation:
             with torch.no_grad():
-                logits = twin(torch.tensor([ids]), **cache, use_cache=True).logits[0, -1]
+                logits = compiled(torch.tensor([ids]), **cache, use_cache=True).logits[0, -1]
             total += float(logits.log_softmax(-1)[token])
             ids = [token]
         expected.append(total)
@@ -103,9 +103,10 @@ def test_the_command_runs_a_local_task(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     (tmp_path / "task.yaml").write_text(TASK.format(data=data))
-    given = f"pretrained={folder},sparsity=0.4,policy=pop,codegen=eager,dtype=float32"
+    model_args = f"pretrained={folder},sparsity=0.4,policy=pop,codegen=eager,dtype=float32"
     command = [sys.executable, "-m", "popc.harness", "run", "--model", "popc", "--device", "cpu"]
-    command += ["--model_args", given, "--tasks", "local_words", "--include_path", str(tmp_path)]
+    command += ["--model_args", model_args, "--tasks", "local_words"]
+    command += ["--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "out")]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline)

@@ -18,12 +18,12 @@ ROOT = Path(popc.__file__).parent
 
 def imported(path: Path) -> set[str]:
     """The parts of popc that a file imports when it is itself imported."""
-    found = set()
+    parts = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("popc"):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found.update(name.split(".")[1] for name in names)
-    return found
+            parts.update(name.split(".")[1] for name in names)
+    return parts
 
 
 def test_imports_go_one_way() -> None:
@@ -38,9 +38,9 @@ def test_imports_go_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_private_names_of_torch_stand_in_one_folder() -> None:
-    found = {path.relative_to(ROOT): private_names.of_torch(path) for path in ROOT.rglob("*.py")}
-    named = {path: names for path, names in found.items() if names}
+def test_private_names_of_torch_are_in_one_folder() -> None:
+    private = {path.relative_to(ROOT): private_names.of_torch(path) for path in ROOT.rglob("*.py")}
+    named = {path: names for path, names in private.items() if names}
     assert named and {path.parts[0] for path in named} == {"compat"}, named
 
 

@@ -96,8 +96,8 @@ def test_a_prompt_as_long_as_a_head_is_wide_is_the_oracle(static: bool) -> None:
 def test_sparsity_zero_is_dense(codegen: str) -> None:
     torch._dynamo.reset()
     model, ids = tiny_llama(), tokens()
-    twin = popc.compile(model, sparsity=0, codegen=codegen)
-    assert relative(run(twin, ids, 10), run(model, ids, 10)) < TOLERANCE
+    compiled = popc.compile(model, sparsity=0, codegen=codegen)
+    assert relative(run(compiled, ids, 10), run(model, ids, 10)) < TOLERANCE
 
 
 def test_bfloat16_stays_near_the_oracle() -> None:
@@ -140,7 +140,7 @@ def test_other_architectures_are_the_oracle(make, batch: int) -> None:
     mask = left_padding(ids, 10)
     config = popc.Config(policy="pop", sparsity=0.4, candidate=0.2, codegen="eager")
     expected = oracle_run(model, config, ids, 10, mask, downs)
-    twin = popc.compile(model, config)
-    assert relative(run(twin, ids, 10, mask), expected) < TOLERANCE
+    compiled = popc.compile(model, config)
+    assert relative(run(compiled, ids, 10, mask), expected) < TOLERANCE
     assert relative(run(model, ids, 10, mask), expected) > 100 * TOLERANCE
-    assert twin.popc_plan.count("mlp") == 2
+    assert compiled.popc_plan.count("mlp") == 2

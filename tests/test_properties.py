@@ -34,16 +34,16 @@ def captured_by(front_end: str, module: nn.Module, x: torch.Tensor) -> Captured:
         return capture_module(fx.symbolic_trace(module), (x,))
     if front_end == "export":
         return capture_module(torch.export.export(module, (x,)).module(), (x,))
-    found: list[Captured] = []
+    graphs: list[Captured] = []
 
     def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]):
-        found.append(capture_dynamo(gm, inputs))
+        graphs.append(capture_dynamo(gm, inputs))
         return gm.forward
 
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(module, backend=backend)(x)
-    return found[0]
+    return graphs[0]
 
 
 @st.composite
@@ -70,9 +70,9 @@ def pruned(captured: Captured, live: list[int]) -> tuple[torch.Tensor, torch.Ten
 def arguments(captured: Captured, module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """What the captured graph takes, in its order."""
     nodes = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-    held = [captured.parameters.get(n) for n in nodes if not n.name.startswith("popc_")]
+    values = [captured.parameters.get(n) for n in nodes if not n.name.startswith("popc_")]
     others = iter([*module.buffers(), x])
-    return [next(others) if value is None else value for value in held]
+    return [next(others) if value is None else value for value in values]
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -82,13 +82,13 @@ def test_pruned_block_is_masked_dense(front_end: str, case) -> None:
     """From each front end: the oracle's numbers, true fake values, other nodes as they were."""
     spec, module, x, live = case
     captured = captured_by(front_end, module, x)
-    found = find_regions(captured)
-    plan = found.plan()
+    analysis = find_regions(captured)
+    plan = analysis.plan()
     assert [region.units for region in plan.regions] == spec.units().get("mlp", [])
     if not plan.regions:
         assert plan.skipped
         return
-    (region,) = found.regions
+    (region,) = analysis.regions
     rewritten = {p.linear.node.name for p in region.producers}
     rewritten |= {linear.node.name for linear in region.consumers}
     before = {node.name: node.target for node in captured.gm.graph.nodes}
@@ -115,12 +115,12 @@ def test_a_permutation_of_channels_leaves_the_output(spec, seed: int, shuffle) -
     order = list(range(spec.channels))
     shuffle.shuffle(order)
     for name, linear in turned.named_children():
-        contracts = name == "down"
-        dim = int(contracts != linear.transposed)
+        is_consumer = name == "down"
+        dim = int(is_consumer != linear.transposed)
         parts = linear.weight.shape[dim] // spec.channels
         rows = torch.cat([torch.tensor(order) + i * spec.channels for i in range(parts)])
         linear.weight.data = linear.weight.data.index_select(dim, rows)
-        if linear.bias is not None and not contracts:
+        if linear.bias is not None and not is_consumer:
             linear.bias.data = linear.bias.data[rows]
     count = shuffle.randint(1, spec.channels)
     outputs = []
@@ -134,12 +134,12 @@ def test_a_permutation_of_channels_leaves_the_output(spec, seed: int, shuffle) -
 
 @given(testing.transformers(), testing.prompts())
 @examples(10, 200)
-def test_found_is_what_an_expert_counts(spec: Transformer, prompt: Prompt) -> None:
+def test_regions_are_what_an_expert_counts(spec: Transformer, prompt: Prompt) -> None:
     torch.compiler.reset()
     plan = popc.analyze(spec.make(), (), prompt.inputs(spec.vocabulary))
     for kind, units in spec.units().items():
-        found = [region.units for region in plan.regions if region.kind == kind]
-        assert sorted(found) == sorted(units), plan
+        counts = [region.units for region in plan.regions if region.kind == kind]
+        assert sorted(counts) == sorted(units), plan
 
 
 @given(testing.transformers(), testing.prompts(), testing.configs(codegen="eager"))
@@ -173,14 +173,14 @@ def test_chains_of_low_rank_are_regions_of_their_own() -> None:
     """A channel between two linears is a unit like any other, and hides none around it."""
     torch.compiler.reset()
     plan = popc.analyze(LOW.make(), (), Prompt((4,)).inputs(LOW.vocabulary))
-    found = {kind: [r.units for r in plan.regions if r.kind == kind] for kind in LOW.units()}
-    assert {kind: sorted(units) for kind, units in found.items()} == {
+    counts = {kind: [r.units for r in plan.regions if r.kind == kind] for kind in LOW.units()}
+    assert {kind: sorted(units) for kind, units in counts.items()} == {
         "attention": [2],
         "mlp": sorted([2, 3, 4, 5, 12, 3]),
         "experts": [],
     }
     assert {kind: sorted(units) for kind, units in LOW.units().items()} == {
-        kind: sorted(units) for kind, units in found.items()
+        kind: sorted(units) for kind, units in counts.items()
     }
 
 
@@ -205,8 +205,8 @@ def test_chains_of_low_rank_run_under_any_policy(low, head, policy: str) -> None
     for sparsity in (0, 0.5):
         torch.compiler.reset()
         model = spec.make()
-        twin = popc.compile(model, policy=policy, sparsity=sparsity, codegen="eager")
-        got, dense = Decoding(model, twin), Decoding(model)
+        compiled = popc.compile(model, policy=policy, sparsity=sparsity, codegen="eager")
+        got, dense = Decoding(model, compiled), Decoding(model)
         for token in ids:
             error = testing.relative(got(token), dense(token))
             assert error < (1e-9 if not sparsity or len(token[0]) > 1 else 4)
@@ -241,11 +241,11 @@ def test_where_a_cache_is_kept_changes_nothing(kind, entry, spec, config, batch)
         torch.compiler.reset()
         model = replace(spec, cache=cache).make()
         if entry == "compile" or cache == "object":
-            twin = popc.compile(model, config)
+            compiled = popc.compile(model, config)
         else:
             options = {f.name: getattr(config, f.name) for f in fields(config)}
-            twin = torch.compile(model, backend="popc", options=options)
-        return tokens_of(Decoding(model, twin), prompt, 3)[1]
+            compiled = torch.compile(model, backend="popc", options=options)
+        return tokens_of(Decoding(model, compiled), prompt, 3)[1]
 
     assert testing.relative(run(kind), run("object")) < 1e-6
 
@@ -260,11 +260,11 @@ def test_the_same_prompt_gives_the_same_tokens(kind, breaks, spec, config, promp
     static = kind == "static"
     spec = replace(spec, cache="object" if static else kind, breaks=breaks)
     model, ids = spec.make(), prompt.ids(spec.vocabulary)
-    twin = popc.compile(model, config)
+    compiled = popc.compile(model, config)
     first = None
     for _ in range(10):
         cache = static_cache(spec, ids) if static else None
-        said, logits = tokens_of(Decoding(model, twin, cache), ids, 4)
+        said, logits = tokens_of(Decoding(model, compiled, cache), ids, 4)
         first = (said, logits) if first is None else first
         assert said == first[0] and testing.relative(logits, first[1]) < 1e-6
 
@@ -329,7 +329,7 @@ def test_what_is_not_finite_shows_and_is_forgotten(policy: str, value: float) ->
     with torch.no_grad():
         model.embedding.weight[5, 0] = value
     torch.compiler.reset()
-    twin = popc.compile(model, config)
+    compiled = popc.compile(model, config)
 
     def run(call, tokens: list[torch.Tensor]) -> torch.Tensor:
         cache, out = DynamicCache(), []
@@ -338,12 +338,12 @@ def test_what_is_not_finite_shows_and_is_forgotten(policy: str, value: float) ->
                 out.append(call(ids, cache=cache, use_cache=True).logits[:, -1])
         return torch.cat(out)
 
-    expected = run(twin, [clean, bad - 4])
-    shown, dense = run(twin, [clean, bad]), run(model, [clean, bad])
+    expected = run(compiled, [clean, bad - 4])
+    shown, dense = run(compiled, [clean, bad]), run(model, [clean, bad])
     assert shown[1].isnan().all() and dense[1].isnan().all()
     poisoned = torch.cat((clean, bad), 1)
-    assert run(twin, [poisoned, bad - 4]).isnan().all()  # as keys of the cache it stays
-    assert torch.equal(run(twin, [clean, bad - 4]), expected)
+    assert run(compiled, [poisoned, bad - 4]).isnan().all()  # as keys of the cache it stays
+    assert torch.equal(run(compiled, [clean, bad - 4]), expected)
 
 
 def machine(policy: str, scope: str = "batch"):
@@ -371,11 +371,11 @@ def test_a_prefix_of_one_row_serves_several(policy: str, scope: str) -> None:
     torch.compiler.reset()
     steps = machine(policy, scope)()
     prefix = steps.start(batch=1, length=5, seed=1)
-    several = steps.repeat(held=steps.fork(held=prefix), times=2)
-    steps.decode(held=several, seed=2)
-    steps.turn(held=several, length=3, seed=3)
-    steps.decode(held=several, seed=4)
-    steps.decode(held=prefix, seed=5)
+    several = steps.repeat(generation=steps.fork(generation=prefix), times=2)
+    steps.decode(generation=several, seed=2)
+    steps.turn(generation=several, length=3, seed=3)
+    steps.decode(generation=several, seed=4)
+    steps.decode(generation=prefix, seed=5)
 
 
 def test_stacked_experts_are_pruned_where_nothing_else_is() -> None:

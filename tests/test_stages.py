@@ -59,11 +59,11 @@ def test_the_graph_runs_dense_and_the_warning_names_the_pass(name: str, monkeypa
     expected = run(copy.deepcopy(model), ids, 10)
     called, policy = CASES[name]
     fail(monkeypatch, name)
-    twin = popc.compile(model, policy=policy, sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy=policy, sparsity=0.5, codegen="eager")
     with pytest.warns(PopcWarning, match=f"^popc: the pass '{called}' failed.*ZeroDivisionError"):
-        got = run(twin, ids, 10)
+        got = run(compiled, ids, 10)
     assert relative(got, expected) < 1e-5
-    plan = twin.popc_plan
+    plan = compiled.popc_plan
     assert not plan.regions and not plan.inputs
     assert any(skip.kind == "failed" and called in skip.reason for skip in plan.skipped)
     assert "report" in popc.report.explain.remedy(
@@ -75,19 +75,19 @@ def test_the_graph_runs_dense_and_the_warning_names_the_pass(name: str, monkeypa
 def test_it_is_raised_where_that_is_asked_for(name: str, monkeypatch) -> None:
     monkeypatch.setenv("POPC_RAISE", "1")
     fail(monkeypatch, name)
-    twin = popc.compile(tiny_llama(), policy=CASES[name][1], sparsity=0.5, codegen="eager")
+    compiled = popc.compile(tiny_llama(), policy=CASES[name][1], sparsity=0.5, codegen="eager")
     with pytest.raises(Exception, match="of no account"):
-        run(twin, tokens(), 10)
+        run(compiled, tokens(), 10)
 
 
 def test_what_is_raised_on_purpose_reaches_the_user() -> None:
-    twin = popc.compile(tiny_llama(), bytes=0.01, targets=("mlp",), codegen="eager")
+    compiled = popc.compile(tiny_llama(), bytes=0.01, targets=("mlp",), codegen="eager")
     with pytest.raises(popc.ConfigError, match="is not allowed"):
-        run(twin, tokens(), 10)
+        run(compiled, tokens(), 10)
 
 
 @pytest.mark.parametrize("name", ["prune_units", "use_gemv_kernels"])
-def test_weights_that_were_laid_out_are_read_right(name: str, monkeypatch) -> None:
+def test_weights_whose_layout_changed_are_read_right(name: str, monkeypatch) -> None:
     """Generated code goes by strides, and these are others than the first trace saw."""
     model, x = Plain().eval(), torch.randn(1, 1, 16)
     expected = model(x).detach()
@@ -139,22 +139,22 @@ def test_code_that_cannot_be_generated(monkeypatch) -> None:
         assert relative(compiled(x), model(x)) < 1e-5
 
 
-def test_the_plan_is_told_once_the_graph_is_made(monkeypatch) -> None:
+def test_the_plan_is_reported_once_the_graph_is_made(monkeypatch) -> None:
     """A prompt's graph lists what it measures; a decode step that fails takes it back for good."""
     model, ids = tiny_llama(), tokens()
-    twin = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy="pop", sparsity=0.5, codegen="eager")
     with torch.no_grad():
-        twin(ids)
-        listed = {region.key for region in twin.popc_plan.regions}
-        assert listed and not any(s.kind == "failed" for s in twin.popc_plan.skipped)
+        compiled(ids)
+        listed = {region.key for region in compiled.popc_plan.regions}
+        assert listed and not any(s.kind == "failed" for s in compiled.popc_plan.skipped)
         with monkeypatch.context() as patched:
             fail(patched, "prune_units")
             with pytest.warns(PopcWarning, match="prune_units"):
-                run(twin, ids, 10)
-        assert not twin.popc_plan.regions
-        assert {s.key for s in twin.popc_plan.skipped if s.kind == "failed"} >= listed
-        twin(prompt(0, 21))  # of another length, and so another graph
-    assert not twin.popc_plan.regions
+                run(compiled, ids, 10)
+        assert not compiled.popc_plan.regions
+        assert {s.key for s in compiled.popc_plan.skipped if s.kind == "failed"} >= listed
+        compiled(prompt(0, 21))  # of another length, and so another graph
+    assert not compiled.popc_plan.regions
 
 
 def test_a_graph_that_is_not_traced_is_in_the_plan(monkeypatch) -> None:
@@ -162,8 +162,8 @@ def test_a_graph_that_is_not_traced_is_in_the_plan(monkeypatch) -> None:
         raise popc.GraphError("an op is not known")
 
     monkeypatch.setattr("popc.backend.capture_dynamo", refusing)
-    twin, x = popc.compile(CachedAttention().eval(), codegen="eager"), torch.randn(1, 5, 16)
+    compiled, x = popc.compile(CachedAttention().eval(), codegen="eager"), torch.randn(1, 5, 16)
     with torch.no_grad(), pytest.warns(UserWarning, match="nothing to prune"):
-        twin(x)
-    (skip,) = twin.popc_plan.skipped
+        compiled(x)
+    (skip,) = compiled.popc_plan.skipped
     assert (skip.kind, skip.reason) == ("capture", "an op is not known")

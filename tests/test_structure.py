@@ -20,15 +20,15 @@ OVER = {
 
 def longer_than(folder: Path, module: int = MODULE, function: int = FUNCTION) -> dict[str, int]:
     """What is longer, with its lines: all of a module's; a function's without its docstring."""
-    found = {}
+    longer = {}
     for path in sorted(folder.rglob("*.py")):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(folder).as_posix()
         if len(text.splitlines()) > module:
-            found[name] = len(text.splitlines())
+            longer[name] = len(text.splitlines())
         for qualified, lines in functions(ast.parse(text)):
             if lines > function:
-                found[f"{name}: {qualified}"] = lines
-    return found
+                longer[f"{name}: {qualified}"] = lines
+    return longer
 
 
 def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -53,8 +53,8 @@ def docstring_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_modules_and_functions_are_short() -> None:
-    found = longer_than(ROOT)
-    new = {name: lines for name, lines in found.items() if name not in OVER}
+    longer = longer_than(ROOT)
+    new = {name: lines for name, lines in longer.items() if name not in OVER}
     assert not new, "\n".join(f"{name}: {lines} lines" for name, lines in new.items())
 
 

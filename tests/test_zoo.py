@@ -78,7 +78,7 @@ def unlike() -> list[Entry]:
     """The first of each kind in which the same is found, and refused; all with POPC_THOROUGH=1."""
     first: dict[tuple[object, ...], Entry] = {}
     for entry in ZOO:
-        first.setdefault((entry.kind, *map(bool, entry.found), any(entry.refused)), entry)
+        first.setdefault((entry.kind, *map(bool, entry.expected), any(entry.refused)), entry)
     return list(ZOO) if THOROUGH else list(first.values())
 
 
@@ -88,11 +88,11 @@ def test_counts_and_oracle(entry: Entry) -> None:
     model = entry.make()
     plan = popc.analyze(model, (), entry.inputs(model))
     counted = tuple(plan.count(kind) for kind in ("mlp", "attention", "experts"))
-    assert counted == entry.found, [skip for skip in plan.skipped if "unit" not in skip.reason]
+    assert counted == entry.expected, [skip for skip in plan.skipped if "unit" not in skip.reason]
     with torch.no_grad():
         torch._dynamo.reset()
-        twin = popc.compile(model, CONFIG)
-        pruned, tokens = steps(entry, model, twin)
+        compiled = popc.compile(model, CONFIG)
+        pruned, tokens = steps(entry, model, compiled)
         # The units that the first call shows; a later one may find what no prompt has measured.
         oracle = MaskedAnywhere(model, plan, CONFIG)
         with oracle:
@@ -116,33 +116,35 @@ def chosen() -> list[Entry]:
     return list(ZOO) if THOROUGH else list(first.values())
 
 
-def compiled() -> list[Entry]:
+def entries_to_compile() -> list[Entry]:
     """Decoders run compiled in other tests."""
     return [entry for entry in chosen() if THOROUGH or entry.kind != "causal"]
 
 
-@pytest.mark.parametrize("entry", compiled(), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", entries_to_compile(), ids=lambda entry: entry.name)
 def test_two_greedy_steps_run_compiled(entry: Entry) -> None:
     """Generated code gives what the rewritten graph gives, node by node."""
     torch._dynamo.reset()
     model = entry.make()
     with torch.no_grad():
-        found, tokens = steps(entry, model, popc.compile(model, replace(CONFIG, **INDUCTOR)))
+        outputs, tokens = steps(entry, model, popc.compile(model, replace(CONFIG, **INDUCTOR)))
         torch._dynamo.reset()
         expected, _ = steps(entry, model, popc.compile(model, CONFIG), follow=tokens)
-    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for step, (a, b) in enumerate(zip(outputs, expected, strict=True)):
         assert relative(a, b) < 1e-3, f"step {step}"
 
 
 @pytest.mark.parametrize("entry", few(chosen(), 2), ids=lambda entry: entry.name)
-def test_contraction_that_leaves_little_out_is_dense(entry: Entry) -> None:
+def test_a_threshold_that_leaves_little_out_is_dense(entry: Entry) -> None:
     """By the default policy; at half of the bytes it shows."""
     torch._dynamo.reset()
     model = entry.make()
     little = popc.Config(budget="elastic", mass=1 - 1e-9, sparsity=0.01, candidate=0.0, count=True)
     with torch.no_grad():
-        twin = popc.compile(model, little, codegen="eager", targets=("mlp", "attention", "other"))
-        pruned, tokens = steps(entry, model, twin)
+        compiled = popc.compile(
+            model, little, codegen="eager", targets=("mlp", "attention", "other")
+        )
+        pruned, tokens = steps(entry, model, compiled)
         torch._dynamo.reset()
         half = popc.compile(model, sparsity=0.5, codegen="eager")
         less, _ = steps(entry, model, half, follow=tokens)
@@ -151,13 +153,13 @@ def test_contraction_that_leaves_little_out_is_dense(entry: Entry) -> None:
         return
     assert all(step.isfinite().all() for step in less)
     if entry.kind == "encoder":
-        assert not twin.popc_plan.inputs or relative(pruned[0], dense[0]) < 1e-4
+        assert not compiled.popc_plan.inputs or relative(pruned[0], dense[0]) < 1e-4
         return
-    assert twin.popc_plan.inputs
+    assert compiled.popc_plan.inputs
     for step, (a, b) in enumerate(zip(pruned, dense, strict=True)):
         assert relative(a, b) < 1e-2, f"step {step}"
     shows = max(relative(a, b) for a, b in zip(less, dense, strict=True)) > 1e-2
-    assert shows or not any(entry.found)  # where nothing is found, weights may change as it runs
+    assert shows or not any(entry.expected)  # without regions, weights may change as it runs
 
 
 def test_the_support_page_has_the_table() -> None:

@@ -82,9 +82,9 @@ def start(way: str, settings: Settings) -> Start:
     def context() -> Context:
         return Context(model.config, prompt, RUNNING, watch.timed(whole), allocate=model.forward)
 
-    held = context()
+    filled = context()
     prefill = watch.seconds
-    decode, _ = held.decode(forward, COMPILING)
+    decode, _ = filled.decode(forward, COMPILING)
     peak = _peak(settings)
     watched = _forget_peak(settings)
     context().decode(forward, RUNNING)

@@ -22,7 +22,7 @@ def total_steps(settings: Settings, with_extras: bool) -> int:
 def bench_model(
     settings: Settings, with_extras: bool = True, progress: Progress = _silent
 ) -> Result:
-    """Decode rates of a model, dense and pruned; with extras, what pruning costs beside.
+    """Decode rates of a model, dense and pruned; with extras, the overhead of pruning.
 
     Raises:
         ModelError: the model can't be loaded, or is not pruned.
@@ -32,7 +32,7 @@ def bench_model(
     starts = extras.cold_starts(settings, progress) if with_extras else {}
     progress("copy bandwidth, and building the model")
     bandwidth = copy_bandwidth(settings.device)
-    # popc lays a model's weights out anew, so the dense runs have an instance of their own.
+    # popc changes strides of a model's weights, so the dense runs use another instance.
     dense, model = build(settings), build(settings)
     runs = decode.decode(dense, model, settings, bandwidth, progress)
     more = extras.extras(dense, model, settings, starts, progress) if with_extras else None

@@ -45,8 +45,8 @@ def dense_ways(model: Any, settings: Settings) -> dict[str, Way]:
 
 def pruned_way(model: Any, config: Config) -> Way:
     """The model compiled by popc with ``config``, as one of the ways to decode."""
-    twin = popc.compile(model, config)
-    return Way(twin.forward, config, twin.popc_plan)
+    compiled = popc.compile(model, config)
+    return Way(compiled.forward, config, compiled.popc_plan)
 
 
 def random_prompt(model: Any, batch: int, length: int, device: str) -> Tensor:
@@ -71,11 +71,11 @@ def decode(
 
     Args:
         dense: for the baselines; ``model``, another instance of the same model, for popc, which
-            lays weights out anew.
+            changes strides of weights.
         bandwidth: of a copy, in bytes per second.
         progress: called with what comes next, :func:`steps` times.
     """
-    # Each policy lays weights out in its own way.
+    # Each policy stores weights in its own layout.
     copies = [model, *(copy.deepcopy(model) for _ in settings.policies[1:])]
     models = dict(zip(settings.policies, copies, strict=True))
     runs = []
@@ -101,29 +101,29 @@ def _decode_at(
     # What prunes nothing leaves weights as they are, so it shares the dense model's.
     configs = {name_of(config): config for config in settings.configs()}
     owners = {n: models[c.policy_name] if c.sparsity else dense for n, c in configs.items()}
-    twins = {name: pruned_way(owners[name], config) for name, config in configs.items()}
-    ways = {**dense_ways(dense, settings), **twins}
-    contexts = _contexts(dense, twins, settings, batch, context, lambda s: progress(where + s))
+    pruned = {name: pruned_way(owners[name], config) for name, config in configs.items()}
+    ways = {**dense_ways(dense, settings), **pruned}
+    contexts = _contexts(dense, pruned, settings, batch, context, lambda s: progress(where + s))
     first = next(iter(contexts.values()))
 
     def seconds(way: Way, tokens: int) -> float:
-        held = contexts[way.config.policy_name] if way.config else first
-        return held.decode(way.forward, tokens)[0] / tokens
+        filled = contexts[way.config.policy_name] if way.config else first
+        return filled.decode(way.forward, tokens)[0] / tokens
 
     reads = {}
     for name, way in ways.items():
         progress(f"{where}compiling {name}")
         seconds(way, min(WARMING, settings.tokens))
         if way.config is not None and way.plan is not None:
-            held = contexts[way.config.policy_name]
-            session = sessions.of_cache(held.cache)
+            filled = contexts[way.config.policy_name]
+            session = sessions.of_cache(filled.cache)
             check_pruned(way.plan, way.config, session)
-            twin = pruned_way(owners[name], counting(way.config))
-            steps = held.decode, twin.forward, settings.tokens
+            compiled = pruned_way(owners[name], counting(way.config))
+            steps = filled.decode, compiled.forward, settings.tokens
             reads[name] = channels_read(way.plan, way.config, session, *steps)
     turns = {name: lambda way=way: seconds(way, settings.tokens) for name, way in ways.items()}
     rounds = interleaved(turns, settings.rounds, lambda name: progress(where + name))
-    plan = next(way.plan for way in twins.values() if way.plan is not None)
+    plan = next(way.plan for way in pruned.values() if way.plan is not None)
     read = {
         name: step_bytes(dense, way.plan or plan, way.config, batch, first.bytes, reads.get(name))
         for name, way in ways.items()
@@ -134,7 +134,7 @@ def _decode_at(
 
 def _contexts(
     model: Any,
-    twins: dict[str, Way],
+    pruned: dict[str, Way],
     settings: Settings,
     batch: int,
     context: int,
@@ -143,8 +143,8 @@ def _contexts(
     """One filled cache for each policy.
 
     Statistics belong to the cache, and are the same at every sparsity: prefill runs dense. So the
-    twin that prunes most fills it for all. The dense model decodes from it too: what a step costs
-    does not depend on the values in it.
+    model that prunes most fills it for all. The dense model decodes from it too: a step's time does
+    not depend on the values in it.
     """
     length = min(context, settings.prefill or context)
     prompt = random_prompt(model, batch, length, settings.device)
@@ -152,7 +152,7 @@ def _contexts(
     contexts = {}
     for policy in settings.policies:
         progress("compiling the prefill")
-        ours = [way for way in twins.values() if way.config and way.config.policy_name == policy]
+        ours = [way for way in pruned.values() if way.config and way.config.policy_name == policy]
         most = max(ours, key=lambda way: way.config.sparsity if way.config else 0)
         contexts[policy] = Context(
             model.config, prompt, room, most.forward, context, allocate=model.forward

@@ -1,4 +1,4 @@
-"""What pruning costs beside the decode step: compilation, memory, prefill, host time."""
+"""The overhead of pruning outside the decode step: compilation, memory, prefill, host time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def extra_steps(settings: Settings) -> int:
 
 
 def cold_starts(settings: Settings, progress: Progress) -> dict[str, Start]:
-    """Both, one after the other; best before this process holds a model of its own."""
+    """Both, one after the other; best before this process has a model in memory."""
     starts = {}
     for way in WAYS:
         progress(f"a cold start of {way}")
@@ -47,7 +47,7 @@ def cold_starts(settings: Settings, progress: Progress) -> dict[str, Start]:
 def extras(
     dense: Any, model: Any, settings: Settings, cold: Mapping[str, Start], progress: Progress
 ) -> Extras:
-    """See :class:`Extras`; ``dense`` and ``model`` as :func:`popc.bench.decode.decode` has them."""
+    """See :class:`Extras`; ``dense`` and ``model`` as in :func:`popc.bench.decode.decode`."""
     config = settings.most_pruned
     torch.compiler.reset()
     ways = {"dense": dense_ways(dense, settings)[COMPILED], "popc": pruned_way(model, config)}
@@ -134,7 +134,7 @@ def host_seconds(way: Way, context: Context, settings: Settings) -> Spread:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Stopwatch]:
-    """Meanwhile popc's runner of graphs is timed, and what it and the session wrap is not."""
+    """Times popc's runner of graphs, without what it and the session wrap."""
     watch = Stopwatch()
     in_session, call_graph = compiled_model.in_session, compiled_graph.CompiledGraph.__call__
 
@@ -196,7 +196,7 @@ class _Counter:
 
 @contextlib.contextmanager
 def _counting(settings: Settings) -> Iterator[_Counter]:
-    """Meanwhile popc's backend counts: called by Dynamo, and by popc for a graph's dense twin."""
+    """popc's backend counts, called by Dynamo, and by popc for a graph's dense variant."""
     counter = _Counter(settings)
     with mock.patch.object(compiled_model, "popc_backend", counter.popc):
         with mock.patch.object(backend, "popc_backend", counter.popc):

@@ -44,7 +44,7 @@ class Shape:
 
 
 class Block(nn.Module):
-    """An FFN as it stands in a model, with norm and residual: without, values would explode."""
+    """An FFN as it is in a model, with norm and residual: without, values would explode."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -83,11 +83,11 @@ def ffn(
 ) -> tuple[list[Run], nn.Sequential]:
     """Every way to run the blocks, at every batch size; and the blocks.
 
-    A run's seconds and bytes are those of one block. There is no cache, so a session is named
-    around the calls, where a model's cache would tell it.
+    A run's seconds and bytes are those of one block. There is no cache, so a session is set
+    around the calls, where a model's cache would identify it.
     """
     dense = build_blocks(shape, settings)
-    # Each policy lays weights out in its own way.
+    # Each policy stores weights in its own layout.
     blocks = {policy: build_blocks(shape, settings) for policy in settings.policies}
     runs = []
     for batch in settings.batch:
@@ -110,7 +110,7 @@ def _ffn_at(
     plans = {name: Plan() for name in configs}
     # What prunes nothing leaves weights as they are.
     owners = {n: blocks[c.policy_name] if c.sparsity else dense for n, c in configs.items()}
-    twins = {
+    pruned = {
         name: compat.compile_alone(
             owners[name].forward,
             functools.partial(popc_backend, config=config, on_plan=plans[name].extend),
@@ -120,9 +120,9 @@ def _ffn_at(
     by_policy = {}
     for policy in settings.policies:
         progress(f"batch {batch}: compiling the prefill")
-        by_policy[policy] = _prefilled(policy, configs, twins, prompt)
+        by_policy[policy] = _prefilled(policy, configs, pruned, prompt)
     forwards: dict[str, Callable[[Tensor], Tensor]]
-    forwards = {EAGER: dense.forward, COMPILED: settings.compiled(dense.forward), **twins}
+    forwards = {EAGER: dense.forward, COMPILED: settings.compiled(dense.forward), **pruned}
 
     def seconds(name: str, times: int) -> float:
         """Of one block."""

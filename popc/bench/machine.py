@@ -82,14 +82,14 @@ def last_level_cache() -> int:
 
 def versions() -> dict[str, str | None]:
     """Of popc, Python and the packages that decide about speed; None: not installed."""
-    found: dict[str, str | None] = {"popc": __version__, "python": platform.python_version()}
+    installed: dict[str, str | None] = {"popc": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["cuda"] = torch.version.cuda
-    return found
+            installed[package] = None
+    installed["cuda"] = torch.version.cuda
+    return installed
 
 
 def commit() -> str | None:

@@ -54,7 +54,7 @@ SHAPES: Mapping[str, PreTrainedConfig] = {
         num_key_value_heads=8,
         vocab_size=128256,
     ),
-    # As Qwen3-30B-A3B: 30.5 billion parameters, of which a token meets 3.3 billion.
+    # As Qwen3-30B-A3B: 30.5 billion parameters, of which a token uses 3.3 billion.
     "qwen3-moe-shape": _shape(
         Qwen3MoeConfig,
         hidden_size=2048,
@@ -77,7 +77,7 @@ def default_dtype(model: str) -> str:
 
 
 def build(settings: Settings) -> PreTrainedModel:
-    """The model in eval mode, on its device; each call gives one with weights of its own.
+    """The model in eval mode, on its device; each call gives a new one.
 
     Raises:
         ModelError: it can't be loaded.
@@ -94,7 +94,7 @@ def build(settings: Settings) -> PreTrainedModel:
 def random_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, layers: int | None = None
 ) -> PreTrainedModel:
-    """A causal language model of the shape that ``config`` tells, with small random weights."""
+    """A causal language model of the shape in ``config``, with small random weights."""
     config = copy.deepcopy(config)
     if layers is not None:
         _check_layers(layers, config.num_hidden_layers)

@@ -63,7 +63,7 @@ class Context:
         length: tokens of context, ``>= T``; what the prompt does not fill holds random keys and
             values. A decode step reads as much and takes as long with them as with real ones.
         fill: the forward that prefills the prompt.
-        allocate: an uncompiled forward of the same model. Given, it allocates the cache, which
+        allocate: an uncompiled forward of the same model. If present, it allocates the cache, which
             inside a compiled graph can have no fixed address, as CUDA graphs need it.
 
     Raises:
@@ -103,8 +103,8 @@ class Context:
     @property
     def bytes(self) -> int:
         """Bytes of keys and values, with room for tokens to come: a dense step reads that too."""
-        held = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
-        return sum(int(tensor.nbytes) for tensor in held)
+        tensors = (tensor for layer in self._layers for tensor in (layer.keys, layer.values))
+        return sum(int(tensor.nbytes) for tensor in tensors)
 
     def decode(self, forward: Callable[..., Any], tokens: int) -> tuple[float, Tensor]:
         """Seconds for ``tokens`` greedy tokens after the context, and the tokens ``[B, N]``."""
@@ -170,7 +170,7 @@ def decode_rates(
 
     Args:
         models: name to causal language model; each is called with a static cache. A dense one
-            needs weights of its own: popc lays out those of the models that it compiled.
+            must not share its weights: popc changes the strides of those that it compiles.
         config: the transformers config of the models.
         prompt: int64 ``[B, T]``; rates count B tokens for each step.
         progress: called with a model's name before each of its ``rounds + 1`` turns.
@@ -201,12 +201,12 @@ def interleaved(
 
     So no turn always comes after the same other one, or early in a round.
     """
-    given: dict[str, list[float]] = {name: [] for name in turns}
+    results: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
             progress(name)
-            given[name].append(turns[name]())
-    return given
+            results[name].append(turns[name]())
+    return results
 
 
 class Stopwatch:
@@ -234,6 +234,6 @@ class Stopwatch:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

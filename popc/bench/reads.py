@@ -1,4 +1,4 @@
-"""Channels that contraction reads: each token its own, so they are counted, not computed."""
+"""Channels that the threshold policy reads: each token its own, so they are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from popc.sessions import Session
 
 
 def counting(config: Config) -> Config:
-    """``config`` for a twin that counts; as it is run a few times, Inductor is not asked."""
+    """``config`` for a model that counts; it runs a few times only, so without Inductor."""
     return dataclasses.replace(config, count=True, codegen="eager")
 
 
@@ -22,16 +22,16 @@ def channels_read(
 ) -> Mapping[Hashable, Sequence[int]]:
     """The channels that each group of inputs reads, step by step, by its key.
 
-    Several sequences read what any of them needs. Empty where nothing is contracted.
+    Several sequences read what any of them needs. Empty where no inputs are pruned.
 
     Args:
-        decode: called with ``args``: steps of a twin of :func:`counting` in ``session``.
+        decode: called with ``args``: steps of a model of :func:`counting` in ``session``.
 
     Raises:
-        ModelError: the twin's steps were dense.
+        ModelError: the steps were dense.
     """
-    contracts = any(config.prunes_inputs(group.kind) for group in plan.inputs)
-    if session is None or not contracts or not config.sparsity:
+    prunes = any(config.prunes_inputs(group.kind) for group in plan.inputs)
+    if session is None or not prunes or not config.sparsity:
         return {}
     session.inputs.reads.clear()  # the session serves other sparsities too
     decode(*args)

@@ -121,7 +121,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Extras:
-    """What else pruning costs, at batch 1, the first policy and the highest sparsity.
+    """Overhead outside the decode step, at batch 1, the first policy and the highest sparsity.
 
     Attributes:
         cold: :class:`Start` of ``"dense"``, under ``torch.compile``, and of ``"popc"``.

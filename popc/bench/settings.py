@@ -106,7 +106,7 @@ class Settings:
 
     @property
     def cuda(self) -> bool:
-        """Whether the models lie on a GPU."""
+        """Whether the models are on a GPU."""
         return self.device == "cuda"
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:

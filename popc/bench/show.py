@@ -84,7 +84,7 @@ def _cells(run: Run, ffn: bool) -> list[str]:
 
 
 def _extras(extras: Extras) -> Table:
-    title = "beside decode, batch 1, highest sparsity"
+    title = "outside the decode step, batch 1, highest sparsity"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "dense, compiled", "popc", "popc / dense"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -186,7 +186,7 @@ class Explanation:
 
     @cached_property
     def _consumed(self) -> dict[Any, RegionRecord]:
-        """The region whose units the weight contracts."""
+        """The region that each weight is a consumer of."""
         return {c.weight: r for r in self.plan.regions for c in r.consumers}
 
     def _boxes(self) -> list[Box]:
@@ -209,7 +209,7 @@ class Explanation:
 
 
 class _Order:
-    """Where a linear is in the program: which graph, as they are first met, and where in it."""
+    """Where a linear is in the program: which graph, in order of appearance, and where in it."""
 
     def __init__(self) -> None:
         self.graphs: list[int] = []
@@ -232,7 +232,7 @@ def _ops(linears: Sequence[LinearRecord]) -> str:
 
 
 def _short(op: str) -> str:
-    """``aten.mean.dim`` as ``mean``: people do not tell overloads apart."""
+    """``aten.mean.dim`` as ``mean``: overloads are of no interest to people."""
     parts = op.split(".")
     return parts[1] if len(parts) == 3 else op
 

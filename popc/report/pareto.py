@@ -55,7 +55,7 @@ class Speed:
 
 @dataclass
 class Figures:
-    """What files hold that ``popc eval --out`` and ``popc bench --out`` wrote."""
+    """The content of files that ``popc eval --out`` and ``popc bench --out`` wrote."""
 
     points: list[Point] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
@@ -71,8 +71,8 @@ class Figures:
         figures = cls()
         for path in paths:
             try:
-                held = json.loads(path.read_text(encoding="utf-8"))
-                figures._add(held)
+                data = json.loads(path.read_text(encoding="utf-8"))
+                figures._add(data)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 allowed = f"a file of `popc eval --out` or `popc bench --out` ({error!r})"
                 raise ConfigError("figures", str(path), allowed) from error
@@ -80,21 +80,21 @@ class Figures:
         figures.speeds.sort(key=lambda speed: (speed.model, speed.policy, speed.size, speed.saved))
         return figures
 
-    def _add(self, held: dict[str, Any]) -> None:
-        if "runs" in held:
-            name = held["model"]["name"]
-            for run in held["runs"]:
+    def _add(self, data: dict[str, Any]) -> None:
+        if "runs" in data:
+            name = data["model"]["name"]
+            for run in data["runs"]:
                 policy, batch, context, speedup, saved, limit, rate = (run[key] for key in _RUN)
                 if policy is not None:
                     figures = sized(batch, context), saved, speedup, limit, rate["median"]
                     self.speeds.append(Speed(name, policy, run["sparsity"], *figures))
             return
         policy, sparsity, read, perplexity, dense, agreement, windows = (
-            held[key] for key in _QUALITY
+            data[key] for key in _QUALITY
         )
-        rise, candidate = perplexity / dense - 1, held["candidate"]
+        rise, candidate = perplexity / dense - 1, data["candidate"]
         self.points.append(
-            Point(held["model"], policy, sparsity, candidate, float(read), rise, agreement, windows)
+            Point(data["model"], policy, sparsity, candidate, float(read), rise, agreement, windows)
         )
 
 
@@ -164,8 +164,8 @@ def _lines(axes: Axes, points: Sequence[tuple[tuple[str, ...], float, float]]) -
     lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for name, x, y in points:
         lines.setdefault(name, []).append((x, y))
-    for name, held in lines.items():
-        axes.plot(*zip(*held, strict=True), marker="o", label=", ".join(name))
+    for name, line in lines.items():
+        axes.plot(*zip(*line, strict=True), marker="o", label=", ".join(name))
 
 
 def _partitions(drift: Drift) -> str:
@@ -177,9 +177,9 @@ def _partitions(drift: Drift) -> str:
         rows.append((region.kind, region.name, str(units), *map(str, counts)))
     kinds = dict.fromkeys(region.kind for region in drift.regions)
     for kind in kinds:
-        held = [region for region in drift.regions if region.kind == kind]
+        regions = [region for region in drift.regions if region.kind == kind]
         title = f"{kind}: retained (dark), candidate, pruned (light), a row for each region"
-        parts.append(_drawn(title, partial(_rows_of_units, regions=held)))
+        parts.append(_drawn(title, partial(_rows_of_units, regions=regions)))
     table = Sheet(f"partitions after {drift.prompt} tokens of prompt", headings, rows, (2, 3, 4, 5))
     return table.html() + "".join(parts)
 
@@ -240,7 +240,7 @@ def _reads(drift: Drift) -> str:
         axes.set_ylabel("linears of one input")
         axes.figure.colorbar(image, label="channels read")
 
-    title = "channels that contraction reads, step by step"
+    title = "channels that the threshold policy reads, step by step"
     return _drawn(title, draw) + Sheet(title, headings, rows, (1, 2, 3)).html()
 
 
@@ -254,9 +254,9 @@ def _drawn(title: str, draw: Callable[[Axes], None]) -> str:
     axes = figure.add_subplot()
     draw(axes)
     axes.grid(alpha=0.25)
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=120)
-    data = base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f"<figure><img alt='{escape(title, quote=True)}' style='max-width: 100%' "
         f"src='data:image/png;base64,{data}'><figcaption>{escape(title)}</figcaption></figure>\n"

@@ -83,15 +83,17 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
         units = config.unit_policy("mlp").name
     kinds = ("mlp", "attention", "experts")
     by_units = Config.of(config, {"policy": units, "targets": kinds, "scope": "batch"})
-    twin = popc.compile(copy.deepcopy(model), by_units)
-    text = _generated(twin, ids, tokens)
-    first = _session(twin, ids)
-    later = [_session(twin, part) for part in text.split(chunk, dim=1) if part.shape[1] == chunk]
+    compiled = popc.compile(copy.deepcopy(model), by_units)
+    text = _generated(compiled, ids, tokens)
+    first = _session(compiled, ids)
+    later = [
+        _session(compiled, part) for part in text.split(chunk, dim=1) if part.shape[1] == chunk
+    ]
     by_inputs = Config.of(config, {"policy": "threshold", "scope": "batch", "count": True})
     reader = popc.compile(copy.deepcopy(model), by_inputs)
     session = _session(reader, ids, text)
     return Drift(
-        tuple(_regions(twin.popc_plan, first, later)),
+        tuple(_regions(compiled.popc_plan, first, later)),
         tuple(_reads(reader.popc_plan, session)),
         ids.shape[1],
         text.shape[1],
@@ -99,43 +101,43 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
     )
 
 
-def _generated(twin: Any, ids: Tensor, tokens: int) -> Tensor:
+def _generated(compiled: Any, ids: Tensor, tokens: int) -> Tensor:
     """``[1, tokens]``, greedy."""
-    out = twin.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    out = compiled.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return out[:, ids.shape[1] :]
 
 
-def _session(twin: Any, prompt: Tensor, text: Tensor | None = None) -> Session:
+def _session(compiled: Any, prompt: Tensor, text: Tensor | None = None) -> Session:
     """After ``prompt`` in a cache of its own, and after each token of ``text``."""
     cache = DynamicCache()
-    given = {cache_keyword(twin.forward): cache, "use_cache": True}
-    twin(prompt, **given)
+    options = {cache_keyword(compiled.forward): cache, "use_cache": True}
+    compiled(prompt, **options)
     for token in () if text is None else text.split(1, dim=1):
-        twin(token, **given)
+        compiled(token, **options)
     session = sessions.of_cache(cache)
     assert session is not None
     return session
 
 
 def _regions(plan: Plan, first: Session, later: Sequence[Session]) -> list[RegionDrift]:
-    found = []
+    drifts = []
     for region in plan.regions:
-        held = first.units.regions.get(region.key)
-        if held is None:
+        state = first.units.regions.get(region.key)
+        if state is None:
             continue
-        index = _live(first, held)
-        counts, units = held.counts, len(held.columns)
+        index = _live(first, state)
+        counts, units = state.counts, len(state.columns)
         partition = np.full((len(index), units), PRUNED, dtype=np.int8)
         np.put_along_axis(partition, index[:, counts.retained :], CANDIDATE, 1)
         np.put_along_axis(partition, index[:, : counts.retained], RETAINED, 1)
         alive = partition != PRUNED
         overlap = [
-            float(np.take_along_axis(alive, _live(session, held), 1).mean()) for session in later
+            float(np.take_along_axis(alive, _live(session, state), 1).mean()) for session in later
         ]
-        shaped = partition if held.experts else partition[0]
+        shaped = partition if state.experts else partition[0]
         share = counts.live / units
-        found.append(RegionDrift(region.kind, region.name, shaped, tuple(overlap), share))
-    return found
+        drifts.append(RegionDrift(region.kind, region.name, shaped, tuple(overlap), share))
+    return drifts
 
 
 def _live(session: Session, region: RegionState) -> np.ndarray:

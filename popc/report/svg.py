@@ -24,10 +24,10 @@ class Box:
 
 def layers(boxes: Iterable[Box]) -> dict[str, list[Box]]:
     """The boxes of each layer, in the order of their first."""
-    found: dict[str, list[Box]] = {}
+    by_layer: dict[str, list[Box]] = {}
     for box in boxes:
-        found.setdefault(_layer(box.name), []).append(box)
-    return found
+        by_layer.setdefault(_layer(box.name), []).append(box)
+    return by_layer
 
 
 def _layer(name: str) -> str:

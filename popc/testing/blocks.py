@@ -63,32 +63,32 @@ Lows = tuple[tuple[str, Low], ...]  # by the name of the linear
 
 
 class _Chain(nn.Module):
-    def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool, given: Low) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool, low: Low) -> None:
         super().__init__()
-        self.given = given
-        beside = given.beside
+        self.low = low
+        beside = low.beside
         self.whole = Linear(inputs, outputs, bias, transposed) if beside else None
-        self.a = Linear(inputs, given.rank, False)
-        self.b = Linear(given.rank, outputs, bias and not beside)
+        self.a = Linear(inputs, low.rank, False)
+        self.b = Linear(low.rank, outputs, bias and not beside)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.b(self.a(x))
-        return y if self.whole is None else self.whole(x) + y * self.given.scale
+        return y if self.whole is None else self.whole(x) + y * self.low.scale
 
 
 def linear(
     name: str, low: Lows, inputs: int, outputs: int, bias: bool = False, transposed: bool = False
 ) -> nn.Module:
     """The linear of a block that has this name, with what ``low`` says of it."""
-    given = dict(low).get(name)
-    if given is None:
+    chain = dict(low).get(name)
+    if chain is None:
         return Linear(inputs, outputs, bias, transposed)
-    return _Chain(inputs, outputs, bias, transposed, given)
+    return _Chain(inputs, outputs, bias, transposed, chain)
 
 
 def ranks(low: Lows, names: Sequence[str]) -> list[int]:
-    """The units of chains: every channel of ``a``'s outputs is one, as ``b`` alone contracts it."""
-    return [given.rank for name, given in low if name in names and given.rank > 1]
+    """The units of chains: every channel of ``a``'s outputs is one, as ``b`` alone reads it."""
+    return [chain.rank for name, chain in low if name in names and chain.rank > 1]
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,23 @@ class MLP:
 
 
 class _MLP(nn.Module):
-    def __init__(self, given: MLP, width: int) -> None:
+    def __init__(self, spec: MLP, width: int) -> None:
         super().__init__()
-        self.given, f = given, given.channels
-        fused = given.gated and given.layout != "split"
-        how = given.bias, given.transposed
-        self.up = linear("up", given.low, width, 2 * f if fused else f, *how)
-        if given.gated and not fused:
-            self.gate = linear("gate", given.low, width, f, *how)
-        self.down = linear("down", given.low, f, width, *how)
+        self.spec, f = spec, spec.channels
+        fused = spec.gated and spec.layout != "split"
+        options = spec.bias, spec.transposed
+        self.up = linear("up", spec.low, width, 2 * f if fused else f, *options)
+        if spec.gated and not fused:
+            self.gate = linear("gate", spec.low, width, f, *options)
+        self.down = linear("down", spec.low, f, width, *options)
 
     def forward(self, x: Tensor) -> Tensor:
-        act, up = ACTIVATIONS[self.given.act], self.up(x)
-        if not self.given.gated:
+        act, up = ACTIVATIONS[self.spec.act], self.up(x)
+        if not self.spec.gated:
             return self.down(act(up))
-        if self.given.layout == "split":
+        if self.spec.layout == "split":
             gate = self.gate(x)
-        elif self.given.layout == "fused":
+        elif self.spec.layout == "fused":
             gate, up = up.chunk(2, -1)
         else:
             gate, up = up[..., ::2], up[..., 1::2]
@@ -177,50 +177,50 @@ class _Attention(nn.Module):
     v: nn.Module
     qkv: nn.Module
 
-    def __init__(self, given: Attention, width: int) -> None:
+    def __init__(self, spec: Attention, width: int) -> None:
         super().__init__()
-        self.given = given
-        kv = given.kv_heads * given.size
-        self.sizes = (kv * given.group, kv, kv)
-        split = given.layout == "split"
+        self.spec = spec
+        kv = spec.kv_heads * spec.size
+        self.sizes = (kv * spec.group, kv, kv)
+        split = spec.layout == "split"
         sizes = zip("qkv", self.sizes, strict=True) if split else [("qkv", sum(self.sizes))]
         for name, size in sizes:
-            self.add_module(name, linear(name, given.low, width, size, given.bias))
-        self.o = linear("o", given.low, kv * given.group, width, given.bias)
+            self.add_module(name, linear(name, spec.low, width, size, spec.bias))
+        self.o = linear("o", spec.low, kv * spec.group, width, spec.bias)
 
     def forward(self, x: Tensor, cache: Any = None, layer: int = 0, mask: Any = None) -> Tensor:
-        """``mask`` bool ``[B, 1, T, K]``; causal over ``x`` alone if not given."""
-        given = self.given
+        """``mask`` bool ``[B, 1, T, K]``; causal over ``x`` alone if None."""
+        spec = self.spec
         q, k, v = self._heads(x)
         past = 0 if cache is None else cache.get_seq_length(layer)
-        if given.rotary:
+        if spec.rotary:
             q, k = _rotated(q, past), _rotated(k, past)
         if cache is not None:
             k, v = cache.update(k, v, layer)
         if mask is None:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
-        if given.written:
-            k, v = (t.repeat_interleave(given.group, 1) for t in (k, v))
-            scores = q @ k.transpose(-1, -2) / math.sqrt(given.size)
+        if spec.written:
+            k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
+            scores = q @ k.transpose(-1, -2) / math.sqrt(spec.size)
             # Finite: a token that sees nothing, as padding may, must not give NaN.
             h = scores.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1) @ v
         else:
-            h = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=given.group > 1)
+            h = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=spec.group > 1)
         return self.o(h.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, heads, T, size]`` each."""
-        given, (batch, length, _) = self.given, x.shape
-        if given.layout == "interleaved":
-            parts = self.qkv(x).view(batch, length, given.kv_heads, given.group + 2, given.size)
+        spec, (batch, length, _) = self.spec, x.shape
+        if spec.layout == "interleaved":
+            parts = self.qkv(x).view(batch, length, spec.kv_heads, spec.group + 2, spec.size)
             q = parts[..., :-2, :].flatten(2, 3)
             k, v = parts[..., -2, :], parts[..., -1, :]
         else:
-            if given.layout == "split":
+            if spec.layout == "split":
                 parts = self.q(x), self.k(x), self.v(x)
             else:
                 parts = self.qkv(x).split(self.sizes, -1)
-            q, k, v = (part.view(batch, length, -1, given.size) for part in parts)
+            q, k, v = (part.view(batch, length, -1, spec.size) for part in parts)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -236,7 +236,7 @@ def _rotated(x: Tensor, past: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class MoE:
-    """Gated experts in stacked weights; each token meets its best ``top``, by a router.
+    """Gated experts in stacked weights; a router sends each token to its best ``top``.
 
     ``picked``: a token's weights are picked from the stack; else all experts run, and the router's
     zeros leave out what was not chosen.
@@ -257,26 +257,26 @@ class MoE:
 
 
 class _MoE(nn.Module):
-    def __init__(self, given: MoE, width: int) -> None:
+    def __init__(self, spec: MoE, width: int) -> None:
         super().__init__()
-        self.given = given
-        self.router = Linear(width, given.experts, False)
-        up, down = (2 * given.channels, width), (width, given.channels)
-        self.up = nn.Parameter(torch.randn(given.experts, *up) / math.sqrt(width))
-        self.down = nn.Parameter(torch.randn(given.experts, *down) / math.sqrt(given.channels))
+        self.spec = spec
+        self.router = Linear(width, spec.experts, False)
+        up, down = (2 * spec.channels, width), (width, spec.channels)
+        self.up = nn.Parameter(torch.randn(spec.experts, *up) / math.sqrt(width))
+        self.down = nn.Parameter(torch.randn(spec.experts, *down) / math.sqrt(spec.channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        top, width = self.given.top, x.shape[-1]
+        top, width = self.spec.top, x.shape[-1]
         flat = x.reshape(-1, width)
         score, chosen = self.router(flat).softmax(-1).topk(top)
-        if self.given.picked:
+        if self.spec.picked:
             rows, ids = flat.repeat_interleave(top, 0), chosen.reshape(-1)
             gate, up = torch.bmm(self.up[ids], rows[..., None]).squeeze(-1).chunk(2, -1)
             y = torch.bmm(self.down[ids], (F.silu(gate) * up)[..., None]).squeeze(-1)
             return (y.view(-1, top, width) * score[..., None]).sum(1).view(x.shape)
-        weight = torch.zeros_like(score, dtype=x.dtype).new_zeros(len(flat), self.given.experts)
+        weight = torch.zeros_like(score, dtype=x.dtype).new_zeros(len(flat), self.spec.experts)
         weight = weight.scatter(1, chosen, score)
-        h = torch.bmm(flat.expand(self.given.experts, -1, -1), self.up.transpose(1, 2))
+        h = torch.bmm(flat.expand(self.spec.experts, -1, -1), self.up.transpose(1, 2))
         gate, up = h.chunk(2, -1)
         y = torch.bmm(F.silu(gate) * up, self.down.transpose(1, 2))
         return (y * weight.t()[..., None]).sum(0).view(x.shape)
@@ -303,10 +303,10 @@ class Decoy:
 
 
 class _Decoy(nn.Module):
-    def __init__(self, given: Decoy, width: int) -> None:
+    def __init__(self, spec: Decoy, width: int) -> None:
         super().__init__()
-        self.how = given.how
-        f = given.channels
+        self.how = spec.how
+        f = spec.channels
         self.up, self.down = Linear(width, f, True), Linear(f, width, True)
         self.mix = nn.Buffer(torch.randn(f, f) / math.sqrt(f))
 

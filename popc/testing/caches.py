@@ -14,10 +14,7 @@ Pairs = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Buffers(nn.Module):
-    """Keys and values of every layer in buffers of fixed size, as gpt-fast has them.
-
-    ``places`` are the positions of a call's tokens.
-    """
+    """Keys and values of every layer in buffers of fixed size, as gpt-fast has them."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], batch: int, longest: int) -> None:
         super().__init__()
@@ -28,28 +25,28 @@ class Buffers(nn.Module):
 
     def reset(self) -> None:
         """Forget what was kept."""
-        for held in self.buffers():
-            held.zero_()
+        for buffer in self.buffers():
+            buffer.zero_()
 
 
 class InBuffers:
-    """:class:`Buffers` during one call, as attention asks for them."""
+    """:class:`Buffers` during one call, whose tokens have ``positions``, as attention asks."""
 
-    def __init__(self, held: Buffers, places: Tensor) -> None:
-        self.held, self.places = held, places
+    def __init__(self, buffers: Buffers, positions: Tensor) -> None:
+        self.buffers, self.positions = buffers, positions
 
     def get_seq_length(self, layer: int = 0) -> Tensor:
         """Tokens in the cache, as a tensor."""
-        return self.places[0]
+        return self.positions[0]
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Write ``k``, ``v`` ``[B, H, T, d]``; the whole buffers ``[B, H, S, d]``."""
-        keys, values = getattr(self.held, f"k{layer}"), getattr(self.held, f"v{layer}")
-        return keys.index_copy_(2, self.places, k), values.index_copy_(2, self.places, v)
+        keys, values = getattr(self.buffers, f"k{layer}"), getattr(self.buffers, f"v{layer}")
+        return keys.index_copy_(2, self.positions, k), values.index_copy_(2, self.positions, v)
 
 
 class InTuples:
-    """A tuple of keys and values for each layer, which a call is given and gives back longer."""
+    """A tuple of keys and values for each layer, which a call takes and returns longer."""
 
     def __init__(self, past: Pairs | None) -> None:
         self.past = past
@@ -76,7 +73,7 @@ class Decoding:
         first, second = decoding(prompt), decoding(token)
 
     Args:
-        call: what is called in its place; the model itself if not given.
+        call: what is called in its place; by default the model itself.
         cache: instead of a new dynamic one, where the model takes a cache object.
     """
 

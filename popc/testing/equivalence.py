@@ -36,7 +36,7 @@ class EquivalenceError(PopcError, AssertionError):
 
 @dataclass(frozen=True)
 class Equivalence:
-    """What :func:`assert_equivalent` saw.
+    """What :func:`assert_equivalent` measured.
 
     Attributes:
         error: the largest difference of any output, relative to its largest value.
@@ -66,11 +66,11 @@ def assert_equivalent(
 ) -> Equivalence:
     """Compile a copy of ``model`` and compare it with the masked dense model, call by call.
 
-    The first call is given ``inputs``; where the model takes a KV cache, ``steps`` calls with one
-    token each follow, the dense model's most likely ones. (Where it is given values, not ids, a
-    token is what it gave last, if that is as wide.) The oracle runs eagerly and makes POP's choices
-    by itself, those of other policies of units by their methods; of policies of inputs it is given
-    the thresholds.
+    The first call takes ``inputs``; where the model takes a KV cache, ``steps`` calls with one
+    token each follow, the dense model's most likely ones. (Where it takes values, not ids, a
+    token is its last output, if that is as wide.) The oracle runs eagerly and makes POP's choices
+    by itself, those of other policies of units by their methods; for policies of inputs it takes
+    popc's thresholds.
 
     Args:
         model: yours; it is not changed.
@@ -106,7 +106,9 @@ def assert_equivalent(
             stacklevel=2,
         )
         return result
-    raise EquivalenceError(f"{faults[0]}\n{check.place(allowed)}{_script(model, inputs, config)}")
+    raise EquivalenceError(
+        f"{faults[0]}\n{check.first_difference(allowed)}{_script(model, inputs, config)}"
+    )
 
 
 class _Check:
@@ -116,7 +118,7 @@ class _Check:
         self.model, self.feed, self.config = model, feed, config
         self.parameters = sum(p.numel() for p in model.parameters())
         self.tokens: list[Tensor] = []
-        self._say(steps)
+        self._draw_tokens(steps)
         torch.compiler.reset()
         self.traced = popc.analyze(model, *feed.first(feed.new_cache()))
 
@@ -134,8 +136,8 @@ class _Check:
         return outputs
 
     @torch.no_grad()
-    def _say(self, steps: int) -> None:
-        """What the dense model says, step by step; nothing where it fills no cache."""
+    def _draw_tokens(self, steps: int) -> None:
+        """The dense model's greedy tokens; none where it fills no cache."""
         cache = self.feed.new_cache()
         try:
             args, kwargs = self.feed.first(cache)
@@ -149,30 +151,30 @@ class _Check:
                     args, kwargs = self.feed.step(number, self.tokens[-1], cache)
                     out = self.model(*args, **kwargs)
         except Exception as error:
-            said = (str(error).strip().splitlines() or [""])[0]
-            raise ModelError(f"the model fails on the inputs: {said}") from error
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(f"the model fails on the inputs: {reason}") from error
 
     def pruned(self) -> tuple[Any, list[Tensor], sessions.Session | None]:
-        """The twin, its outputs, and its session."""
+        """The compiled model, its outputs, and its session."""
         torch.compiler.reset()
-        twin: Any = popc.compile(self.model, self.config)
-        outputs = self.calls(twin, lambda number: None)
+        compiled: Any = popc.compile(self.model, self.config)
+        outputs = self.calls(compiled, lambda number: None)
         session = sessions.of_cache(self.cache) if self.feed.cache else None
-        return twin, outputs, session
+        return compiled, outputs, session
 
     @contextlib.contextmanager
     def oracle(
         self, plan: Plan, session: sessions.Session | None, observer: Observer | None = None
     ) -> Iterator[tuple[MaskedAnywhere, MaskedInputs, Callable[[int], None]]]:
-        """Both oracles, one around the other, and what begins a call of theirs."""
+        """Both oracles, active, and a function that begins a call of theirs."""
         config = resolve(self.config, self.parameters, plan)
         measured = session.units.regions if session is not None else {}
         regions = [r for r in plan.regions if r.key in measured or _is_pruned_at_once(r, config)]
         traced, kept = self.traced, Plan(regions=regions)
         units = MaskedAnywhere(self.model, kept, config, observer, traced)
-        held = sessions.Session() if session is None else session
+        state = (sessions.Session() if session is None else session).inputs
         inputs = MaskedInputs(
-            self.model, plan, held.inputs.thresholds, held.inputs.centers, config, observer, traced
+            self.model, plan, state.thresholds, state.centers, config, observer, traced
         )
 
         def begin(number: int) -> None:
@@ -184,8 +186,8 @@ class _Check:
             yield units, inputs, begin
 
     def run(self, allowed: float) -> tuple[Equivalence, list[str]]:
-        twin, outputs, session = self.pruned()
-        with self.oracle(twin.popc_plan, session) as (units, inputs, begin):
+        compiled, outputs, session = self.pruned()
+        with self.oracle(compiled.popc_plan, session) as (units, inputs, begin):
             expected = self.calls(self.model, begin)
         errors = [relative(a, b) for a, b in zip(outputs, expected, strict=True)]
         margin, masked = min(units.margin, inputs.margin), units.masked + inputs.masked
@@ -196,24 +198,24 @@ class _Check:
             if not error <= allowed
         ]
         decided = not faults or margin > rounding(_dtype(self.model))
-        return Equivalence(max(errors), margin, masked, decided, twin.popc_plan), faults
+        return Equivalence(max(errors), margin, masked, decided, compiled.popc_plan), faults
 
-    def place(self, allowed: float) -> str:
+    def first_difference(self, allowed: float) -> str:
         """The first region, or input, after which the interpreted graph differs."""
         seen: list[dict[Hashable, Tensor]] = []
         expected: list[dict[Hashable, Tensor]] = []
         torch.compiler.reset()
-        twin: Any = popc.compile(self.model, self.config, codegen="eager")
+        compiled: Any = popc.compile(self.model, self.config, codegen="eager")
         owners: list[RegionRecord | InputRecord] = [*self.traced.regions, *self.traced.inputs]
         watcher = _Products(Uses(self.model, owners, self.traced), seen)
         with interpreter.watching(watcher.see):
-            self.calls(twin, watcher.begin)
+            self.calls(compiled, watcher.begin)
         session = sessions.of_cache(self.cache) if self.feed.cache else None
 
         def observe(key: Hashable, out: Tensor) -> None:
             expected[-1].setdefault(key, out.detach().clone())
 
-        with self.oracle(twin.popc_plan, session, observe) as (_, _, begin):
+        with self.oracle(compiled.popc_plan, session, observe) as (_, _, begin):
 
             def started(number: int) -> None:
                 expected.append({})
@@ -222,11 +224,11 @@ class _Check:
             self.calls(self.model, started)
         by_key: dict[Hashable, RegionRecord | InputRecord] = {owner.key: owner for owner in owners}
         for number, (ours, theirs) in enumerate(zip(seen, expected, strict=True)):
-            for place, out in theirs.items():
-                if place in ours and ours[place].numel() == out.numel():
-                    error = relative(ours[place].view(out.shape), out)
+            for key, out in theirs.items():
+                if key in ours and ours[key].numel() == out.numel():
+                    error = relative(ours[key].view(out.shape), out)
                     if not error <= allowed:
-                        owner = by_key[place[0]]  # type: ignore[index]
+                        owner = by_key[key[0]]  # type: ignore[index]
                         return (
                             f"the first that differs, in call {number}: {owner.name} "
                             f"({owner.kind}, {owner.source or 'source unknown'}), by {error:.1e}"
@@ -235,7 +237,7 @@ class _Check:
 
 
 class _Products:
-    """Outputs of an interpreted graph's ops on the weights that contract somebody."""
+    """Outputs of an interpreted graph's ops on the weights of regions and inputs."""
 
     def __init__(self, uses: Uses, seen: list[dict[Hashable, Tensor]]) -> None:
         self.uses, self.seen = uses, seen
@@ -292,15 +294,15 @@ def _script(model: nn.Module, inputs: Tensor | Mapping[str, Any], config: Config
     spec = getattr(model, "popc_spec", None)
     if spec is None:
         return ""
-    held = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    plain = inputs if isinstance(inputs, Tensor) else dict(inputs)
     # A tensor's own repr leaves out what is between its first and last values.
-    given = pytree.tree_map_only(Tensor, _Written, held)
+    arguments = pytree.tree_map_only(Tensor, _Written, plain)
     return (
         "\nTo reproduce it:\n\n"
         "import torch\nfrom torch import inf, nan\nfrom popc import Config\n"
         "from popc.testing import *\n"
         f"model = {spec!r}.make()\n"
-        f"assert_equivalent(model, {given!r}, {config!r})\n"
+        f"assert_equivalent(model, {arguments!r}, {config!r})\n"
     )
 
 

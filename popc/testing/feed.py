@@ -1,4 +1,4 @@
-"""What a model is given, call by call: the inputs of the first one, then token after token."""
+"""The inputs of a model's calls: those of the first one, then token after token."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from popc.analysis.tokens import valid_tokens
 from popc.compat import cache_keyword, pytree
 
-# What holds the tokens, what the following ones are given as, and the mask that goes with them; a
-# decoder's own come first.
+# The keywords of the first call's tokens, of later ones, and of their mask; a decoder's come first.
 TOKENS = (
     ("decoder_input_ids", "decoder_input_ids", "decoder_attention_mask"),
     ("decoder_inputs_embeds", "decoder_input_ids", "decoder_attention_mask"),
@@ -38,7 +37,7 @@ class Feed:
     ) -> None:
         self.model = model
         self.named = inspect.signature(model.forward).parameters
-        self.args, self.kwargs = self._bound(_brought(inputs, dtype))
+        self.args, self.kwargs = self._bound(_cast(inputs, dtype))
         wanted = self.kwargs.pop("use_cache", True)
         self.cache = cache_keyword(model.forward) if wanted and "use_cache" in self.named else None
         config = getattr(model, "config", None)
@@ -62,11 +61,13 @@ class Feed:
         for name, following, mask in TOKENS:
             if isinstance(self.kwargs.get(name), Tensor):
                 return name, following if following in self.named else name, mask
-        held = {name: v for name, v in self.kwargs.items() if isinstance(v, Tensor) and v.dim()}
-        values = [n for n in held if "mask" not in n and "pos" not in n and n != "token_type_ids"]
-        # Ids are told from values by their type.
-        values.sort(key=lambda n: held[n].is_floating_point())
-        first = next(iter((*values, *held)), None)
+        tensors = {name: v for name, v in self.kwargs.items() if isinstance(v, Tensor) and v.dim()}
+        values = [
+            n for n in tensors if "mask" not in n and "pos" not in n and n != "token_type_ids"
+        ]
+        # Ids differ from values by their type.
+        values.sort(key=lambda n: tensors[n].is_floating_point())
+        first = next(iter((*values, *tensors)), None)
         return first, first, "attention_mask"
 
     @property
@@ -95,33 +96,33 @@ class Feed:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of the call with the ``number``-th token after the first call."""
         assert self.cache is not None
-        held = {
+        kwargs = {
             name: self._later(name, copy.deepcopy(value), number)
             for name, value in self.kwargs.items()
-            if name != self.name and self._is_given_again(name, value)
+            if name != self.name and self._is_repeated(name, value)
         }
-        held |= {self.cache: cache, "use_cache": True}
+        kwargs |= {self.cache: cache, "use_cache": True}
         if self.next_name is None:
-            return (token,), held
-        return (), {self.next_name: token, **held}
+            return (token,), kwargs
+        return (), {self.next_name: token, **kwargs}
 
     def next_token(self, out: Any) -> Tensor:
-        """The most likely id; where a model is given values, what it gave last, or was given.
+        """The most likely id; of a model that takes values, its last output, or its last input.
 
         ``[B, 1]``, or ``[B, 1, D]``.
         """
         last = result(out)
         if not self.tokens.is_floating_point() or self.next_name != self.name:
-            said = last.reshape(self.batch, -1, last.shape[-1])[:, -1:].argmax(-1)
-            # What gives no logits may name more tokens than there are.
-            said = said % _vocabulary(self.model, out, self.tokens)
-            said = said if self.tokens.is_floating_point() else said.to(self.tokens.dtype)
-            return said if self.tokens.dim() > 1 else said[0]
+            token = last.reshape(self.batch, -1, last.shape[-1])[:, -1:].argmax(-1)
+            # Without logits, the index may exceed the number of tokens.
+            token = token % _vocabulary(self.model, out, self.tokens)
+            token = token if self.tokens.is_floating_point() else token.to(self.tokens.dtype)
+            return token if self.tokens.dim() > 1 else token[0]
         fits = last.dim() == self.tokens.dim() and last.shape[-1] == self.tokens.shape[-1]
         return (last.to(self.tokens.dtype) if fits else self.tokens)[:, -1:]
 
-    def _is_given_again(self, name: str, value: Any) -> bool:
-        """Whether it goes with each token, or must be given, or is no tensor but an option."""
+    def _is_repeated(self, name: str, value: Any) -> bool:
+        """Whether later calls take it too: per token, required, or no tensor but an option."""
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             return True
         needed = name in self.named and self.named[name].default is inspect.Parameter.empty
@@ -132,34 +133,34 @@ class Feed:
             return pytree.tree_map_only(Tensor, lambda mask: _grown(mask, number), value)
         if _is_position(name, value):
             return value[..., -1:] + number
-        beside = isinstance(value, Tensor) and value.shape[:2] == self.tokens.shape[:2]
-        return value[:, -1:] if beside and not self.cross else value
+        per_token = isinstance(value, Tensor) and value.shape[:2] == self.tokens.shape[:2]
+        return value[:, -1:] if per_token and not self.cross else value
 
 
 def result(out: Any) -> Tensor:
-    """Logits, or the first tensor of values that a model gives."""
+    """Logits, or the first tensor of values that a model returns."""
     logits = getattr(out, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    held = dict(out) if isinstance(out, Mapping) else out
-    tensors = [leaf for leaf in pytree.tree_leaves(held) if isinstance(leaf, Tensor)]
+    values = dict(out) if isinstance(out, Mapping) else out
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
     tensors.sort(key=lambda t: (not t.is_floating_point(), not t.dim()))  # stable
     return tensors[0]
 
 
-def _brought(inputs: Any, dtype: torch.dtype | None) -> Any:
+def _cast(inputs: Any, dtype: torch.dtype | None) -> Any:
     """Copies, with floating values in the model's dtype; integers and bools stay what they are."""
 
-    def brought(value: Tensor) -> Tensor:
+    def cast(value: Tensor) -> Tensor:
         value = value.detach().clone()
         if dtype is None or not value.is_floating_point():
             return value
-        # The least number of a wider type stands for what is hidden: it must stay a number.
-        held, most = value.to(dtype), torch.finfo(dtype).max
-        return held.where(value.isinf(), held.clamp(-most, most))
+        # The least number of a wider type marks what is masked: it must stay finite.
+        result, most = value.to(dtype), torch.finfo(dtype).max
+        return result.where(value.isinf(), result.clamp(-most, most))
 
-    held = inputs if isinstance(inputs, Tensor) else dict(inputs)
-    return pytree.tree_map_only(Tensor, brought, held)
+    plain = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    return pytree.tree_map_only(Tensor, cast, plain)
 
 
 def _vocabulary(model: nn.Module, out: Any, tokens: Tensor) -> int:
@@ -172,7 +173,7 @@ def _vocabulary(model: nn.Module, out: Any, tokens: Tensor) -> int:
         return table.num_embeddings
     if isinstance(getattr(out, "logits", None), Tensor):
         return int(result(out).shape[-1])
-    # Another table may be smaller, as of positions: then fewer tokens are said than could be.
+    # Another table may be smaller, as of positions: then fewer tokens are used than could be.
     least = int(tokens.max()) + 1
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return min((size for size in tables if size >= least), default=least)

@@ -1,8 +1,8 @@
 """The oracle: the model as it is, eager, with h of inactive units, or inputs, set to zero.
 
-Written from the papers' text. It watches every product with a weight that contracts a region,
-whatever op the model uses for it, and knows of popc only which products these are, which columns
-make up a unit, and the thresholds of contraction.
+Written from the papers' text. It intercepts every product that consumes a region, whatever
+op the model uses for it, and takes from popc only which products these are, which columns make up a
+unit, and the thresholds of policies of inputs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def masked_dense(
             ``[E, U]`` of experts, by :attr:`popc.Region.key`. Other regions stay whole.
     """
     regions = [region for region in plan.regions if region.key in partition]
-    watched = _Given(model, regions, plan, partition)
+    watched = _ByPartition(model, regions, plan, partition)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         watched.begin()
@@ -41,7 +41,7 @@ def masked_dense(
     return call
 
 
-class _Given(Watched):
+class _ByPartition(Watched):
     def __init__(
         self,
         model: nn.Module,
@@ -108,7 +108,7 @@ class MaskedAnywhere(Watched):
 
     Encoders, which run in one pass, are masked at once.
 
-    POP's is made here from the paper's text; of another policy its own methods are asked.
+    POP's is computed from the paper's text, another policy's by its methods.
 
     Args:
         plan: of :func:`popc.analyze`, for this very model.
@@ -139,7 +139,7 @@ class MaskedAnywhere(Watched):
         self.valid: Tensor | None = None
         self.batch = 1
         self.squares: dict[Any, Tensor] = {}
-        self.living: dict[Any, Tensor] = {}  # units whose keys and values the cache holds
+        self.living: dict[Any, Tensor] = {}  # units in the cache
         self.active: dict[Any, Tensor] = {}
         self.masks: dict[Any, Tensor | None] = {}
         self.remembers = True
@@ -147,17 +147,17 @@ class MaskedAnywhere(Watched):
         self.margin = float("inf")
 
     def forked(self) -> MaskedAnywhere:
-        """Another that has seen the same."""
+        """A copy with the same statistics."""
         other = copy.copy(self)
         other.squares, other.living = dict(self.squares), dict(self.living)
         return other
 
     def repeat(self, times: int) -> None:
-        """Each sequence is there so many times now, as one prefix is for several tails."""
+        """Each sequence is there ``times`` times, as a prefix of several continuations."""
         if self.config.scope == "sequence":
-            for held in (self.squares, self.living):
-                for key, rows in held.items():
-                    held[key] = rows.repeat_interleave(times, 0)
+            for statistics in (self.squares, self.living):
+                for key, rows in statistics.items():
+                    statistics[key] = rows.repeat_interleave(times, 0)
 
     def begin(self, measuring: bool = True, valid: Tensor | None = None, batch: int = 1) -> None:
         """A new forward call.
@@ -171,7 +171,7 @@ class MaskedAnywhere(Watched):
         self.measuring, self.valid, self.batch = measuring, valid, batch
 
     def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
-        """The first of the weights that contract h chooses for all."""
+        """``x`` masked; the first of the weights that read h chooses for all."""
         if number == 0:
             norm = self.norms[owner.key]
             columns = torch.from_numpy(owner.columns)
@@ -311,7 +311,7 @@ class MaskedAnywhere(Watched):
 
 
 class MaskedInputs(Watched):
-    """Policies of inputs by given thresholds: in one-token calls each linear's input is masked.
+    """Policies of inputs, with known thresholds: in one-token calls each linear's input is masked.
 
     Args:
         plan, traced: see :class:`MaskedAnywhere`.

@@ -1,8 +1,8 @@
-"""Which products of a model, run eagerly, are those that contract a region, or read an input.
+"""Which products of a model, run eagerly, are consumers of a region, or read an input.
 
-A weight may be part of several regions, and be met several times in one call: layers may share it.
-So a product is told by its weight and by how many products with that weight came before it in the
-call. Which number is whose stands in the traced graphs, whose order is that of the eager call.
+A weight may be part of several regions, and be used several times in one call: layers may share it.
+So a product is identified by its weight and by the count of products with that weight before it in
+the call. The traced graphs, whose order is that of the eager call, give the number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from popc.analysis.plan import InputRecord, LinearRecord, Plan, RegionRecord
 Owner = RegionRecord | InputRecord
 Observer = Callable[[Hashable, Tensor], None]
 
-# Where x and W stand among each op's operands, and what these are called.
+# The position and the keyword of x and of W among each op's operands.
 PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     F.linear: ((0, "input"), (1, "weight")),
     torch.addmm: ((1, "mat1"), (2, "mat2")),
@@ -56,22 +56,22 @@ class Use(NamedTuple):
 
 
 class Uses:
-    """Tells to whom a product belongs, as the products of a call go by.
+    """Which owner a product belongs to, as the products of a call are met in order.
 
     Args:
-        owners: of whom is to be told.
-        traced: of :func:`popc.analyze`, for this very model: the owners' keys are found in it.
+        owners: whose products to recognise.
+        traced: of :func:`popc.analyze`, for this very model: it has the owners' keys.
     """
 
     def __init__(self, model: nn.Module, owners: Sequence[Owner], traced: Plan) -> None:
         self.parameters = {identity(p): p for p in model.parameters()}
         self.owners = {owner.key: owner for owner in owners}
-        found: list[Owner] = [*traced.regions, *traced.inputs]
-        self.traced = [_Traced(owner) for owner in found]
+        every: list[Owner] = [*traced.regions, *traced.inputs]
+        self.traced = [_Traced(owner) for owner in every]
         self.begin()
 
     def begin(self) -> None:
-        """A new forward call: products are counted anew, of weights as they lie in memory now."""
+        """A new forward call: products are counted anew, of weights as they are stored now."""
         self.calls: Counter[Hashable] = Counter()
         self.by_view = self._by_view()
 
@@ -79,36 +79,36 @@ class Uses:
         runs: Counter[Any] = Counter()
         begins: dict[Any, int] = {}
         totals: Counter[Hashable] = Counter()
-        places: list[tuple[Hashable, Owner, int, int]] = []
+        entries: list[tuple[Hashable, Owner, int, int]] = []
         for traced in self.traced:
             for part in traced.parts:
                 view = self._view(part.linear, part.identity)
                 graph, place, before, count = part.linear.position
-                # A graph may serve several layers, one after the other: keys tell them apart.
+                # A graph may serve several layers, one after the other: their keys differ.
                 run = runs[type(traced.owner), graph, place]
                 runs[type(traced.owner), graph, place] += 1
                 if (view, graph, run) not in begins:
                     begins[view, graph, run] = totals[view]
                     totals[view] += count
                 at = begins[view, graph, run] + before
-                places.append((view, traced.owner, part.number, at))
-        found: dict[Hashable, list[Use]] = {}
-        for view, owner, number, at in places:
+                entries.append((view, traced.owner, part.number, at))
+        by_view: dict[Hashable, list[Use]] = {}
+        for view, owner, number, at in entries:
             # The plan of a compiled model has the same keys.
             if owner.key in self.owners:
                 use = Use(self.owners[owner.key], number, at, totals[view])
-                found.setdefault(view, []).append(use)
-        return found
+                by_view.setdefault(view, []).append(use)
+        return by_view
 
-    def _view(self, linear: LinearRecord, held: int) -> Hashable:
-        return view_of(replayed(linear.weight, self.parameters[held].detach()))
+    def _view(self, linear: LinearRecord, key: int) -> Hashable:
+        return view_of(replayed(linear.weight, self.parameters[key].detach()))
 
     def watches(self, weight: Tensor) -> bool:
         """Whether products with ``weight`` belong to any owner."""
         return view_of(weight) in self.by_view
 
     def of(self, weight: Tensor) -> list[tuple[Owner, int]]:
-        """To whom the next product with ``weight`` belongs, as which of the owner's weights."""
+        """Owners of the next product with ``weight``, and its number among the owner's weights."""
         view = view_of(weight)
         known = self.by_view.get(view, [])
         if known:
@@ -128,13 +128,13 @@ class _Traced:
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
-        held = [parameter for parameter, *_ in owner.key[0]]
-        pairs = zip(linears_of(owner), held, strict=True)
+        parameters = [parameter for parameter, *_ in owner.key[0]]
+        pairs = zip(linears_of(owner), parameters, strict=True)
         self.parts = [_Part(number, *pair) for number, pair in enumerate(pairs)]
 
 
 def linears_of(owner: Owner) -> Sequence[LinearRecord]:
-    """Those that contract a region, or that read an input."""
+    """The consumers of a region, or the linears that read an input."""
     return owner.consumers if isinstance(owner, RegionRecord) else owner.linears
 
 
@@ -171,7 +171,7 @@ class Watched(TorchFunctionMode):
 
         Args:
             number: the weight's place in the owner's key.
-            selector: of experts, what tells which one each row meets.
+            selector: of experts, which one each row is multiplied with.
         """
         raise NotImplementedError
 
@@ -186,39 +186,39 @@ class Watched(TorchFunctionMode):
         if func not in PRODUCTS:
             return func(*args, **kwargs)
         (x_at, x_name), (w_at, w_name) = PRODUCTS[func]
-        given = list(args)
-        x = given[x_at] if x_at < len(given) else kwargs[x_name]
-        weight = given[w_at] if w_at < len(given) else kwargs[w_name]
+        operands = list(args)
+        x = operands[x_at] if x_at < len(operands) else kwargs[x_name]
+        weight = operands[w_at] if w_at < len(operands) else kwargs[w_name]
         if func is torch.bmm and id(x) in self.picked:  # bmm(W[ids], x[..., None])
             _, stack, ids = self.picked[id(x)]
-            rows, found = self._treated(weight.squeeze(-1), stack, ids)
-            return self._seen(found, func(x, rows[..., None]))
-        selector = kwargs.get("offs", (*given, None, None)[2])
-        x, found = self._treated(x, weight, selector)
-        if x_at < len(given):
-            given[x_at] = x
+            rows, keys = self._treated(weight.squeeze(-1), stack, ids)
+            return self._seen(keys, func(x, rows[..., None]))
+        selector = kwargs.get("offs", (*operands, None, None)[2])
+        x, keys = self._treated(x, weight, selector)
+        if x_at < len(operands):
+            operands[x_at] = x
         else:
             kwargs[x_name] = x
-        return self._seen(found, func(*given, **kwargs))
+        return self._seen(keys, func(*operands, **kwargs))
 
     def _treated(self, x: Tensor, weight: Tensor, selector: Any) -> tuple[Tensor, list[Hashable]]:
-        found: list[Hashable] = []
+        keys: list[Hashable] = []
         for owner, number in self.uses.of(weight):
             x = self.treat(owner, number, x, selector)
-            found.append((owner.key, number))
-        return x, found
+            keys.append((owner.key, number))
+        return x, keys
 
-    def _seen(self, found: Sequence[Hashable], out: Tensor) -> Tensor:
+    def _seen(self, keys: Sequence[Hashable], out: Tensor) -> Tensor:
         if self.observer is not None:
-            for key in found:
+            for key in keys:
                 self.observer(key, out)
         return out
 
 
 def _norms(owner: Owner, parameters: Mapping[int, Tensor]) -> Tensor:
-    """``‖W[:, c]‖`` over all that contracts, float64 ``[K]``; ``[E, K]`` of experts."""
+    """``‖W[:, c]‖`` over all consumers, float64 ``[K]``; ``[E, K]`` of experts."""
     squares = [
-        replayed(linear.weight, parameters[held].detach()).double().square().sum(linear.out_dim)
-        for (held, *_), linear in zip(owner.key[0], linears_of(owner), strict=True)
+        replayed(linear.weight, parameters[key].detach()).double().square().sum(linear.out_dim)
+        for (key, *_), linear in zip(owner.key[0], linears_of(owner), strict=True)
     ]
     return torch.stack(squares).sum(0).sqrt()

@@ -1,4 +1,4 @@
-"""Generations interleaved on one compiled model, each compared with an oracle of its own."""
+"""Generations interleaved on one compiled model, each compared with its oracle."""
 
 from __future__ import annotations
 
@@ -61,84 +61,84 @@ class _Sessions(RuleBasedStateMachine):
 
     @rule(target=generations, batch=st.integers(1, 3), length=st.integers(2, 6), seed=_SEEDS)
     def start(self, batch: int, length: int, seed: int) -> Generation:
-        """A prompt in a cache of its own."""
+        """A prompt in a new cache."""
         units = MaskedAnywhere(self.model, self.plan, self.config)
         begun = Generation(DynamicCache(), DynamicCache(), units, batch)
         self.call(begun, length, seed)
         return begun
 
-    @rule(held=generations, seed=_SEEDS)
-    def decode(self, held: Generation, seed: int) -> None:
+    @rule(generation=generations, seed=_SEEDS)
+    def decode(self, generation: Generation, seed: int) -> None:
         """One token more."""
-        self.call(held, 1, seed)
+        self.call(generation, 1, seed)
 
-    @rule(held=generations, length=st.integers(2, 4), seed=_SEEDS)
-    def turn(self, held: Generation, length: int, seed: int) -> None:
+    @rule(generation=generations, length=st.integers(2, 4), seed=_SEEDS)
+    def turn(self, generation: Generation, length: int, seed: int) -> None:
         """Several tokens more, as of a next turn."""
-        self.call(held, length, seed)
+        self.call(generation, length, seed)
 
-    @rule(target=generations, held=generations)
-    def fork(self, held: Generation) -> Generation:
+    @rule(target=generations, generation=generations)
+    def fork(self, generation: Generation) -> Generation:
         """A copy of the cache, which goes its own way."""
         return Generation(
-            copy.deepcopy(held.cache),
-            copy.deepcopy(held.dense_cache),
-            held.units.forked(),
-            held.batch,
+            copy.deepcopy(generation.cache),
+            copy.deepcopy(generation.dense_cache),
+            generation.units.forked(),
+            generation.batch,
         )
 
-    @rule(target=generations, held=consumes(generations), times=st.integers(1, 3))
-    def repeat(self, held: Generation, times: int) -> Generation:
+    @rule(target=generations, generation=consumes(generations), times=st.integers(1, 3))
+    def repeat(self, generation: Generation, times: int) -> Generation:
         """A prefix that several tails share."""
-        if self.movable(held) and held.batch * times <= MOST:
-            for cache in (held.cache, held.dense_cache):
+        if self.movable(generation) and generation.batch * times <= MOST:
+            for cache in (generation.cache, generation.dense_cache):
                 cache.batch_repeat_interleave(times)
-            held.units.repeat(times)
-            held.batch *= times
-        return held
+            generation.units.repeat(times)
+            generation.batch *= times
+        return generation
 
-    @rule(held=generations, seed=_SEEDS)
-    def reorder(self, held: Generation, seed: int) -> None:
+    @rule(generation=generations, seed=_SEEDS)
+    def reorder(self, generation: Generation, seed: int) -> None:
         """The rows of the cache in another order, as beams do."""
-        if not self.movable(held):
+        if not self.movable(generation):
             return
-        order = torch.randperm(held.batch, generator=torch.Generator().manual_seed(seed))
-        for cache in (held.cache, held.dense_cache):
+        order = torch.randperm(generation.batch, generator=torch.Generator().manual_seed(seed))
+        for cache in (generation.cache, generation.dense_cache):
             cache.reorder_cache(order)
 
-    @rule(held=generations, left=st.integers(1, LONGEST))
-    def crop(self, held: Generation, left: int) -> None:
+    @rule(generation=generations, left=st.integers(1, LONGEST))
+    def crop(self, generation: Generation, left: int) -> None:
         """The cache cut to its first ``left`` tokens."""
-        if left < held.length and self.movable(held):
-            for cache in (held.cache, held.dense_cache):
-                cache.crop(left - held.length)
+        if left < generation.length and self.movable(generation):
+            for cache in (generation.cache, generation.dense_cache):
+                cache.crop(left - generation.length)
 
-    @rule(held=consumes(generations))
-    def drop(self, held: Generation) -> None:
-        """The cache let go of."""
-        del held
+    @rule(generation=consumes(generations))
+    def drop(self, generation: Generation) -> None:
+        """The cache is freed."""
+        del generation
 
-    def movable(self, held: Generation) -> bool:
-        """Whether rows may move: whose row is whose can be told."""
-        return self.config.scope == "batch" or held.batch == 1
+    def movable(self, generation: Generation) -> bool:
+        """Whether rows may move: it is known which sequence each belongs to."""
+        return self.config.scope == "batch" or generation.batch == 1
 
-    def call(self, held: Generation, length: int, seed: int) -> None:
+    def call(self, generation: Generation, length: int, seed: int) -> None:
         """The next tokens, random, by both models; their outputs compared."""
-        if held.length + length > LONGEST:
+        if generation.length + length > LONGEST:
             return
-        made = torch.Generator().manual_seed(seed)
-        ids = torch.randint(1, self.vocabulary, (held.batch, length), generator=made)
-        got = self.run(self.compiled, held.cache, ids)
-        session = sessions.of_cache(held.cache) or sessions.Session()
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, self.vocabulary, (generation.batch, length), generator=generator)
+        got = self.run(self.compiled, generation.cache, ids)
+        session = sessions.of_cache(generation.cache) or sessions.Session()
         limits, config = session.inputs.thresholds, self.config
         # A prompt came before, so what is decoded is pruned.
         assert length > 1 or limits or not (config.prunes_inputs("mlp") and config.sparsity > 0)
         inputs = MaskedInputs(self.model, self.plan, limits, session.inputs.centers, config)
         inputs.decoding = length == 1
-        held.units.begin(length > 1, batch=held.batch)
-        with held.units, inputs:
-            expected = self.run(self.model, held.dense_cache, ids)
-        near = held.units.margin < ROUNDING
+        generation.units.begin(length > 1, batch=generation.batch)
+        with generation.units, inputs:
+            expected = self.run(self.model, generation.dense_cache, ids)
+        near = generation.units.margin < ROUNDING
         assert near or relative(got, expected) <= self.tolerance
 
     @torch.no_grad()
@@ -159,8 +159,8 @@ def session_machine(
         model: causal, with ``forward(input_ids, <cache>, use_cache)``, in float64 for clear-cut
             choices. It is compiled once, and shares its weights with the compiled model.
         config: ``policy`` ``"pop"`` or ``"threshold"``. Under ``scope="sequence"`` only caches of
-            one sequence are repeated, reordered and cropped: whose row is whose can't be told of
-            others.
+            one sequence are repeated, reordered and cropped: rows of others can't be traced to
+            sequences.
         tolerance: relative to an output's largest value.
     """
     dtype = next(model.parameters()).dtype

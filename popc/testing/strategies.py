@@ -59,7 +59,7 @@ def attentions() -> st.SearchStrategy[Attention]:
 
 
 def moes() -> st.SearchStrategy[MoE]:
-    """2 to 4 experts in stacked weights, of which each token meets 1 or 2."""
+    """2 to 4 experts in stacked weights, of which each token uses 1 or 2."""
     return st.builds(
         MoE,
         experts=st.integers(2, 4),
@@ -121,7 +121,7 @@ def prompts(sequences: int = 3, longest: int = 7) -> st.SearchStrategy[Prompt]:
 def configs(
     policies: tuple[str, ...] = ("pop", "threshold"), **fixed: Any
 ) -> st.SearchStrategy[Config]:
-    """Of every sparsity, candidate width, scope and guards; ``fixed`` fields are as given."""
+    """Of every sparsity, candidate width, scope and guards; ``fixed`` fields are constant."""
     drawn: dict[str, st.SearchStrategy[Any]] = {
         "sparsity": st.floats(0, 0.9),
         "candidate": st.floats(0, 1),
@@ -129,5 +129,5 @@ def configs(
         "scope": st.sampled_from(["batch", "sequence"]),
         "guards": st.sampled_from(["token", "prompt"]),
     }
-    given = {name: st.just(value) for name, value in fixed.items()}
-    return st.builds(Config, **{**drawn, **given})
+    constant = {name: st.just(value) for name, value in fixed.items()}
+    return st.builds(Config, **{**drawn, **constant})

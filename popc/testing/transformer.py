@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Layer:
-    """Attention and a block, with norms before them, behind them, or both beside each other."""
+    """Attention and a block, with norms before or after them, or both in parallel."""
 
     attention: Attention = field(default_factory=Attention)
     block: Block | None = None
@@ -30,7 +30,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Transformer:
-    """``make()`` gives the module, the same one each time, in eval mode.
+    """``make()`` gives the module, with the same weights each time, in eval mode.
 
     Its ``forward(input_ids, attention_mask, cache, use_cache)`` is as transformers has it. The
     default dtype leaves no doubt which of two scores is larger.
@@ -65,9 +65,9 @@ class Transformer:
         """How many units an expert would count, for each region by kind."""
         counted: dict[str, list[int]] = {kind: [] for kind in KINDS}
         for layer in self.layers:
-            found = [layer.attention.units(), {} if layer.block is None else layer.block.units()]
+            parts = [layer.attention.units(), {} if layer.block is None else layer.block.units()]
             for kind in counted:
-                counted[kind] += [units for held in found for units in held.get(kind, [])]
+                counted[kind] += [units for by_kind in parts for units in by_kind.get(kind, [])]
         counted["mlp"] += ranks(self.low, ["head"])
         return counted
 
@@ -80,13 +80,13 @@ class Output(NamedTuple):
 
 
 class _Transformer(nn.Module):
-    def __init__(self, given: Transformer) -> None:
+    def __init__(self, spec: Transformer) -> None:
         super().__init__()
-        self.popc_spec = given
-        self.embedding = nn.Embedding(given.vocabulary, given.width)
-        self.layers = nn.ModuleList(_Layer(layer, given.width) for layer in given.layers)
-        self.head = linear("head", given.low, given.width, given.vocabulary)
-        if given.tied and isinstance(self.head, Linear):
+        self.popc_spec = spec
+        self.embedding = nn.Embedding(spec.vocabulary, spec.width)
+        self.layers = nn.ModuleList(_Layer(layer, spec.width) for layer in spec.layers)
+        self.head = linear("head", spec.low, spec.width, spec.vocabulary)
+        if spec.tied and isinstance(self.head, Linear):
             self.embedding.weight = self.head.weight
 
     def run(self, input_ids: Tensor, cache: Any, mask: Tensor) -> Tensor:
@@ -118,18 +118,18 @@ class _WithObject(_Transformer):
 
 
 class _WithBuffers(_Transformer):
-    def __init__(self, given: Transformer) -> None:
-        super().__init__(given)
+    def __init__(self, spec: Transformer) -> None:
+        super().__init__(spec)
         self.setup(1)
 
     def setup(self, batch: int) -> None:
         """Empty the cache; new buffers only for another batch size, as static ones stay."""
-        given, held = self.popc_spec, getattr(self, "kept", None)
-        if held is not None and held.k0.shape[0] == batch:
-            held.reset()
+        spec, buffers = self.popc_spec, getattr(self, "kept", None)
+        if buffers is not None and buffers.k0.shape[0] == batch:
+            buffers.reset()
             return
-        sizes = [(layer.attention.kv_heads, layer.attention.size) for layer in given.layers]
-        self.kept = Buffers(sizes, batch, given.longest).to(self.embedding.weight.dtype)
+        sizes = [(layer.attention.kv_heads, layer.attention.size) for layer in spec.layers]
+        self.kept = Buffers(sizes, batch, spec.longest).to(self.embedding.weight.dtype)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Output:
         keys = torch.arange(self.popc_spec.longest, device=positions.device)
@@ -152,15 +152,15 @@ _MODELS: dict[str, type[_Transformer]] = {
 
 
 class _Layer(nn.Module):
-    def __init__(self, given: Layer, width: int) -> None:
+    def __init__(self, spec: Layer, width: int) -> None:
         super().__init__()
-        self.given = given
-        self.attention = given.attention.make(width)
-        self.block = None if given.block is None else given.block.make(width)
+        self.spec = spec
+        self.attention = spec.attention.make(width)
+        self.block = None if spec.block is None else spec.block.make(width)
         self.scales = nn.ParameterList(1 + torch.randn(width) / 4 for _ in range(2))
 
     def forward(self, x: Tensor, cache: Any, number: int, mask: Tensor | None) -> Tensor:
-        residual, norm = self.given.residual, self.given.norm
+        residual, norm = self.spec.residual, self.spec.norm
         before = residual != "post"
         y = _normed(x, norm) * self.scales[0] if before else x
         attended = self.attention(y, cache, number, mask)
@@ -188,8 +188,8 @@ def _mask(ids: Tensor, past: Any, attention_mask: Tensor | None, total: Any = No
     keys = torch.arange(total, device=ids.device)
     mask = keys <= at[:, None]
     if attention_mask is not None:
-        held = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
-        mask = mask & held[:, None, None].bool()
+        valid = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
+        mask = mask & valid[:, None, None].bool()
     else:
         mask = mask[None, None]
     return mask
@@ -218,9 +218,9 @@ class Prompt:
         """int64 ``[B, T + more]``: 1 where a token is."""
         longest = max(self.lengths)
         at, sizes = torch.arange(longest), torch.tensor(self.lengths)[:, None]
-        held = at >= longest - sizes if self.side == "left" else at < sizes
+        valid = at >= longest - sizes if self.side == "left" else at < sizes
         ones = torch.ones(len(self.lengths), more, dtype=torch.int64)
-        return torch.cat((held.long(), ones), 1)
+        return torch.cat((valid.long(), ones), 1)
 
     @property
     def padded(self) -> bool:

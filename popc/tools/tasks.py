@@ -162,7 +162,7 @@ def perform(
     """Let both models answer ``count`` examples.
 
     Args:
-        model: the dense causal language model. compiled: its twin of :func:`popc.compile`.
+        model: the dense causal language model. compiled: the same model from :func:`popc.compile`.
         texts: what prompts are made of, at least ``count``.
         progress: called after each example.
 

@@ -168,13 +168,13 @@ def test_padding_decides_nothing_after_a_chain() -> None:
     """Also where rows are flat, and lead back to the tokens through linears that were rewritten."""
     outputs = []
     for flat, large in ((False, 1), (False, 50), (True, 50)):
-        model, given = encoded(flat)
-        given["attention_mask"][1, 5:] = 0
-        given["x"][1, 5:] *= large
+        model, inputs = encoded(flat)
+        inputs["attention_mask"][1, 5:] = 0
+        inputs["x"][1, 5:] *= large
         torch.compiler.reset()
         with torch.no_grad():
-            y = popc.compile(model, sparsity=0.5, codegen="eager")(**given)
-        outputs.append(y.masked_fill(given["attention_mask"][..., None] == 0, 0))
+            y = popc.compile(model, sparsity=0.5, codegen="eager")(**inputs)
+        outputs.append(y.masked_fill(inputs["attention_mask"][..., None] == 0, 0))
     assert relative(outputs[1], outputs[0]) < 1e-6
     assert relative(outputs[2], outputs[0]) < 1e-6
 
@@ -185,8 +185,8 @@ class Stacks(nn.Module):
     def __init__(self, form: str, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.router, self.form = nn.Linear(sizes[0], 4), form
-        held = [torch.randn(4, k, n) / k**0.5 for k, n in pairwise(sizes)]
-        self.weights = nn.ParameterList(w.mT if form == "index" else w for w in held)
+        weights = [torch.randn(4, k, n) / k**0.5 for k, n in pairwise(sizes)]
+        self.weights = nn.ParameterList(w.mT if form == "index" else w for w in weights)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -227,8 +227,8 @@ class Fixed:
         for linear in consumers:
             linear.register_forward_pre_hook(self._hook)
 
-    def _hook(self, linear: nn.Linear, given: tuple[Tensor]) -> tuple[Tensor] | None:
-        (h,) = given
+    def _hook(self, linear: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        (h,) = args
         if self.measuring:
             self.seen.setdefault(linear, []).append(h.flatten(0, 1).double())
         if h.shape[1] > 1:
@@ -268,10 +268,10 @@ def test_a_fixed_mask_of_a_chain_is_the_masked_model(policy: str) -> None:
         oracle.measuring = False
     expected = decoded(by_hand, ids, lambda: setattr(oracle, "measuring", False))
     options = {"policy": policy, "sparsity": 0.5, "targets": ("mlp",), "codegen": "eager"}
-    twin = popc.compile(model, **options, **calibrated)
-    assert relative(decoded(twin, ids), expected) < 1e-4
+    compiled = popc.compile(model, **options, **calibrated)
+    assert relative(decoded(compiled, ids), expected) < 1e-4
     assert relative(expected, decoded(chained("three", ("down_proj",)), ids)) > 1e-2
-    units = sorted(r.units for r in twin.popc_plan.regions if r.kind == "mlp")
+    units = sorted(r.units for r in compiled.popc_plan.regions if r.kind == "mlp")
     assert units == [RANK] * 2 + [40] * 2 + [160] * 2
 
 
@@ -293,13 +293,13 @@ def test_staged_runs_beside_chains(names: tuple[str, ...]) -> None:
     for layer in by_hand.model.layers:
         layer.mlp.forward = partial(masked, layer.mlp, prompt=[])
     ids = prompt(1, 14)
-    twin = popc.compile(model, policy="staged", sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy="staged", sparsity=0.5, codegen="eager")
     expected = decoded(by_hand, ids)
-    assert relative(decoded(twin, ids), expected) < 1e-4
+    assert relative(decoded(compiled, ids), expected) < 1e-4
     assert relative(expected, decoded(chained("factors", names), ids)) > 1e-2
 
 
-def test_all_that_a_linear_contracts_is_compensated() -> None:
+def test_all_that_a_linear_reads_is_compensated() -> None:
     """Both regions behind one linear give their mean."""
     torch.manual_seed(0)
     model, x = Parallel().eval(), torch.randn(1, 9, 16)
@@ -308,8 +308,8 @@ def test_all_that_a_linear_contracts_is_compensated() -> None:
         model.a.weight[32:] = 0
         model.a.bias[:24] = 3
     options = {"policy": "flap", "sparsity": 0.5, "codegen": "eager"}
-    twin = popc.compile(copy.deepcopy(model), **options, calibration=[torch.randn(2, 32, 16)])
+    compiled = popc.compile(copy.deepcopy(model), **options, calibration=[torch.randn(2, 32, 16)])
     with torch.no_grad():
-        twin(x[:, :8])
-        assert relative(twin(x[:, 8:]), model(x[:, 8:])) < 1e-5
-    assert len(twin.popc_plan.regions) == 2
+        compiled(x[:, :8])
+        assert relative(compiled(x[:, 8:]), model(x[:, 8:])) < 1e-5
+    assert len(compiled.popc_plan.regions) == 2

@@ -22,7 +22,7 @@ def test_padding_counts_in_no_score(name: str) -> None:
     """Each padded sentence is what it is alone."""
     torch._dynamo.reset()
     model = zoo(name).make()
-    given = {
+    options = {
         "policy": "pop",
         "sparsity": 0.5,
         "targets": ALL,
@@ -34,11 +34,11 @@ def test_padding_counts_in_no_score(name: str) -> None:
     for b, row in enumerate(rows):
         ids[b, : row.shape[1]], mask[b, : row.shape[1]] = row, 1
     with torch.no_grad():
-        twin = popc.compile(model, **given)
-        both = twin(input_ids=ids, attention_mask=mask)[0]
-        assert all(region.one_pass for region in twin.popc_plan.regions)
+        compiled = popc.compile(model, **options)
+        both = compiled(input_ids=ids, attention_mask=mask)[0]
+        assert all(region.one_pass for region in compiled.popc_plan.regions)
         for b, row in enumerate(rows):
-            alone = popc.compile(model, **given)(input_ids=row)[0]
+            alone = popc.compile(model, **options)(input_ids=row)[0]
             assert relative(both[b, : row.shape[1]], alone[0]) < 1e-4
             assert relative(alone, model(input_ids=row)[0]) > 1e-2
 
@@ -56,9 +56,9 @@ def test_encoder_decoder_generates(name: str) -> None:
     dense = torch.stack(model.generate(**how).logits)
     exact = popc.compile(model, sparsity=0, targets=ALL, codegen="eager").generate(**how)
     assert relative(torch.stack(exact.logits), dense) < 1e-4
-    twin = popc.compile(model, policy="pop", sparsity=0.5, targets=ALL, codegen="eager")
-    pruned = torch.stack(twin.generate(**how).logits)
+    compiled = popc.compile(model, policy="pop", sparsity=0.5, targets=ALL, codegen="eager")
+    pruned = torch.stack(compiled.generate(**how).logits)
     assert pruned.shape == dense.shape
     assert relative(pruned, dense) > 1e-2
-    decoder = [region for region in twin.popc_plan.regions if not region.one_pass]
+    decoder = [region for region in compiled.popc_plan.regions if not region.one_pass]
     assert {region.kind for region in decoder} == {"mlp", "attention"}

@@ -30,23 +30,23 @@ def test_attention(name: str, batch: int) -> None:
     make, units, reason = ATTENTIONS[name]
     module, x = make().eval(), torch.randn(batch, 6, D)
     plan = popc.analyze(module, (x,))
-    found = [region.units for region in plan.regions if region.kind == "attention"]
-    assert found == ([units] if units else []), plan
+    counts = [region.units for region in plan.regions if region.kind == "attention"]
+    assert counts == ([units] if units else []), plan
     if not units:
         assert any(reason in skip.reason for skip in plan.skipped), plan.skipped
     if not units or name == "torch's":  # the oracle can't look into torch's
         return
     # No token is masked from another: an encoder, pruned within its one pass.
-    twin = popc.compile(module, CONFIG)
+    compiled = popc.compile(module, CONFIG)
     with torch.no_grad():
-        y, dense = twin(x), module(x)
-        oracle = MaskedAnywhere(module, twin.popc_plan, CONFIG)
+        y, dense = compiled(x), module(x)
+        oracle = MaskedAnywhere(module, compiled.popc_plan, CONFIG)
         with oracle:
             oracle.begin(True)
             expected = module(x)
     # Not where keys are of another sequence: it can't be told there.
     one_pass = name != "crossed"
-    assert twin.popc_plan.regions[0].one_pass == one_pass
+    assert compiled.popc_plan.regions[0].one_pass == one_pass
     assert (relative(expected, dense) > 1e-2) == one_pass
     assert relative(y, expected) < 1e-4
 
@@ -107,19 +107,19 @@ class Flex(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("given", [False, True])
-def test_flex_attention_is_found_where_it_traces(given: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_flex_attention_is_found_where_it_traces(masked: bool) -> None:
     torch._dynamo.reset()
     module, x = Flex().eval(), torch.randn(1, 6, D)
 
     def causal(b, h, q, k):
         return q >= k
 
-    masks = (create_block_mask(causal, None, None, 6, 6, device="cpu"),) if given else ()
-    twin = popc.compile(module, policy="pop", sparsity=0.5, targets=("attention",))
+    masks = (create_block_mask(causal, None, None, 6, 6, device="cpu"),) if masked else ()
+    compiled = popc.compile(module, policy="pop", sparsity=0.5, targets=("attention",))
     with torch.no_grad():
-        assert relative(twin(x, *masks), module(x, *masks)) < 1e-5
-    if given:
-        assert [(r.kind, r.units) for r in twin.popc_plan.regions] == [("attention", 4)]
+        assert relative(compiled(x, *masks), module(x, *masks)) < 1e-5
+    if masked:
+        assert [(r.kind, r.units) for r in compiled.popc_plan.regions] == [("attention", 4)]
     else:
-        assert any("vmap" in skip.reason for skip in twin.popc_plan.skipped)
+        assert any("vmap" in skip.reason for skip in compiled.popc_plan.skipped)

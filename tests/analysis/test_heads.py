@@ -39,8 +39,8 @@ def turns(call, pieces, begin=lambda measuring: None, cache=None):
     return torch.stack(out)
 
 
-def oracle_turns(model, plan: popc.Plan, given: popc.Config, pieces):
-    oracle = MaskedAnywhere(model, plan, given)
+def oracle_turns(model, plan: popc.Plan, options: popc.Config, pieces):
+    oracle = MaskedAnywhere(model, plan, options)
     with oracle:
         return turns(model, pieces, oracle.begin)
 
@@ -49,14 +49,14 @@ def oracle_turns(model, plan: popc.Plan, given: popc.Config, pieces):
 @pytest.mark.parametrize(("batch", "codegen"), [(1, "eager"), (3, "eager"), (1, "inductor")])
 def test_is_the_oracle(batch: int, codegen: str, static: bool) -> None:
     torch._dynamo.reset()
-    model, ids, given = heads_llama(), tokens(batch), config(codegen=codegen)
+    model, ids, options = heads_llama(), tokens(batch), config(codegen=codegen)
     pieces = ids.split([10, 1, 1, 1, 1, 1, 1], 1)
-    twin = popc.compile(model, given)
+    compiled = popc.compile(model, options)
     cache = StaticCache(config=model.config, max_cache_len=20) if static else None
-    logits = turns(twin, pieces, cache=cache)
-    assert [r.units for r in twin.popc_plan.regions] == [4, 160, 4, 160]
-    assert all(r.cached for r in twin.popc_plan.regions if r.kind == "attention")
-    expected = oracle_turns(model, twin.popc_plan, given, pieces)
+    logits = turns(compiled, pieces, cache=cache)
+    assert [r.units for r in compiled.popc_plan.regions] == [4, 160, 4, 160]
+    assert all(r.cached for r in compiled.popc_plan.regions if r.kind == "attention")
+    expected = oracle_turns(model, compiled.popc_plan, options, pieces)
     assert relative(logits, expected) < 1e-4
     assert relative(turns(model, pieces), expected) > 0.05
 
@@ -64,13 +64,13 @@ def test_is_the_oracle(batch: int, codegen: str, static: bool) -> None:
 def test_a_head_left_out_once_stays_out() -> None:
     """A second prompt finds holes in the cache where a decode step left heads out."""
     torch._dynamo.reset()
-    model, ids, given = heads_llama(), tokens(1, 24), config(codegen="eager")
+    model, ids, options = heads_llama(), tokens(1, 24), config(codegen="eager")
     pieces = ids.split([8, 1, 1, 6, 1, 1, 4, 1, 1], 1)
-    twin = popc.compile(model, given)
-    logits = turns(twin, pieces)
-    expected = oracle_turns(model, twin.popc_plan, given, pieces)
+    compiled = popc.compile(model, options)
+    logits = turns(compiled, pieces)
+    expected = oracle_turns(model, compiled.popc_plan, options, pieces)
     assert relative(logits, expected) < 1e-4
-    forgetful = MaskedAnywhere(model, twin.popc_plan, given)
+    forgetful = MaskedAnywhere(model, compiled.popc_plan, options)
     forgetful.remembers = False
     with forgetful:
         assert relative(turns(model, pieces, forgetful.begin), expected) > 1e-3
@@ -78,10 +78,10 @@ def test_a_head_left_out_once_stays_out() -> None:
 
 def test_sequences_have_heads_of_their_own() -> None:
     torch._dynamo.reset()
-    model, ids, given = heads_llama(), tokens(2), config(codegen="eager", scope="sequence")
-    twin = popc.compile(model, given)
-    both = run(twin, ids, 10)
-    alone = [run(twin, ids[b : b + 1], 10) for b in range(2)]
+    model, ids, options = heads_llama(), tokens(2), config(codegen="eager", scope="sequence")
+    compiled = popc.compile(model, options)
+    both = run(compiled, ids, 10)
+    alone = [run(compiled, ids[b : b + 1], 10) for b in range(2)]
     assert relative(both, torch.cat(alone, 1)) < 1e-4
     shared = run(popc.compile(model, config(codegen="eager")), ids, 10)
     assert relative(shared, both) > 1e-3
@@ -92,10 +92,10 @@ def test_sparsity_of_the_whole_model() -> None:
     model, ids = tiny_llama(), tokens()
     total = sum(p.numel() for p in model.parameters())
     mlp = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-    given = popc.Config(policy="pop", model_sparsity=0.2, candidate=0.0, codegen="eager")
+    options = popc.Config(policy="pop", model_sparsity=0.2, candidate=0.0, codegen="eager")
     r = 0.2 * total / mlp
-    twin = popc.compile(model, given)
-    logits = run(twin, ids, 10)
+    compiled = popc.compile(model, options)
+    logits = run(compiled, ids, 10)
     same = popc.compile(model, policy="pop", sparsity=r, candidate=0.0, codegen="eager")
     assert torch.equal(logits, run(same, ids, 10))
     units = sum(round(r * 160) * 3 * 64 for _ in range(2))
@@ -105,20 +105,20 @@ def test_sparsity_of_the_whole_model() -> None:
 @pytest.mark.parametrize("call", ["compile", "explain"])
 def test_a_target_that_cannot_be_met_is_an_error(call: str) -> None:
     torch._dynamo.reset()
-    given = popc.Config(policy="pop", model_sparsity=0.9, codegen="eager")
+    options = popc.Config(policy="pop", model_sparsity=0.9, codegen="eager")
     with pytest.raises(popc.ConfigError, match=r"hold 6.*% of the parameters"), torch.no_grad():
         if call == "compile":
-            popc.compile(tiny_llama(), given)(tokens())
+            popc.compile(tiny_llama(), options)(tokens())
         else:
-            popc.explain(tiny_llama(), config=given, input_ids=tokens())
+            popc.explain(tiny_llama(), config=options, input_ids=tokens())
 
 
 def test_sequences_of_a_reordered_cache_run_dense(caplog) -> None:
     """Each sequence has its own partition; whose is whose can't be told after a reordering."""
     torch._dynamo.reset()
     model, ids = heads_llama(), tokens(3)
-    given = config(codegen="eager", scope="sequence", targets=("mlp",))
-    twin, order = popc.compile(model, given), torch.tensor([2, 0, 1])
+    options = config(codegen="eager", scope="sequence", targets=("mlp",))
+    compiled, order = popc.compile(model, options), torch.tensor([2, 0, 1])
 
     def decode(call, reorder: bool, beams: bool = False) -> torch.Tensor:
         cache = DynamicCache()
@@ -130,13 +130,13 @@ def test_sequences_of_a_reordered_cache_run_dense(caplog) -> None:
                 cache.reorder_cache(order)
             return call(rows[:, 11:12], **{CACHE: cache}, use_cache=True).logits
 
-    assert relative(decode(twin, False), decode(model, False)) > 0.05
+    assert relative(decode(compiled, False), decode(model, False)) > 0.05
     assert "reordered" not in caplog.text
-    mixed, dense = decode(twin, True), decode(model, True)
+    mixed, dense = decode(compiled, True), decode(model, True)
     assert "reordered" in caplog.text
-    assert relative(mixed, dense) < 0.5 * relative(decode(twin, False), decode(model, False))
+    assert relative(mixed, dense) < 0.5 * relative(decode(compiled, False), decode(model, False))
     # Beams of one prompt are alike: any order of them is right.
     caplog.clear()
-    beams = decode(twin, True, beams=True)
+    beams = decode(compiled, True, beams=True)
     assert "reordered" not in caplog.text
-    assert relative(beams, decode(twin, False, beams=True)) < 1e-5
+    assert relative(beams, decode(compiled, False, beams=True)) < 1e-5

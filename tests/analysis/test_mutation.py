@@ -20,27 +20,27 @@ class State(nn.Module):
         self.late = late
 
     def forward(self, x: Tensor) -> Tensor:
-        held = x.new_zeros(3, 2, 4)
+        state = x.new_zeros(3, 2, 4)
         gate = self.two(x)
         if self.late:
-            y = self.out(self.one(x) + held[:, 1])
-            held[:, 1] = gate
-            return y + held.sum()
-        held[:, 1] = gate
-        return self.out(self.one(x) + held.sum(1))
+            y = self.out(self.one(x) + state[:, 1])
+            state[:, 1] = gate
+            return y + state.sum()
+        state[:, 1] = gate
+        return self.out(self.one(x) + state.sum(1))
 
 
 def captured_state(late: bool) -> Captured:
-    found: list[Captured] = []
+    graphs: list[Captured] = []
 
     def backend(gm: fx.GraphModule, inputs: list[object]) -> fx.GraphModule:
-        found.append(capture_dynamo(gm, inputs))
+        graphs.append(capture_dynamo(gm, inputs))
         return gm
 
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(State(late).eval(), backend=backend)(torch.randn(3, 8))
-    return found[0]
+    return graphs[0]
 
 
 def linears(graph: fx.Graph) -> list[fx.Node]:
@@ -50,15 +50,15 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
 def test_a_slice_that_is_written_leads_to_its_reader() -> None:
     captured = captured_state(late=False)
     two, one, out = linears(captured.gm.graph)
-    found = depends_on(captured.gm.graph, [out])
-    assert two in found and one in found and out not in found
+    dependencies = depends_on(captured.gm.graph, [out])
+    assert two in dependencies and one in dependencies and out not in dependencies
 
 
 def test_a_write_after_the_read_does_not() -> None:
     captured = captured_state(late=True)
     two, one, out = linears(captured.gm.graph)
-    found = depends_on(captured.gm.graph, [out])
-    assert two not in found and one in found
+    dependencies = depends_on(captured.gm.graph, [out])
+    assert two not in dependencies and one in dependencies
 
 
 def test_linears_of_one_input_are_one_group() -> None:

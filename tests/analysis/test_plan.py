@@ -74,20 +74,20 @@ def reached(start: object) -> list[object]:
 
 
 def check_data(plan: popc.Plan) -> None:
-    found = reached(plan)
-    assert any(isinstance(value, str | int) for value in found)
-    assert not [value for value in found if isinstance(value, GRAPHS)]
+    values = reached(plan)
+    assert any(isinstance(value, str | int) for value in values)
+    assert not [value for value in values if isinstance(value, GRAPHS)]
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Of each graph that is captured: weak references to the module and to the graph."""
-    found: list[weakref.ref[Any]] = []
+    references: list[weakref.ref[Any]] = []
 
     def noting(capture: Callable[..., Captured]) -> Callable[..., Captured]:
         def noted(*args: Any) -> Captured:
             captured = capture(*args)
-            found.extend((weakref.ref(captured.gm), weakref.ref(captured.gm.graph)))
+            references.extend((weakref.ref(captured.gm), weakref.ref(captured.gm.graph)))
             return captured
 
         return noted
@@ -95,7 +95,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     for module in (api, backend):
         monkeypatch.setattr(module, "capture_dynamo", noting(module.capture_dynamo))
     monkeypatch.setattr(api, "capture_module", noting(api.capture_module))
-    return found
+    return references
 
 
 def test_a_walk_finds_what_a_plan_must_not_hold() -> None:
@@ -138,18 +138,18 @@ def test_the_plan_of_a_compiled_model_keeps_no_graph(
     policy: str, graphs: list[weakref.ref[Any]]
 ) -> None:
     torch._dynamo.reset()
-    twin: Any = popc.compile(tiny_llama(), policy=policy, codegen="eager")
-    twin.generate(IDS, max_new_tokens=3, do_sample=False)
-    plan = twin.popc_plan
+    compiled: Any = popc.compile(tiny_llama(), policy=policy, codegen="eager")
+    compiled.generate(IDS, max_new_tokens=3, do_sample=False)
+    plan = compiled.popc_plan
     assert plan.regions if policy != "threshold" else plan.inputs
     check_data(plan)
-    del twin
+    del compiled
     torch._dynamo.reset()
     gc.collect()
     assert graphs and not any(reference() is not None for reference in graphs)
 
 
-def test_what_on_plan_is_given_is_data() -> None:
+def test_what_on_plan_receives_is_data() -> None:
     torch._dynamo.reset()
     plans: list[popc.Plan] = []
     model, args = MODELS["attention"][0](), MODELS["attention"][1]
@@ -202,9 +202,9 @@ def test_as_a_dict_it_is_json() -> None:
     torch._dynamo.reset()
     plan = popc.analyze(tiny_llama(), (IDS,))
     plan.breaks.append("a call of print")
-    found = json.loads(json.dumps(plan.to_dict()))
-    assert list(found) == ["regions", "inputs", "skipped", "breaks"]
-    region, record = found["regions"][1], plan.regions[1]
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert list(data) == ["regions", "inputs", "skipped", "breaks"]
+    region, record = data["regions"][1], plan.regions[1]
     assert (region["kind"], region["units"], region["width"]) == ("mlp", 160, 160)
     assert (region["experts"], region["one_pass"], region["cached"]) == (0, False, False)
     assert region["weight_bytes"] == 4 * region["parameters"] == 3 * 160 * 64 * 4
@@ -217,15 +217,15 @@ def test_as_a_dict_it_is_json() -> None:
     ]
     assert {linear["op"] for linear in linears} == {"aten.linear.default"}
     assert linears[2]["name"] == "model.layers.0.mlp.down_proj"
-    assert [group["kind"] for group in found["inputs"]] == [group.kind for group in plan.inputs]
-    assert len(found["inputs"][0]["linears"]) == 3
-    assert [skip["reason"] for skip in found["skipped"]] == [skip.reason for skip in plan.skipped]
-    assert found["skipped"] and all(skip["weight_bytes"] > 0 for skip in found["skipped"])
-    assert found["breaks"] == ["a call of print"]
-    assert "key" not in json.dumps(found).replace("keys", "")
+    assert [group["kind"] for group in data["inputs"]] == [group.kind for group in plan.inputs]
+    assert len(data["inputs"][0]["linears"]) == 3
+    assert [skip["reason"] for skip in data["skipped"]] == [skip.reason for skip in plan.skipped]
+    assert data["skipped"] and all(skip["weight_bytes"] > 0 for skip in data["skipped"])
+    assert data["breaks"] == ["a call of print"]
+    assert "key" not in json.dumps(data).replace("keys", "")
 
 
-def test_tables_and_costs_stand_beside_it() -> None:
+def test_the_plan_imports_no_tables_and_no_costs() -> None:
     tree = ast.parse(Path(plan_module.__file__).read_text(encoding="utf-8"))
     imported = [
         alias.name if isinstance(node, ast.Import) else node.module or ""

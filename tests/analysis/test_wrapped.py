@@ -80,18 +80,18 @@ def test_all_weights(how: str, policy: str) -> None:
     model, ids = tiny_llama(), tokens()
     for linear in names(model).values():
         QUANTISE[how](linear)
-    held = {type(linear.weight).__name__ for linear in names(model).values()}
+    types = {type(linear.weight).__name__ for linear in names(model).values()}
     expected = run(copy.deepcopy(model), ids, 10)
-    twin = popc.compile(model, policy=policy, sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy=policy, sparsity=0.5, codegen="eager")
     with pytest.warns(UserWarning, match="nothing to prune"):
-        got = run(twin, ids, 10)
+        got = run(compiled, ids, 10)
     assert relative(got, expected) < 1e-5
-    for plan in (twin.popc_plan, popc.analyze(model, (ids,))):
+    for plan in (compiled.popc_plan, popc.analyze(model, (ids,))):
         assert not plan.regions and not plan.inputs
         assert sorted(refused(plan)) == sorted(names(model))
         (reason,) = {skip.reason for skip in plan.skipped if skip.kind == "subclass"}
-        assert reason == f"its weight is a {held.pop()}: popc reads plain tensors alone yet"
-        held = {reason.split()[4].strip(":")}
+        assert reason == f"its weight is a {types.pop()}: popc reads plain tensors alone yet"
+        types = {reason.split()[4].strip(":")}
     text = str(popc.explain(model, input_ids=ids))
     assert "15 refusals" in text and "plain weights" in text
 
@@ -117,9 +117,9 @@ def test_plain_weights_beside_them_are_pruned(policy: str, how: str, codegen: st
     """The last layer as a whole, and of the others one linear of a region."""
     model, ids = tiny_llama(num_hidden_layers=3), tokens()
     first, second, third = model.model.layers
-    given = [*names(third).values(), first.self_attn.o_proj, second.mlp.up_proj]
-    called = [name for name, linear in names(model).items() if linear in given]
-    for linear in given:
+    plain = [*names(third).values(), first.self_attn.o_proj, second.mlp.up_proj]
+    called = [name for name, linear in names(model).items() if linear in plain]
+    for linear in plain:
         QUANTISE[how](linear)
     hidden = copy.deepcopy(model)
     for name in called:
@@ -127,9 +127,9 @@ def test_plain_weights_beside_them_are_pruned(policy: str, how: str, codegen: st
     targets = {"targets": ("mlp", "attention")} if policy == "pop" else {}
     outputs = []
     for each in (model, hidden):
-        twin = popc.compile(each, policy=policy, sparsity=0.4, codegen=codegen, **targets)
-        outputs.append(run(twin, ids, 10))
-        plan = twin.popc_plan
+        compiled = popc.compile(each, policy=policy, sparsity=0.4, codegen=codegen, **targets)
+        outputs.append(run(compiled, ids, 10))
+        plan = compiled.popc_plan
         assert sorted(refused(plan)) == (sorted(called) if each is model else [])
         if policy == "pop":
             assert [region.kind for region in plan.regions] == ["mlp", "attention", "mlp"]
@@ -203,10 +203,10 @@ class Unpacking(nn.Module):
 
 def test_parameters_of_another_type() -> None:
     model, x = Unpacking().eval(), torch.randn(1, 5, 16)
-    twin = popc.compile(model, codegen="eager")
+    compiled = popc.compile(model, codegen="eager")
     with torch.no_grad(), pytest.warns(UserWarning, match="nothing to prune"):
-        assert torch.equal(twin(x), model(x))
-    (skip,) = twin.popc_plan.skipped
+        assert torch.equal(compiled(x), model(x))
+    (skip,) = compiled.popc_plan.skipped
     assert (skip.kind, "a Packed" in skip.reason) == ("subclass", True)
 
 
@@ -227,18 +227,18 @@ def test_a_model_spread_over_devices(tmp_path) -> None:
                 spread = distribute_tensor(value.detach(), mesh, [Replicate()])
                 setattr(module, name, nn.Parameter(spread, requires_grad=False))
         x = DTensor.from_local(torch.randn(1, 5, 16), mesh, [Replicate()])
-        twin = popc.compile(model, sparsity=0.5, codegen="eager")
+        compiled = popc.compile(model, sparsity=0.5, codegen="eager")
         with torch.no_grad(), pytest.warns(UserWarning, match="nothing to prune"):
-            assert torch.equal(twin(x).to_local(), model(x).to_local())
-        assert len(refused(twin.popc_plan)) == 3
-        assert "a DTensor" in twin.popc_plan.skipped[0].reason
+            assert torch.equal(compiled(x).to_local(), model(x).to_local())
+        assert len(refused(compiled.popc_plan)) == 3
+        assert "a DTensor" in compiled.popc_plan.skipped[0].reason
     finally:
         distributed.destroy_process_group()
 
 
 def test_nothing_is_said_of_plain_models() -> None:
-    twin = popc.compile(tiny_llama(), sparsity=0.4, codegen="eager")
+    compiled = popc.compile(tiny_llama(), sparsity=0.4, codegen="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        run(twin, tokens(), 10)
-    assert not refused(twin.popc_plan)
+        run(compiled, tokens(), 10)
+    assert not refused(compiled.popc_plan)

@@ -160,7 +160,7 @@ def test_one_ffn(tmp_path: Path) -> None:
     assert (tmp_path / "ffn.png").read_bytes().startswith(PNG)
 
 
-def test_contraction_reads_what_was_counted() -> None:
+def test_the_threshold_policy_reads_what_was_counted() -> None:
     """One token about as many as thresholds are set for, eight more."""
     small = {"dtype": "float32", "tokens": 2, "rounds": 1, "layers": 2, "codegen": "eager"}
     settings = Settings(**small, policies=("threshold",), sparsity=(0, 0.5), batch=(1, 8))

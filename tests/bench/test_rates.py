@@ -1,4 +1,4 @@
-"""Rates are of what they say: twins that share a prefill, steps that prune, popc's own time."""
+"""Rates are of what they say: a shared prefill, steps that prune, time in popc."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KV, HEAD, ROOM = 2, 16, 12  # of tiny_llama, and tokens that a cache has room fo
 
 
 @dataclass
-class Twin:
+class OneLayer:
     """A model of one layer, and popc's way to run it."""
 
     model: LlamaForCausalLM
@@ -33,42 +33,44 @@ class Twin:
 
 
 @pytest.fixture(scope="module")
-def twin() -> Twin:
+def one_layer() -> OneLayer:
     torch.compiler.reset()
     model = tiny_llama(num_hidden_layers=1)
-    return Twin(
+    return OneLayer(
         model, decode.pruned_way(model, popc.Config(policy="pop", sparsity=0.4, codegen="eager"))
     )
 
 
 @torch.no_grad()
-def test_twins_share_a_prefill(twin: Twin) -> None:
-    """A twin that decodes from another one's cache decodes what it would after its own prefill."""
-    most = popc.compile(twin.model, policy="pop", sparsity=0.7, codegen="eager").forward
-    dense, less = twin.model.forward, twin.way.forward
+def test_compiled_models_share_a_prefill(one_layer: OneLayer) -> None:
+    """After another compiled model's prefill, decoding gives what it gives after its own."""
+    most = popc.compile(one_layer.model, policy="pop", sparsity=0.7, codegen="eager").forward
+    dense, less = one_layer.model.forward, one_layer.way.forward
 
     def decoded(fill: object, forward: object) -> list[int]:
-        context = twin.context(fill)
+        context = one_layer.context(fill)
         first = context.decode(forward, ROOM)[1]
         assert torch.equal(context.decode(forward, ROOM)[1], first)  # from the same place again
         return first[0].tolist()
 
-    own = decoded(less, less)
-    assert decoded(most, less) == own
-    assert decoded(dense, dense) != own
-    assert decoded(most, most) != own
+    from_its_own = decoded(less, less)
+    assert decoded(most, less) == from_its_own
+    assert decoded(dense, dense) != from_its_own
+    assert decoded(most, most) != from_its_own
 
 
 @torch.no_grad()
-def test_a_step_without_partition_is_no_result(twin: Twin) -> None:
-    context = twin.context(twin.model.forward)  # popc never saw it
-    context.decode(twin.way.forward, 2)
+def test_a_step_without_partition_is_no_result(one_layer: OneLayer) -> None:
+    context = one_layer.context(one_layer.model.forward)  # popc never saw it
+    context.decode(one_layer.way.forward, 2)
     with pytest.raises(ModelError, match="was not pruned"):
-        decode.check_pruned(twin.way.plan, twin.way.config, sessions.of_cache(context.cache))
+        decode.check_pruned(
+            one_layer.way.plan, one_layer.way.config, sessions.of_cache(context.cache)
+        )
 
 
 @torch.no_grad()
-def test_host_time_is_popcs_own(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_time_is_popcs_own(one_layer: OneLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow work of popc counts, in the runner of a graph and around the call."""
     settings = Settings(tokens=3, rounds=3)
     steps = WARMING + settings.rounds * settings.tokens
@@ -83,14 +85,14 @@ def test_host_time_is_popcs_own(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> 
 
         return slower
 
-    context = twin.context(twin.way.forward)
-    usual = extras.host_seconds(twin.way, context, settings).low
-    assert 0 < usual < min(0.01, context.decode(twin.way.forward, 1)[0])
+    context = one_layer.context(one_layer.way.forward)
+    usual = extras.host_seconds(one_layer.way, context, settings).low
+    assert 0 < usual < min(0.01, context.decode(one_layer.way.forward, 1)[0])
     for owner, name in ((sessions.Session, "partition"), (sessions, "of_cache")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, slow(getattr(owner, name)))
             slept = 0
-            taken = extras.host_seconds(twin.way, context, settings).low
+            taken = extras.host_seconds(one_layer.way, context, settings).low
             assert slept >= steps
             assert 0 <= taken - 0.03 * slept / steps < 0.03
 
@@ -102,10 +104,10 @@ def test_a_long_context_is_filled() -> None:
         context = Context(model.config, prompt, 4, model.forward, length=40)
     assert int(context.cache.get_seq_length()) == 40
     for layer in context.cache.layers:
-        for held in (layer.keys, layer.values):
-            assert held.shape == (2, KV, 44, HEAD)
-            assert (held[:, :, 16:40] != 0).all()
-            assert (held[:, :, 40:] == 0).all()
+        for tensor in (layer.keys, layer.values):
+            assert tensor.shape == (2, KV, 44, HEAD)
+            assert (tensor[:, :, 16:40] != 0).all()
+            assert (tensor[:, :, 40:] == 0).all()
     assert context.bytes == 4 * 2 * 2 * 2 * KV * HEAD * 44
 
 
@@ -122,9 +124,9 @@ def test_decode_rates_gives_the_greedy_tokens() -> None:
 def test_rounds_go_both_ways() -> None:
     order: list[str] = []
     turns = {name: lambda name=name: float(len(order)) for name in "abc"}
-    given = interleaved(turns, 2, order.append)
+    results = interleaved(turns, 2, order.append)
     assert order == list("abccba")
-    assert given == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
+    assert results == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
     assert Spread.of([3, 1, 2]) == Spread(2, 1, 3, (3, 1, 2))
     assert Spread.of([4, 1]).rate(10) == Spread(4, 2.5, 10, (2.5, 10))
 

@@ -46,30 +46,30 @@ def compiled() -> SimpleNamespace:
     from torch._guards import TracingContext
 
     module = Block()
-    told = SimpleNamespace(module=module, guards=[])
+    record = SimpleNamespace(module=module, guards=[])
 
     def backend(gm: Any, inputs: Any) -> Callable[..., Any]:
         context, output = TracingContext.get(), InstructionTranslator.current_tx().output
-        told.gm, told.inputs, told.mode = gm, inputs, compat.dynamo_fake_mode()
-        told.weight = compat.fakify(told.mode, module.linear.weight)
-        told.x = compat.fakify(told.mode, x)
-        told.written = compat.written_places()
-        told.modified = output.side_effects._get_modified_vars()
-        told.strides = dict(output.input_source_to_sizes_strides)
-        told.contexts = {id(key): value for key, value in context.tensor_to_context.items()}
-        describer = told.mode.fake_tensor_converter.meta_converter.describer
-        told.memo = {id(value) for value in describer.lookup_tensor}
+        record.gm, record.inputs, record.mode = gm, inputs, compat.dynamo_fake_mode()
+        record.weight = compat.fakify(record.mode, module.linear.weight)
+        record.x = compat.fakify(record.mode, x)
+        record.written = compat.written_places()
+        record.modified = output.side_effects._get_modified_vars()
+        record.strides = dict(output.input_source_to_sizes_strides)
+        record.contexts = {id(key): value for key, value in context.tensor_to_context.items()}
+        describer = record.mode.fake_tensor_converter.meta_converter.describer
+        record.memo = {id(value) for value in describer.lookup_tensor}
         return gm.forward
 
     def keep(entries: Any) -> list[bool]:
-        told.guards += entries
+        record.guards += entries
         return [True] * len(entries)
 
     torch.compiler.reset()
     x = torch.ones(4, 2)
     assert compat.mark_dynamic(x, (4,))
     compat.compile_alone(module, backend, keep)(x)
-    return told
+    return record
 
 
 def inputs_tell_where_they_come_from() -> None:
@@ -92,9 +92,9 @@ def parameters_tell_where_they_come_from() -> None:
 
 
 def fake_mode_is_shared() -> None:
-    told = compiled()
-    assert told.x.fake_mode is told.mode and isinstance(told.x.shape[0], torch.SymInt)
-    source = told.contexts[id(told.module.linear.weight)].tensor_source
+    record = compiled()
+    assert record.x.fake_mode is record.mode and isinstance(record.x.shape[0], torch.SymInt)
+    source = record.contexts[id(record.module.linear.weight)].tensor_source
     assert "weight" in compat.guards._name(source)
 
 
@@ -110,11 +110,11 @@ def fake_mode_stands_alone() -> None:
     assert compat.is_trace_only(fake)
 
 
-def strides_are_held_in_two_places() -> None:
-    told = compiled()
-    weight = told.module.linear.weight
-    assert id(weight) in told.memo
-    assert told.strides[told.contexts[id(weight)].tensor_source]["stride"] == weight.stride()
+def strides_are_kept_in_two_places() -> None:
+    record = compiled()
+    weight = record.module.linear.weight
+    assert id(weight) in record.memo
+    assert record.strides[record.contexts[id(weight)].tensor_source]["stride"] == weight.stride()
 
 
 def frame_tells_what_it_writes_to() -> None:
@@ -213,15 +213,15 @@ def call_is_recorded_whole() -> None:
     assert [n.target for n in nodes] == ["softmax"] and compat.is_whole(nodes[0])
 
 
-def functorch_tensors_are_told() -> None:
-    told = []
+def functorch_tensors_are_recognised() -> None:
+    trace_only = []
 
     def inner(row: Tensor) -> Tensor:
-        told.append(compat.is_trace_only(row))
+        trace_only.append(compat.is_trace_only(row))
         return row
 
     torch.vmap(inner)(torch.ones(2, 2))
-    assert told == [True] and not compat.is_trace_only(torch.ones(2))
+    assert trace_only == [True] and not compat.is_trace_only(torch.ones(2))
 
 
 def ops_have_schemas() -> None:
@@ -271,18 +271,18 @@ def compiled_call_is_an_attribute() -> None:
 
 
 def writes_are_counted() -> None:
-    held = torch.ones(4)
-    before = compat.writes_to(held)
-    held[:2].mul_(2)  # through a view
-    assert before is not None and compat.writes_to(held) == before + 1
+    tensor = torch.ones(4)
+    before = compat.writes_to(tensor)
+    tensor[:2].mul_(2)  # through a view
+    assert before is not None and compat.writes_to(tensor) == before + 1
     with torch.inference_mode():
         assert compat.writes_to(torch.ones(2)) is None
 
 
 def storages_count_their_users() -> None:
-    held = torch.ones(4)
-    assert compat.storage_users(held) == 1
-    view = held[1:]
+    tensor = torch.ones(4)
+    assert compat.storage_users(tensor) == 1
+    view = tensor[1:]
     assert compat.storage_users(view) == 2
 
 

@@ -20,8 +20,8 @@ def prompt(seed: int = 3, length: int = 9, batch: int = 1) -> Tensor:
 
 
 def compiled_of(model: nn.Module, policy: str = "threshold", **options: object):
-    given = {"policy": policy, "sparsity": 0.5, "codegen": "eager", **options}
-    return popc.compile(model, **given)
+    arguments = {"policy": policy, "sparsity": 0.5, "codegen": "eager", **options}
+    return popc.compile(model, **arguments)
 
 
 @torch.no_grad()

@@ -37,10 +37,10 @@ class Channels:
 
     def labels(self, first: int) -> LabeledValue:
         tracked = [dim % len(self.shape) in self._dims() for dim in range(len(self.shape))]
-        sizes = [size for size, own in zip(self.shape, tracked, strict=True) if own]
+        sizes = [size for size, is_tracked in zip(self.shape, tracked, strict=True) if is_tracked]
         dims = tuple(
-            (DimFactor(size, True),) if own else free(size)
-            for size, own in zip(self.shape, tracked, strict=True)
+            (DimFactor(size, True),) if is_tracked else free(size)
+            for size, is_tracked in zip(self.shape, tracked, strict=True)
         )
         return LabeledValue(dims, first + np.arange(np.prod(sizes, dtype=int)).reshape(sizes))
 
@@ -84,7 +84,7 @@ class Run:
 
     def apply_rule(self) -> None:
         """Raises what the rule does."""
-        graph, held = fx.Graph(), nn.Module()
+        graph, root = fx.Graph(), nn.Module()
         labels: dict[fx.Node, Labels] = {}
         count = 0
 
@@ -92,7 +92,7 @@ class Run:
             nonlocal count
             if isinstance(leaf, Constant | Opaque):
                 name = f"held_{len(graph.nodes)}"
-                setattr(held, name, leaf.value)
+                setattr(root, name, leaf.value)
                 node = graph.get_attr(name)
                 node.meta["val"] = leaf.value
             elif isinstance(leaf, Channels | Tensor):
@@ -108,14 +108,14 @@ class Run:
         args, kwargs = pytree.tree_map(placed, self.tree, is_leaf=_is_leaf)
         node = graph.call_function(self.op, args, kwargs)
         node.meta["val"] = self._call([value.draw(self.random) for value in self.inputs])
-        propagation = Propagation(Captured(fx.GraphModule(held, graph), {}, None))
+        propagation = Propagation(Captured(fx.GraphModule(root, graph), {}, None))
         propagation.carried.update(labels)
         propagation.flow.count = count
         rule = rule_of(self.op)
         assert rule is not None
-        given = rule(propagation, node)
+        result = rule(propagation, node)
         several = isinstance(node.meta["val"], list | tuple)
-        self.labels = list(given) if several and given is not None else [given]  # type: ignore[arg-type]
+        self.labels = list(result) if several and result is not None else [result]  # type: ignore[arg-type]
         self.classes = propagation.flow.classes()
 
     def measure(self) -> None:
@@ -133,8 +133,8 @@ class Run:
             before = self._outputs(self._call(values))
             for channel in range(count):
                 others = [
-                    torch.where(number == channel, given.draw(self.random), value)
-                    for number, given, value in zip(numbers, self.inputs, values, strict=True)
+                    torch.where(number == channel, channels.draw(self.random), value)
+                    for number, channels, value in zip(numbers, self.inputs, values, strict=True)
                 ]
                 after = self._outputs(self._call(others))
                 for reached, a, b in zip(self.reaches, before, after, strict=True):

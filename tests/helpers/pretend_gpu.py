@@ -99,21 +99,21 @@ def pretend() -> None:
 
 def capture_code() -> list[str]:
     """What Inductor writes from now on, where it would compile it."""
-    found: list[str] = []
+    sources: list[str] = []
 
     def write(graph: GraphLowering) -> None:
         if graph.disable_cudagraphs_reason:
             print("no CUDA graphs:", graph.disable_cudagraphs_reason)
-        found.append(graph.codegen()[0].value)
+        sources.append(graph.codegen()[0].value)
         raise Written
 
     GraphLowering.compile_to_module = write  # type: ignore[assignment]
-    return found
+    return sources
 
 
 def one_mode_for_all() -> None:
-    """popc takes real tensors or fakes of Dynamo's: here the real ones are fakes too, and lie as
-    popc would have laid them out."""
+    """popc takes real tensors or fakes of Dynamo's: here the real ones are fakes too, with the
+    strides that popc would have given them."""
     backend.store_channel_major = lambda *_: ([], {})  # type: ignore[assignment]
     fakify, inductor, known = compat.fakify, compat.inductor, {}
 
@@ -140,9 +140,9 @@ def model_on_gpu(policy: str) -> tuple[nn.Module, StaticCache]:
         for name, value in list(module.named_parameters(recurse=False)):
             turned = value.dim() == 2 and (policy == "threshold" or value.shape[1] == CHANNELS)
             size = value.shape[::-1] if turned else value.shape
-            held = torch.empty(size, dtype=torch.bfloat16, device=GPU)
-            held = nn.Parameter(held.t() if turned else held, requires_grad=False)
-            module._parameters[name] = held
+            weight = torch.empty(size, dtype=torch.bfloat16, device=GPU)
+            weight = nn.Parameter(weight.t() if turned else weight, requires_grad=False)
+            module._parameters[name] = weight
         for name, value in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=GPU)
     cache = StaticCache(config=model.config, max_cache_len=ROOM)
@@ -158,7 +158,7 @@ def model_on_gpu(policy: str) -> tuple[nn.Module, StaticCache]:
 def code_of(policy: str) -> str:
     pretend()
     one_mode_for_all()
-    found = capture_code()
+    sources = capture_code()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model, cache = model_on_gpu(policy)
         config = Config(sparsity=0.4, policy=policy, inductor={"triton.cudagraphs": True})
@@ -167,10 +167,10 @@ def code_of(policy: str) -> str:
         try:
             compat.compile_alone(model.forward, made)(token, **{CACHE: cache})
         except Exception as error:
-            if not found:
+            if not sources:
                 raise
             print("stopped:", type(error).__name__)
-    return found[-1]
+    return sources[-1]
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ def of_objects(path: Path) -> set[str]:
     strings that may name one: the last part alone."""
     tree = _parsed(path)
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    own = {node.attr for node in nodes if _root(node) in ("self", "cls")}
+    of_self = {node.attr for node in nodes if _root(node) in ("self", "cls")}
     attributes = {node.attr for node in nodes if _root(node) != "torch"}
     strings = {
         node.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    return {name for name in (attributes | strings) - own if _PRIVATE.fullmatch(name)}
+    return {name for name in (attributes | strings) - of_self if _PRIVATE.fullmatch(name)}
 
 
 def _parsed(path: Path) -> ast.Module:

@@ -27,7 +27,7 @@ def table() -> str:
     """Architectures with the same regions in one row, counted in models of two layers."""
     rows: dict[tuple[str, tuple[int, int, int]], list[str]] = {}
     for entry in ZOO:
-        rows.setdefault((KINDS[entry.kind], entry.found), []).append(entry.name)
+        rows.setdefault((KINDS[entry.kind], entry.expected), []).append(entry.name)
     lines = ["| | MLP | attention | experts | architectures |", "|---|---|---|---|---|"]
     for (kind, counts), names in rows.items():
         lines.append(f"| {kind} | {' | '.join(map(str, counts))} | {', '.join(names)} |")

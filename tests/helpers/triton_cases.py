@@ -38,7 +38,7 @@ class Case:
     inputs: int = 37
     rows: int | None = None
     columns: int | None = None
-    apart: bool = False
+    per_token: bool = False
     out_dim: int = 0
     along_k: bool = True
     bias: bool = False
@@ -52,7 +52,7 @@ class Case:
     centered: bool = False
 
     def __str__(self) -> str:
-        lists = f"rows={self.rows} columns={self.columns}{' apart' if self.apart else ''}"
+        lists = f"rows={self.rows} columns={self.columns}{' token' if self.per_token else ''}"
         sizes = f"{'x'.join(map(str, self.lead))} {self.outputs}x{self.inputs}"
         weight = f"out_dim={self.out_dim} along {'K' if self.along_k else 'N'}"
         experts = f" experts={self.experts} full={self.full} {self.flags}" if self.experts else ""
@@ -68,34 +68,34 @@ LISTS = ((None, None), (7, None), (None, 5), (7, 5))
 def _linears() -> Iterator[Case]:
     # Each dtype and a bias meet every list form, layout and batch in turn, not all at once.
     turn = itertools.count()
-    for batch, (rows, columns), (out_dim, along_k), apart in itertools.product(
+    for batch, (rows, columns), (out_dim, along_k), per_token in itertools.product(
         (1, 3, 16, 20), LISTS, ((0, True), (0, False), (1, True), (1, False)), (False, True)
     ):
         both = rows is not None and columns is not None
-        if apart and ((rows is None and columns is None) or (batch > 3 and not both)):
+        if per_token and ((rows is None and columns is None) or (batch > 3 and not both)):
             continue
         i = next(turn)
         yield Case(
             (batch, 1),
             rows=rows,
             columns=columns,
-            apart=apart,
+            per_token=per_token,
             out_dim=out_dim,
             along_k=along_k,
             bias=i % 2 == 0,
             dtype=DTYPES[i % 3],
         )
     for dtype in DTYPES:
-        # Long enough for the contraction to be split, in 4 parts, in 2, and with rows beside it.
+        # Long enough for the contraction to be split, in 4 parts, in 2, and with rows as well.
         yield Case((1, 1), 70, 600, columns=300, along_k=False, bias=True, dtype=dtype)
         yield Case((3, 1), 70, 1100, columns=1030, along_k=False, bias=True, dtype=dtype)
-        yield Case((2, 1), 70, 300, columns=200, apart=True, along_k=False, dtype=dtype)
+        yield Case((2, 1), 70, 300, columns=200, per_token=True, along_k=False, dtype=dtype)
         yield Case((1,), 70, 300, rows=20, columns=200, along_k=False, bias=True, dtype=dtype)
         yield Case((1, 1), 70, 1100, rows=65, dtype=dtype)
     # No batch dim; several tokens of a sequence; one channel, or none; the smallest weight.
     yield Case((), rows=7)
-    yield Case((2, 3), rows=7, columns=5, apart=True, bias=True)
-    yield Case((2, 9, 2), columns=5, apart=True, along_k=False)
+    yield Case((2, 3), rows=7, columns=5, per_token=True, bias=True)
+    yield Case((2, 9, 2), columns=5, per_token=True, along_k=False)
     yield Case((3, 1), rows=1, columns=1, bias=True)
     yield Case((3, 1), rows=1, along_k=False)
     yield Case((3, 1), rows=0, bias=True)
@@ -103,7 +103,7 @@ def _linears() -> Iterator[Case]:
     yield Case((3, 1), columns=0, bias=True, along_k=False)
     yield Case((3, 1), 1, 1)
     yield Case((0, 1), rows=7)
-    yield Case((0, 1), rows=7, apart=True)
+    yield Case((0, 1), rows=7, per_token=True)
 
 
 def _experts() -> Iterator[Case]:
@@ -139,7 +139,7 @@ def _experts() -> Iterator[Case]:
 def _thresholds() -> Iterator[Case]:
     turn = itertools.count()
     layouts = ((0, True), (0, False), (1, True), (1, False))
-    for lead, (out_dim, along_k), apart in itertools.product(
+    for lead, (out_dim, along_k), per_token in itertools.product(
         ((1, 1), (3, 1), (20, 1), (2, 3)), layouts, (False, True)
     ):
         i = next(turn)
@@ -149,7 +149,7 @@ def _thresholds() -> Iterator[Case]:
             along_k=along_k,
             bias=i % 2 == 0,
             dtype=DTYPES[i % 3],
-            thresholds=lead[0] if apart else 1,
+            thresholds=lead[0] if per_token else 1,
             centered=i % 4 > 1,
         )
     for dtype in DTYPES:
@@ -183,7 +183,7 @@ def _kept(index: Tensor | None, size: int, many: int) -> Tensor:
     return kept.scatter_(1, index.expand(many, index.shape[-1]), True)
 
 
-def _held(weight: Tensor, case: Case) -> Tensor:
+def _stored(weight: Tensor, case: Case) -> Tensor:
     """``weight [..., N, K]`` with ``case``'s strides, in the midst of NaN."""
     stored = weight if case.along_k else weight.mT
     around = stored.new_full((*stored.shape[:-2], stored.shape[-2] + 2, stored.shape[-1] + 3), 0)
@@ -202,9 +202,9 @@ def check(case: Case, linear: Callable[..., Tensor], experts: Callable[..., Tens
     x = torch.randn(*case.lead, case.inputs).to(dtype)
     weight = torch.randn(max(1, case.experts), case.outputs, case.inputs).to(dtype)
     bias = torch.randn(case.outputs).to(dtype) if case.bias else None
-    per_row = case.experts or (count if case.apart else None)
+    per_row = case.experts or (count if case.per_token else None)
     rows = _lists(case.rows, case.outputs, per_row)
-    columns = _lists(case.columns, case.inputs, count if case.experts or case.apart else None)
+    columns = _lists(case.columns, case.inputs, count if case.experts or case.per_token else None)
     whole = torch.tensor([e in case.full for e in range(case.experts)], dtype=torch.bool)
     expert = torch.randint(case.experts, (count,)) if case.experts else torch.zeros(count).long()
 
@@ -229,16 +229,16 @@ def check(case: Case, linear: Callable[..., Tensor], experts: Callable[..., Tens
             size[s] += bias.double().abs() * keep_rows[s]
 
     nan = float("nan")
-    held = _held(weight.masked_fill(~read, nan), case)
+    stored = _stored(weight.masked_fill(~read, nan), case)
     unread = ~keep_columns[:, None, :].expand_as(tokens)
     x = tokens.masked_fill(unread, nan).reshape(x.shape)
     if bias is not None:
         bias = bias.masked_fill(~keep_rows.any(0), nan)
     if case.experts:
         flags = whole.to(getattr(torch, case.flags))
-        y = experts(x, held, expert, flags, rows, columns, case.out_dim)
+        y = experts(x, stored, expert, flags, rows, columns, case.out_dim)
     else:
-        y = linear(x, held[0], bias, rows, columns, case.out_dim)
+        y = linear(x, stored[0], bias, rows, columns, case.out_dim)
 
     if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:
         return f"{y.dtype} {tuple(y.shape)}"
@@ -285,12 +285,12 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     unread = ~kept.reshape(-1, case.inputs).any(0)
     if tokens.shape[0] > 0 and unread.all():
         return "a case in which nothing is read"
-    held = _held(weight.masked_fill(unread, float("nan")), case)
+    stored = _stored(weight.masked_fill(unread, float("nan")), case)
     # As parts of what a graph holds, from channel 3 and output 5 on.
     norm, center, base = among(norm, 3), among(center, 3), among(base, 5)
     limits = among(limits[:, None], 1).t()
     rest = bias, norm, limits, case.out_dim, center, base, 1, 3, 5
-    y = op(x, held, *rest)
+    y = op(x, stored, *rest)
     if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:
         return f"{y.dtype} {tuple(y.shape)}"
     y = y.reshape(expected.shape).double()
@@ -303,8 +303,8 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
         return ""
     spoiled = x.clone()
     spoiled.view(-1, case.inputs)[0, 0] = float("nan")
-    held = _held(weight, case)
-    again = op(spoiled, held, *rest)
+    stored = _stored(weight, case)
+    again = op(spoiled, stored, *rest)
     again = again.reshape(expected.shape)
     shows = again[0].isnan().all() and again[1:].isfinite().all()
     return "" if shows else "a NaN is hidden, or met another token"

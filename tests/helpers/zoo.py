@@ -70,23 +70,23 @@ class Entry:
     traced_right: bool = True  # whether torch.compile alone gives the model's own numbers
 
     @property
-    def found(self) -> tuple[int, int, int]:
+    def expected(self) -> tuple[int, int, int]:
         """What popc finds: all but what it refuses, for the reason in ``note``."""
         whole = (self.mlp, self.attention, self.experts)
         return tuple(a - b for a, b in zip(whole, self.refused, strict=True))
 
 
-def sizes(kind: str, **given: object) -> dict[str, object]:
-    """The shared fields that this config declares, then those given."""
+def sizes(kind: str, **options: object) -> dict[str, object]:
+    """The shared fields that this config declares, then ``options``."""
     blank = type(AutoConfig.for_model(kind))
     declared = {field.name for field in fields(blank)}
-    return {**{name: value for name, value in _SIZES.items() if name in declared}, **given}
+    return {**{name: value for name, value in _SIZES.items() if name in declared}, **options}
 
 
-def build(auto: type, kind: str, **given: object) -> nn.Module:
+def build(auto: type, kind: str, **options: object) -> nn.Module:
     """The model with weights and biases large enough that pruning shows in the logits."""
     torch.manual_seed(0)
-    model = auto.from_config(AutoConfig.for_model(kind, **sizes(kind, **given))).eval()
+    model = auto.from_config(AutoConfig.for_model(kind, **sizes(kind, **options))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 or not parameter.any():  # biases and gates are born zero
@@ -101,11 +101,11 @@ def _entry(
     inputs: first.InputGroup,
     counts: tuple[int, int, int],
     note: str,
-    given: dict[str, object],
+    options: dict[str, object],
 ) -> Entry:
     kind = name.partition(":")[0]
-    more = {key: given.pop(key) for key in ("refused", "traced_right") if key in given}
-    return Entry(name, lambda: build(auto, kind, **given), label, *counts, note, inputs, **more)
+    more = {key: options.pop(key) for key in ("refused", "traced_right") if key in options}
+    return Entry(name, lambda: build(auto, kind, **options), label, *counts, note, inputs, **more)
 
 
 _CONV = {"conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
@@ -118,25 +118,27 @@ _DELTA = {
 }
 
 
-def causal(name, mlp=2, attention=2, experts=0, note="", inputs=first.text, **given) -> Entry:
+def causal(name, mlp=2, attention=2, experts=0, note="", inputs=first.text, **options) -> Entry:
     counts = (mlp, attention, experts)
-    return _entry(AutoModelForCausalLM, "causal", name, inputs, counts, note, given)
+    return _entry(AutoModelForCausalLM, "causal", name, inputs, counts, note, options)
 
 
 def seq2seq(
-    name, mlp=4, attention=6, note="", inputs=first.pair, auto=AutoModelForSeq2SeqLM, **given
+    name, mlp=4, attention=6, note="", inputs=first.pair, auto=AutoModelForSeq2SeqLM, **options
 ) -> Entry:
-    return _entry(auto, "seq2seq", name, inputs, (mlp, attention, 0), note, given)
+    return _entry(auto, "seq2seq", name, inputs, (mlp, attention, 0), note, options)
 
 
-def encoder(name, mlp=2, attention=2, note="", inputs=first.text, auto=AutoModel, **given) -> Entry:
-    return _entry(auto, "encoder", name, inputs, (mlp, attention, 0), note, given)
+def encoder(
+    name, mlp=2, attention=2, note="", inputs=first.text, auto=AutoModel, **options
+) -> Entry:
+    return _entry(auto, "encoder", name, inputs, (mlp, attention, 0), note, options)
 
 
-def vlm(name, mlp, attention, experts=0, note="", inputs=first.four, text=None, **given) -> Entry:
+def vlm(name, mlp, attention, experts=0, note="", inputs=first.four, text=None, **options) -> Entry:
     counts = (mlp, attention, experts)
-    given = {"image_token_id": first.IMAGE, "text_config": text, **given}
-    return _entry(AutoModelForImageTextToText, "vlm", name, inputs, counts, note, given)
+    options = {"image_token_id": first.IMAGE, "text_config": text, **options}
+    return _entry(AutoModelForImageTextToText, "vlm", name, inputs, counts, note, options)
 
 
 _MERGER = "the merger is an MLP too"

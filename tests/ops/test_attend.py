@@ -129,6 +129,6 @@ def test_what_does_not_fit_raises() -> None:
     ]:
         with pytest.raises((RuntimeError, ValueError)):
             attend(*args)
-    for given in (q, q.double()):  # by the kernel, and by ATen
+    for query in (q, q.double()):  # by the kernel, and by ATen
         with pytest.raises(ValueError, match=r"\[2, 2, 9, 8\] and values \[2, 2, 8, 8\]"):
-            attend(given, k, v[:, :, :8])
+            attend(query, k, v[:, :, :8])

@@ -98,10 +98,10 @@ def test_gather_experts(data: st.DataObject, dtype: torch.dtype, out_dim: int) -
     close(y, expected, dtype)
 
 
-def among_others(data: st.DataObject, *own: Tensor | None) -> tuple[list[Tensor | None], int]:
-    """The last dims of ``own`` as parts of longer ones, and where they begin; NaN stand around."""
+def among_others(data: st.DataObject, *tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
+    """The last dims as parts of longer ones, NaN around them; and where they begin."""
     before, after = (data.draw(st.integers(0, 3)) for _ in range(2))
-    return [among(values, before, after) for values in own], before
+    return [among(values, before, after) for values in tensors], before
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)), st.integers(0, 1))
@@ -127,8 +127,8 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
     (norms, centers), channel = among_others(data, norm, center)
     (bases,), output = among_others(data, base)
     (limits,), group = among_others(data, limit[:, None])
-    given = x, weight, bias, norms, limits.t(), out_dim, centers, bases
-    y = ops.threshold_linear(*given, group, channel, output)
+    args = x, weight, bias, norms, limits.t(), out_dim, centers, bases
+    y = ops.threshold_linear(*args, group, channel, output)
     weights = weight.double().mT if out_dim == 0 else weight.double()
     expected = (moved.double() * kept) @ weights + added.double().view(-1, 1, outputs)
     close(y, expected + (0 if bias is None else bias.double()), dtype)
@@ -161,8 +161,8 @@ def test_threshold_linears(data: st.DataObject, dtype: torch.dtype) -> None:
     (norms, centers), channel = among_others(data, norm, center)
     (bases,), output = among_others(data, base)
     (limits,), group = among_others(data, limit[:, None])
-    given = x, weights, biases, norms, limits.t(), out_dims, centers, bases
-    got = ops.threshold_linears(*given, group, channel, output)
+    args = x, weights, biases, norms, limits.t(), out_dims, centers, bases
+    got = ops.threshold_linears(*args, group, channel, output)
     for y, weight, bias, out_dim, part in zip(got, weights, biases, out_dims, parts, strict=True):
         alone = ops.threshold_linear(x, weight, bias, norm, limit, out_dim, center, part)
         close(y, alone.double(), dtype)
@@ -177,8 +177,8 @@ def test_select_units(data: st.DataObject, dtype: torch.dtype) -> None:
     active = data.draw(st.integers(1, units))
     retained = data.draw(st.integers(0, active))
     made = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    own = data.draw(st.booleans())
-    shape = (batch, units, each) if own else (units, each)
+    per_sequence = data.draw(st.booleans())
+    shape = (batch, units, each) if per_sequence else (units, each)
     columns = torch.randperm(units * each, generator=made).view(units, each).expand(shape)
     norm = torch.rand(shape[:-1], generator=made)
     args = (h, norm, columns.contiguous(), retained, active)

@@ -76,9 +76,9 @@ def test_of_many_tokens_some_count_for_others() -> None:
     times = _times(torch.arange(64 * SAMPLE))
     assert times[:SAMPLE].tolist() == [1] * SAMPLE
     for doubling in range(6):
-        own = times[SAMPLE << doubling : 2 * SAMPLE << doubling]
-        assert own.unique().tolist() == [0, 2 << doubling]
-        assert int(own.sum()) == len(own)
+        sampled = times[SAMPLE << doubling : 2 * SAMPLE << doubling]
+        assert sampled.unique().tolist() == [0, 2 << doubling]
+        assert int(sampled.sum()) == len(sampled)
     for batch in (2, 3, 4, 8):  # no sequence of a batch is left out, none is preferred
         whole = times[: len(times) // batch * batch].view(-1, batch)
         shares = whole.sum(0) / whole.sum()
@@ -94,9 +94,9 @@ def test_centers_are_means_of_what_is_steady() -> None:
     x = torch.randn(1, 400, 3)
     x[..., 1] += 2.0
     x[:, 7, 2] = 1e3  # one outsized token lifts a mean to 2.5
-    found = centers(measured(x)[0])
-    assert found[0, [0, 2]].tolist() == [0.0, 0.0]
-    assert float(found[0, 1]) == pytest.approx(float(x[..., 1].mean()), rel=1e-5)
+    means = centers(measured(x)[0])
+    assert means[0, [0, 2]].tolist() == [0.0, 0.0]
+    assert float(means[0, 1]) == pytest.approx(float(x[..., 1].mean()), rel=1e-5)
     for token in x[0]:  # one has no variance
         assert centers(measured(token[None, None])[0]).tolist() == [[0.0] * 3]
     few = torch.tensor([1.0, 4.0, 1.0, 4.0])[None, :, None]
@@ -113,17 +113,19 @@ def test_thresholds_are_quantiles() -> None:
     histograms = torch.cat([measured(value, norm)[1] for value, norm in zip(x, norms, strict=True)])
     demands = [GroupSpec(64, 1000, "a"), GroupSpec(128, 3000, "b")]
     for share in (0.2, 0.5, 0.8):
-        found = allocate(histograms, demands, Budget(share))
-        assert float(found.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(share)
-        assert found.shares[0] > found.shares[1]  # whose input is the more concentrated
+        result = allocate(histograms, demands, Budget(share))
+        assert float(result.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(share)
+        assert result.shares[0] > result.shares[1]  # whose input is the more concentrated
         lost = []
-        for value, norm, limit, own in zip(x, norms, found.thresholds, found.shares, strict=True):
+        for value, norm, limit, active in zip(
+            x, norms, result.thresholds, result.shares, strict=True
+        ):
             scores = (value * norm).abs()
-            assert float((scores > limit).float().mean()) == pytest.approx(float(own), abs=0.01)
+            assert float((scores > limit).float().mean()) == pytest.approx(float(active), abs=0.01)
             squared = scores.double().square()
             typical = squared.sum(-1).log().mean().exp()
             lost.append(float(squared[scores <= limit].sum() / 300 / typical))
-        assert lost == pytest.approx([found.error] * 2, rel=0.1)
+        assert lost == pytest.approx([result.error] * 2, rel=0.1)
     tight = allocate(histograms, demands, Budget(0.9, error=0.9, least=0.4))
     assert float(tight.shares @ torch.tensor([0.25, 0.75]).double()) == pytest.approx(0.4)
     unseen = allocate(torch.zeros_like(histograms), demands, Budget(0.5))

@@ -111,16 +111,16 @@ def test_nan_is_chosen_first_and_shown() -> None:
     chosen = select_units(h, norm, columns, 0, 2)
     assert chosen.tolist() == [4, 9]
     assert gather_linear(h, torch.ones(3, 10), None, None, chosen, 0).isnan().all()
-    held = stored(torch.ones(3, 10), True)
-    assert not gather_linear(h, held, None, None, chosen[1:], 0).isnan().any()
+    weight = stored(torch.ones(3, 10), True)
+    assert not gather_linear(h, weight, None, None, chosen[1:], 0).isnan().any()
 
 
 def test_bfloat16_sums_are_float32() -> None:
     """4096 ones and small parts: in bfloat16 the sum would stop at 256."""
     x, weight = torch.ones(1, 4096).bfloat16(), torch.ones(2, 4096).bfloat16()
-    for held in (weight, stored(weight, True)):
+    for strided in (weight, stored(weight, True)):
         columns = torch.arange(4096)
-        assert gather_linear(x, held, None, None, columns, 0).tolist() == [[4096.0, 4096.0]]
+        assert gather_linear(x, strided, None, None, columns, 0).tolist() == [[4096.0, 4096.0]]
 
 
 def test_the_answer_is_the_same_every_time() -> None:

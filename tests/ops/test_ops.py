@@ -37,8 +37,8 @@ def test_gather_linear_is_the_masked_linear(rows, columns, batch, out_dim, bias)
     r = None if rows is None else lists(batch, 20, rows)
     c = None if columns is None else lists(batch, 5, columns)
     expected = linear(x * kept(c, 5, 3)[:, None], weight, b) * kept(r, 20, 3)[:, None]
-    held = weight if out_dim == 0 else weight.t().contiguous()
-    args = (x, held, b, r, c, out_dim)
+    weights = weight if out_dim == 0 else weight.t().contiguous()
+    args = (x, weights, b, r, c, out_dim)
     torch.testing.assert_close(gather_linear(*args), expected)
     opcheck(gather_linear, args, test_utils=CHECKS)
 
@@ -56,8 +56,8 @@ def test_gather_experts_is_the_masked_linear_of_each_row(rows, columns, out_dim)
         keep_rows = torch.ones(20) if r is None or full[e] else kept(r[e], 20, 1)[0]
         keep_columns = torch.ones(5) if c is None or full[e] else kept(c[s], 5, 1)[0]
         expected.append(linear(x[s] * keep_columns, weight[e]) * keep_rows)
-    held = weight if out_dim == 0 else weight.mT.contiguous()
-    args = (x, held, expert, full, r, c, out_dim)
+    weights = weight if out_dim == 0 else weight.mT.contiguous()
+    args = (x, weights, expert, full, r, c, out_dim)
     torch.testing.assert_close(gather_experts(*args), torch.stack(expected))
     opcheck(gather_experts, args, test_utils=CHECKS)
 

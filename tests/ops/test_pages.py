@@ -25,23 +25,23 @@ def test_a_mapped_files_pages_go_and_come_back(tmp_path: Path) -> None:
     size = 16 << 20
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.arange(size // 4, dtype=torch.float32)}, path)
-    held, empty = load_file(path)["weight"], file_pages()
-    assert held.sum() > 0  # all of it is read
+    weight, empty = load_file(path)["weight"], file_pages()
+    assert weight.sum() > 0  # all of it is read
     before = file_pages()
     if before < empty + size // 2:
-        pytest.skip("this folder's files are not mapped as files: it lies in memory")
-    assert page_out(held)
+        pytest.skip("this folder's files are not mapped as files: it is in memory")
+    assert page_out(weight)
     assert file_pages() < before - size // 2
-    assert torch.equal(held, torch.arange(size // 4, dtype=torch.float32))
+    assert torch.equal(weight, torch.arange(size // 4, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("advise", [collapse, page_out])
 def test_values_and_addresses_stay(advise) -> None:
-    held = torch.arange(4 << 20, dtype=torch.float32)
-    where, expected = held.data_ptr(), held.clone()
-    advise(held)
-    assert held.data_ptr() == where
-    assert torch.equal(held, expected)
+    tensor = torch.arange(4 << 20, dtype=torch.float32)
+    where, expected = tensor.data_ptr(), tensor.clone()
+    advise(tensor)
+    assert tensor.data_ptr() == where
+    assert torch.equal(tensor, expected)
 
 
 def test_what_has_no_page_of_its_own_is_left() -> None:

@@ -43,9 +43,9 @@ def test_wide_linears_of_one_input_are_read_together(dtype, batch: int) -> None:
     x, norm = torch.randn(batch, 1, 37, generator=make).to(dtype), torch.ones(37)
     weights = [torch.randn(37, n, generator=make).to(dtype).t() for n in (7001, 799)]
     base, limit = torch.randn(1, 7800, generator=make), torch.tensor([0.5])
-    found = threshold_linears(x, weights, [None, None], norm, limit, [0, 0], None, base)
+    outputs = threshold_linears(x, weights, [None, None], norm, limit, [0, 0], None, base)
     kept = x.float().where(x.abs() > 0.5, 0.0)
-    for y, weight, part in zip(found, weights, base.split([7001, 799], 1), strict=True):
+    for y, weight, part in zip(outputs, weights, base.split([7001, 799], 1), strict=True):
         expected = kept @ weight.float().t() + part
         assert relative(y, expected) < (1e-5 if dtype is torch.float32 else 1e-2)
 
@@ -82,7 +82,7 @@ def test_a_line_that_is_not_read_counts_for_nothing() -> None:
     ],
 )
 def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:
-    given = {
+    arguments = {
         "x": torch.ones(2, 1, 72),
         "weight": torch.ones(40, 72),
         "bias": None,
@@ -91,12 +91,12 @@ def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:
         "out_dim": 0,
     }
     with pytest.raises((ValueError, TypeError)):
-        threshold_linear(**{**given, **bad})
-    given = {**given, **bad}
-    many = [[given.pop(name)] for name in ("weight", "bias", "out_dim")]
+        threshold_linear(**{**arguments, **bad})
+    arguments = {**arguments, **bad}
+    many = [[arguments.pop(name)] for name in ("weight", "bias", "out_dim")]
     lists = dict(zip(("weights", "biases", "out_dims"), many, strict=True))
     with pytest.raises((ValueError, TypeError)):
-        threshold_linears(**given, **lists)
+        threshold_linears(**arguments, **lists)
 
 
 def test_lists_that_do_not_go_together_are_refused() -> None:

@@ -73,7 +73,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(capability: int) -> None:
         assert b"gather_kernel" in cubin, name
         assert f".target sm_{capability}" in ptx, name
         # On the weight that a tiling is for, a thread reads 16 bytes at once; that of thresholds
-        # lies by input channel, and by rows each value has a predicate of its own.
+        # is channel-major, and by rows each value has a predicate of its own.
         if not name.startswith("rows threshold"):
             assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.\S+ .*0x10", ptx), name
     binaries = {name: asm["cubin"] for name, asm in made.items() if "bf16" in name}

@@ -15,12 +15,12 @@ from popc.ops import measure, native
 
 def compiler() -> str:
     try:
-        found = shutil.which(get_cpp_compiler())
+        path = shutil.which(get_cpp_compiler())
     except Exception:  # Inductor's own, where it finds none
-        found = None
-    if found is None:
+        path = None
+    if path is None:
         pytest.skip("there is no C++ compiler")
-    return found
+    return path
 
 
 def check(text: str, folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_order_of_units_does_not_matter(tmp_path: Path) -> None:
     check(native.source(native.units()[::-1]), tmp_path)
 
 
-def test_headers_stand_once_and_all_are_popcs() -> None:
+def test_headers_are_included_once_and_all_are_popcs() -> None:
     text = native.source()
     assert '#include "' not in text and "#pragma once" not in text
     for header in native.FOLDER.glob("*.h"):

@@ -34,7 +34,7 @@ def test_adds_the_sum_of_squares(mlp: type, scope: str) -> None:
 
 
 def test_heads_that_left_the_cache_count_for_nothing() -> None:
-    """``popc_keep`` zeroes a cached region's h before it is contracted, and before it is summed."""
+    """``popc_keep`` zeroes a cached region's h before it is read, and before it is summed."""
     torch.manual_seed(0)
     module, x = models.CachedAttention().eval(), torch.randn(1, 5, 16)
     captured = capture_module(module, (x,))

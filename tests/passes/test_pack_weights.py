@@ -50,17 +50,17 @@ def test_packed_is_what_the_kernels_do(codegen, name, monkeypatch) -> None:
     expected, without = steps(model, codegen="eager")
     assert all(p.weights is None for p in without.units._partitions.values())
     monkeypatch.setattr(native, "load", lambda: False)
-    given, session = steps(model, codegen=codegen)
+    outputs, session = steps(model, codegen=codegen)
     (partition,) = session.units._partitions.values()
     assert partition.weights is not None
     assert len(partition.weights) == len([w for w in model.parameters() if w.dim() == 2])
     read = sum(weight.numel() for weight in partition.weights)
     assert read < 0.9 * sum(w.numel() for w in model.parameters() if w.dim() == 2)
-    for a, b in zip(given, expected, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_without_kernels_weights_stay_as_they_lie(no_kernels) -> None:
+def test_without_kernels_weights_keep_their_strides(no_kernels) -> None:
     model = Gated().eval()
     steps(model, codegen="eager")
     assert model.c.weight.is_contiguous()

@@ -1,4 +1,4 @@
-"""The contraction pass alone: linears that share an input are one op, if nothing is in between."""
+"""The threshold pass alone: linears that share an input are one op, if nothing is in between."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_is_the_module_with_masked_inputs(module: type[Three], together: list[in
     torch.testing.assert_close(whole, model(x).detach(), rtol=1e-5, atol=1e-5)
     if module is not Three:
         return
-    found, read = assert_meta_is_true(captured.gm, model, x, norm, limits, center, base)
+    output, read = assert_meta_is_true(captured.gm, model, x, norm, limits, center, base)
     kept = x.where(x.abs() > 0.5, 0.0)
-    torch.testing.assert_close(found, model(kept).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, model(kept).detach(), rtol=1e-5, atol=1e-5)
     assert read.tolist() == [int((x.abs() > 0.5).flatten(0, 1).any(0).sum())]
     center, base = torch.randn(1, width) / 2, torch.randn(1, outputs)
     (moved, _) = assert_meta_is_true(captured.gm, model, x, norm, limits, center, base)
@@ -106,6 +106,6 @@ def test_tokens_of_a_batch_are_measured_by_position(module: type[Three], scope: 
     torch.testing.assert_close(y, model(x).detach())
     assert width == 16
     expected = measure_inputs(x, norm, None, known)
-    for found, right in zip(measured, expected, strict=True):
-        torch.testing.assert_close(found, right)
+    for histogram, right in zip(measured, expected, strict=True):
+        torch.testing.assert_close(histogram, right)
     assert len(measured[1]) == lead and measured[1][:, :BINS].sum() == x.numel()

@@ -58,7 +58,7 @@ def test_no_second_copy_stays() -> None:
     assert model.c.weight.untyped_storage().nbytes() == size
 
 
-def test_a_conv1d_is_turned_the_other_way_round() -> None:
+def test_a_conv1d_is_transposed_the_other_way_round() -> None:
     """GPT-2's weights are [in, out]: it is the producer whose channels are apart."""
     model = AddmmMLP()
     prefill_and_step(model)
@@ -80,10 +80,10 @@ def test_saving_is_as_before(tmp_path) -> None:
     dense.save_pretrained(tmp_path / "before")
     names = [tmp_path / part / "model.safetensors" for part in ("before", "after")]
     assert names[0].read_bytes() == names[1].read_bytes()
-    held = io.BytesIO()
-    torch.save(state, held)
-    held.seek(0)
-    assert torch.equal(torch.load(held)["lm_head.weight"], state["lm_head.weight"])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer)["lm_head.weight"], state["lm_head.weight"])
 
 
 def test_what_is_written_through_a_state_dict_reaches_the_weights() -> None:
@@ -91,10 +91,10 @@ def test_what_is_written_through_a_state_dict_reaches_the_weights() -> None:
     model = Gated()
     pruned = prefill_and_step(model)
     assert lies_by_input(model.c.weight)
-    for held in (model.state_dict(), pruned.state_dict()):
-        assert held["c.weight"].data_ptr() == model.c.weight.data_ptr()
-        held["c.weight"].mul_(0.5)
-        held["c.weight"][:, 3] = 7.0
+    for weights in (model.state_dict(), pruned.state_dict()):
+        assert weights["c.weight"].data_ptr() == model.c.weight.data_ptr()
+        weights["c.weight"].mul_(0.5)
+        weights["c.weight"][:, 3] = 7.0
         assert (model.c.weight[:, 3] == 7.0).all() and (pruned.c.weight[:, 3] == 7.0).all()
 
 
@@ -140,8 +140,8 @@ def test_a_weight_whose_storage_others_hold_is_refused() -> None:
 
 def test_a_part_of_a_larger_storage_is_refused() -> None:
     model = Gated()
-    held = torch.randn(2, *model.c.weight.shape)
-    model.c.weight = nn.Parameter(held[1])
+    storage = torch.randn(2, *model.c.weight.shape)
+    model.c.weight = nn.Parameter(storage[1])
     assert "larger storage" in refusal(model)
 
 
@@ -161,13 +161,13 @@ def test_refused_runs_dense() -> None:
     torch.testing.assert_close(pruned(x), expected)
 
 
-def test_without_pruning_nothing_is_turned() -> None:
+def test_without_pruning_nothing_is_transposed() -> None:
     model = Gated().eval()
     popc.compile(model, policy="pop", sparsity=0.0, codegen="eager")(torch.randn(1, 9, 16))
     assert model.c.weight.is_contiguous()
 
 
-def test_shared_layers_are_turned_once() -> None:
+def test_shared_layers_are_transposed_once() -> None:
     """One block used twice: all its readers want the same."""
 
     class Twice(nn.Module):
@@ -184,7 +184,7 @@ def test_shared_layers_are_turned_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_graph_reads_turned_weights_right(dtype) -> None:
+def test_every_graph_reads_transposed_weights_right(dtype) -> None:
     """Prefill and dense steps too: in 16 bits they go through popc's own product."""
     torch.manual_seed(0)
     model = tiny_llama().to(dtype)

@@ -119,17 +119,17 @@ def test_a_cached_step_costs_what_is_counted() -> None:
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_decode_graph_has_the_prefill_graphs_cost(dynamic: bool | None) -> None:
     """Its keys are a cache's, with a length that is a symbol if the graph is dynamic; and a pass
-    that lets them be read as they lie changes nothing of it."""
+    that reads them at their strides does not change it."""
     torch._dynamo.reset()
     model, ids = tiny_llama(), torch.randint(1, 90, (2, 9))
     expected = [cost.region_cost(r) for r in popc.analyze(model, (), {"input_ids": ids}).regions]
     torch._dynamo.reset()
-    found: list[Region] = []
+    regions: list[Region] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
         captured = capture_dynamo(gm, inputs)
-        found.extend(find_regions(captured).regions)
-        before = [cost.region_cost(region.record) for region in found]
+        regions.extend(find_regions(captured).regions)
+        before = [cost.region_cost(region.record) for region in regions]
         assert fold_repeat_kv(captured, RewritePlan()).matches == 2
         assert before == expected
         return gm.forward
@@ -137,7 +137,7 @@ def test_a_decode_graph_has_the_prefill_graphs_cost(dynamic: bool | None) -> Non
     with torch.no_grad():
         cache = model(ids[:, :8], use_cache=True)[CACHE]
         torch.compile(Step(model, cache), backend=backend, dynamic=dynamic)(ids[:, 8:])
-    described = [replace(region).record for region in found]  # anew, of the graph as it is now
+    described = [replace(region).record for region in regions]  # anew, of the graph as it is now
     assert [cost.region_cost(record) for record in described] == expected
 
 
@@ -153,15 +153,15 @@ def test_a_cross_attention_makes_its_keys_of_the_context() -> None:
 def test_dense_bytes_are_the_weights(mlp: type) -> None:
     module, x = mlp(bias=False), torch.randn(1, 1, 16)
     dense = cost.region_cost(region_of(module, x)).dense
-    held = sum(p.numel() * p.element_size() for p in module.parameters())
-    assert dense.at(B=1, T=1).bytes == held
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    assert dense.at(B=1, T=1).bytes == size
 
 
 def test_biases_of_producers_are_read_with_their_rows() -> None:
     module, x = Plain(bias=True), torch.randn(1, 1, 16)
     dense, pruned = cost.region_cost(region_of(module, x), CONFIG)
-    held = [module.a.weight, module.a.bias, module.c.weight]
-    assert dense.at(B=1, T=1).bytes == sum(p.numel() * p.element_size() for p in held)
+    parameters = [module.a.weight, module.a.bias, module.c.weight]
+    assert dense.at(B=1, T=1).bytes == sum(p.numel() * p.element_size() for p in parameters)
     counts = CONFIG.counts(40)
     assert pruned.weights == 4 * (counts.live * (16 + 1) + counts.active * 16)
 
@@ -236,8 +236,8 @@ def test_each_sequence_reads_what_its_own_lists_name() -> None:
     region = region_of(Gated(), torch.randn(1, 1, 16))
     batch = cost.region_cost(region, CONFIG).pruned.at(B=1, T=1)
     config = popc.Config.of(CONFIG, {"scope": "sequence"})
-    own = cost.region_cost(region, config).pruned.at(B=4, T=1)
-    assert own == (4 * batch.flops, 4 * batch.bytes)
+    per_sequence = cost.region_cost(region, config).pruned.at(B=4, T=1)
+    assert per_sequence == (4 * batch.flops, 4 * batch.bytes)
     reason = cost.saves(region, config, B=4)
     assert reason is not None and "of weights more than dense" in reason
 
@@ -267,10 +267,11 @@ def test_what_costs_more_than_it_saves_is_left_dense() -> None:
     x = torch.randn(1, 4, 1)
     reason = cost.saves(region_of(narrow, x), CONFIG)
     assert reason is not None and "of lists to save" in reason
-    twin = popc.compile(narrow.eval(), CONFIG, codegen="eager")
+    compiled = popc.compile(narrow.eval(), CONFIG, codegen="eager")
     with torch.no_grad(), pytest.warns(UserWarning, match="nothing to prune"):
-        twin(x)
-    assert [skip.reason for skip in twin.popc_plan.skipped if "lists" in skip.reason] == [reason]
+        compiled(x)
+    skipped = compiled.popc_plan.skipped
+    assert [skip.reason for skip in skipped if "lists" in skip.reason] == [reason]
     assert cost.saves(region_of(Gated(), torch.randn(1, 1, 16)), CONFIG) is None
 
 

@@ -55,9 +55,9 @@ def test_counts_are_a_partition(units: int, sparsity: float, first: float, secon
         return popc.Config(policy="pop", sparsity=sparsity, candidate=candidate).counts(units)
 
     small, large = counts(narrow), counts(wide)
-    for found in (small, large):
-        assert 0 <= found.retained <= found.active <= found.live <= units
-        assert found.active == max(1, round((1 - sparsity) * units))
+    for cut in (small, large):
+        assert 0 <= cut.retained <= cut.active <= cut.live <= units
+        assert cut.active == max(1, round((1 - sparsity) * units))
     assert large.retained <= small.retained and large.live >= small.live
 
 
@@ -193,8 +193,8 @@ def test_statistics_are_the_same_in_any_chunks(
     for cut in cuts:
         part, marks = x[:, at:cut].contiguous(), valid[:, at:cut].contiguous()
         sums += ops.sum_squares(part, marks)
-        known, found = ops.measure_inputs(part, norm, marks, known)
-        counted, at = counted + found, cut
+        known, measured = ops.measure_inputs(part, norm, marks, known)
+        counted, at = counted + measured, cut
     torch.testing.assert_close(sums, squares, rtol=1e-9, atol=1e-5)
     torch.testing.assert_close(known, moments, rtol=1e-6, atol=1e-4)
     moved = (counted[:, :BINS].cumsum(1) - histogram[:, :BINS].cumsum(1)).abs().max()

@@ -29,10 +29,10 @@ def tokens(batch: int = 1, length: int = 24, seed: int = 3) -> Tensor:
 
 @torch.no_grad()
 def decoded(model: nn.Module, ids: Tensor) -> Tensor:
-    given = {cache_keyword(tiny_llama().forward): DynamicCache()}
-    logits = [model(ids[:, :PROMPT], use_cache=True, **given).logits[:, -1:]]
+    options = {cache_keyword(tiny_llama().forward): DynamicCache()}
+    logits = [model(ids[:, :PROMPT], use_cache=True, **options).logits[:, -1:]]
     for at in range(PROMPT, ids.shape[1]):
-        logits.append(model(ids[:, at : at + 1], use_cache=True, **given).logits)
+        logits.append(model(ids[:, at : at + 1], use_cache=True, **options).logits)
     return torch.cat(logits, 1)
 
 
@@ -110,11 +110,11 @@ def test_staged_is_the_oracle(policy: str, pruned: float, scope: str, codegen: s
     ids = tokens(1 if scope == "batch" else 2)
     expected = decoded(StagedByHand(copy.deepcopy(model), active, live).model, ids)
     dense = decoded(copy.deepcopy(model), ids)
-    twin = popc.compile(model, policy=policy, sparsity=0.6, scope=scope, codegen=codegen)
-    got = decoded(twin, ids)
+    compiled = popc.compile(model, policy=policy, sparsity=0.6, scope=scope, codegen=codegen)
+    got = decoded(compiled, ids)
     assert relative(got, expected) < 1e-4
     assert relative(got, dense) > 1e-3
-    assert not [skip for skip in twin.popc_plan.skipped if skip.kind == "policy"]
+    assert not [skip for skip in compiled.popc_plan.skipped if skip.kind == "policy"]
 
 
 def test_staged_reads_what_the_plan_says() -> None:
@@ -150,14 +150,14 @@ def test_without_a_gate_it_is_refused() -> None:
             return self.down(torch.relu(self.up(x)))
 
     model, x = Plain().eval(), torch.randn(1, 4, 16)
-    twin = popc.compile(model, policy="staged", sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, policy="staged", sparsity=0.5, codegen="eager")
     with torch.no_grad(), pytest.warns(UserWarning, match="nothing to prune"):
-        twin(x)
-    (refused,) = {skip.reason for skip in twin.popc_plan.skipped if skip.kind == "policy"}
+        compiled(x)
+    (refused,) = {skip.reason for skip in compiled.popc_plan.skipped if skip.kind == "policy"}
     assert refused == "staged: its channels are no product of a gate's and another linear's"
     plan = popc.analyze(model, (x,))
-    assert plan.read_share(twin.popc_config) < 1  # who only looks at the model can't know
-    assert plan.read_share(twin.popc_config, pruned=twin.popc_plan) == 1
+    assert plan.read_share(compiled.popc_config) < 1  # who only looks at the model can't know
+    assert plan.read_share(compiled.popc_config, pruned=compiled.popc_plan) == 1
 
 
 def test_the_factor_with_the_activation_is_the_gate() -> None:
@@ -175,10 +175,10 @@ def test_the_factor_with_the_activation_is_the_gate() -> None:
     torch.manual_seed(0)
     model, x = Swapped().eval(), torch.randn(1, 12, 16)
     options = {"policy": "staged", "sparsity": 0.5, "codegen": "eager"}
-    twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
+    compiled = torch.compile(copy.deepcopy(model), backend="popc", options=options)
     with torch.no_grad(), sessions.use(sessions.Session()):
-        twin(x[:, :8])
-        got = [twin(x[:, at : at + 1]) for at in range(8, 12)]
+        compiled(x[:, :8])
+        got = [compiled(x[:, at : at + 1]) for at in range(8, 12)]
         norm, rms = model.down.weight.norm(dim=0), model.one(x[:, :8]).norm(dim=1)
         for y, token in zip(got, x[:, 8:].split(1, 1), strict=True):
             first, gate = model.one(token), torch.sigmoid(model.two(token))
@@ -196,7 +196,7 @@ def test_the_factor_with_the_activation_is_the_gate() -> None:
         2,
     ),
 )
-def test_a_text_given_beforehand_decides(policy: str, scope: str) -> None:
+def test_a_calibration_text_decides(policy: str, scope: str) -> None:
     model = tiny_llama()
     batches = [tokens(2, 20, seed=5), tokens(2, 20, seed=6)]
     active = round(0.6 * model.config.intermediate_size)
@@ -205,13 +205,13 @@ def test_a_text_given_beforehand_decides(policy: str, scope: str) -> None:
     expected = decoded(by_hand.model, ids)
     dense = decoded(copy.deepcopy(model), ids)
     options = {"policy": policy, "sparsity": 0.4, "scope": scope, "codegen": "eager"}
-    twin = popc.compile(model, **options, calibration=[{"input_ids": b} for b in batches])
-    first = decoded(twin, ids)
+    compiled = popc.compile(model, **options, calibration=[{"input_ids": b} for b in batches])
+    first = decoded(compiled, ids)
     assert relative(first, expected) < 1e-4
     assert relative(first, dense) > 1e-3
     # Another prompt changes nothing: its mask was fixed.
-    assert relative(decoded(twin, ids), first) < 1e-6
-    other = decoded(twin, tokens(2, seed=9))
+    assert relative(decoded(compiled, ids), first) < 1e-6
+    other = decoded(compiled, tokens(2, seed=9))
     assert relative(other, decoded(by_hand.model, tokens(2, seed=9))) < 1e-4
 
 
@@ -245,10 +245,10 @@ def test_flap_adds_the_mean() -> None:
     torch.manual_seed(0)
     model, x = Constant().eval(), torch.randn(1, 9, 16)
     options = {"policy": "flap", "sparsity": 0.5, "codegen": "eager"}
-    twin = popc.compile(copy.deepcopy(model), **options, calibration=[torch.randn(2, 32, 16)])
+    compiled = popc.compile(copy.deepcopy(model), **options, calibration=[torch.randn(2, 32, 16)])
     with torch.no_grad():
-        twin(x[:, :8])
-        assert relative(twin(x[:, 8:]), model(x[:, 8:])) < 1e-5
+        compiled(x[:, :8])
+        assert relative(compiled(x[:, 8:]), model(x[:, 8:])) < 1e-5
 
 
 def test_geglu_has_a_gate() -> None:

@@ -31,12 +31,12 @@ def tokens(batch: int = 2, length: int = 24) -> Tensor:
 
 def groups_of(model: nn.Module) -> list[list[nn.Linear]]:
     """By hand, what popc should find in a llama: linears that share an input."""
-    found = []
+    groups = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        found += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
-        found += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    return found
+        groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    return groups
 
 
 def middle(x: Tensor, by_sequence: bool) -> Tensor:
@@ -78,10 +78,10 @@ class MaskedInputs:
 
 @torch.no_grad()
 def decoded(model: nn.Module, ids: Tensor, prompt: int, cache: object) -> Tensor:
-    given = {cache_keyword(tiny_llama().forward): cache}
-    logits = [model(ids[:, :prompt], use_cache=True, **given).logits[:, -1:]]
+    options = {cache_keyword(tiny_llama().forward): cache}
+    logits = [model(ids[:, :prompt], use_cache=True, **options).logits[:, -1:]]
     for at in range(prompt, ids.shape[1]):
-        logits.append(model(ids[:, at : at + 1], use_cache=True, **given).logits)
+        logits.append(model(ids[:, at : at + 1], use_cache=True, **options).logits)
     return torch.cat(logits, 1)
 
 
@@ -97,9 +97,9 @@ def thresholds_of(session: sessions.Session) -> Tensor:
 def test_is_the_oracle(codegen: str, scope: str) -> None:
     model, ids = tiny_llama(), tokens()
     oracle = copy.deepcopy(model)
-    twin = popc.compile(model, **{**EAGER, "codegen": codegen, "scope": scope})
+    compiled = popc.compile(model, **{**EAGER, "codegen": codegen, "scope": scope})
     cache = DynamicCache()
-    got = decoded(twin, ids, 16, cache)
+    got = decoded(compiled, ids, 16, cache)
     session = sessions.of_cache(cache)
     limits = thresholds_of(session)
     assert limits.shape == (8, 1 if scope == "batch" else 2)
@@ -129,26 +129,26 @@ def test_the_prompt_may_come_in_chunks(scope: str) -> None:
     """The same thresholds and centers: far closer than what pruning itself changes."""
     model, ids, padding = tiny_llama(), tokens(2, 34), torch.ones(2, 34, dtype=torch.long)
     padding[0, :11] = 0  # a chunk may be padding alone, for one sequence
-    twin = popc.compile(model, sparsity=0.5, codegen="eager", scope=scope)
+    compiled = popc.compile(model, sparsity=0.5, codegen="eager", scope=scope)
 
     def first_step(call, ends: list[int]) -> Tensor:
-        given = {CACHE: DynamicCache(), "use_cache": True}
+        options = {CACHE: DynamicCache(), "use_cache": True}
         for begin, end in zip([0, *ends], [*ends, 34], strict=True):
-            logits = call(ids[:, begin:end], attention_mask=padding[:, :end], **given).logits
+            logits = call(ids[:, begin:end], attention_mask=padding[:, :end], **options).logits
         return logits[:, -1]
 
-    whole, dense = first_step(twin, [33]), first_step(tiny_llama(), [33])
+    whole, dense = first_step(compiled, [33]), first_step(tiny_llama(), [33])
     assert relative(whole, dense) > 1e-2
     for ends in ([7, 15, 30, 33], [8, 16, 24, 33], [31, 33]):
-        assert relative(first_step(twin, ends), whole) < 1e-4
+        assert relative(first_step(compiled, ends), whole) < 1e-4
 
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     ids = tokens(3)
-    twin = popc.compile(tiny_llama(), sparsity=0.5, codegen="eager", scope="sequence")
-    whole = decoded(twin, ids, 16, DynamicCache())
+    compiled = popc.compile(tiny_llama(), sparsity=0.5, codegen="eager", scope="sequence")
+    whole = decoded(compiled, ids, 16, DynamicCache())
     for row in range(3):
-        alone = decoded(twin, ids[row : row + 1], 16, DynamicCache())
+        alone = decoded(compiled, ids[row : row + 1], 16, DynamicCache())
         assert relative(whole[row : row + 1], alone) < 1e-4
 
 
@@ -156,12 +156,12 @@ def test_budget_is_met_on_the_prompt() -> None:
     """Decoding the prompt once more reads the share that was asked for."""
     model, ids = tiny_llama(), tokens(1, 64)
     for share in (0.75, 0.5, 0.3):
-        twin = popc.compile(model, bytes=share, codegen="eager", count=True)
+        compiled = popc.compile(model, bytes=share, codegen="eager", count=True)
         cache = DynamicCache()
         ids_twice = torch.cat((ids, ids), 1)
-        decoded(twin, ids_twice, 64, cache)
+        decoded(compiled, ids_twice, 64, cache)
         plan = popc.analyze(model)
-        read = plan.read_share(twin.popc_config, sessions.of_cache(cache).reads)
+        read = plan.read_share(compiled.popc_config, sessions.of_cache(cache).reads)
         assert read == pytest.approx(share, abs=0.06)
         planned = popc.Config(sparsity=1 - share)
         assert plan.read_share(planned) == pytest.approx(share)
@@ -172,17 +172,17 @@ def test_elastic_reads_what_mass_needs() -> None:
     shares = []
     for mass in (0.5, 0.9, 0.999):
         options = {"budget": "elastic", "mass": mass, "sparsity": 0.9}
-        twin = popc.compile(model, codegen="eager", count=True, **options)
+        compiled = popc.compile(model, codegen="eager", count=True, **options)
         cache = DynamicCache()
-        decoded(twin, ids, 24, cache)
+        decoded(compiled, ids, 24, cache)
         reads = sessions.of_cache(cache).reads
-        shares.append(popc.analyze(model).read_share(twin.popc_config, reads))
+        shares.append(popc.analyze(model).read_share(compiled.popc_config, reads))
     assert shares[0] < shares[1] < shares[2] <= 1
     with pytest.raises(popc.ConfigError, match="budget='elastic'"):
         popc.Config(policy="pop", budget="elastic")
 
 
-def test_what_is_found() -> None:
+def test_groups_are_the_linears_of_one_input() -> None:
     plan = popc.analyze(tiny_llama())
     kinds = [(group.kind, len(group.linears), group.width) for group in plan.inputs]
     layer = [("attention", 3, 64), ("attention", 1, 64), ("mlp", 2, 64), ("mlp", 1, 160)]
@@ -200,22 +200,22 @@ def test_routers_are_left_alone_and_experts_pruned_by_pop() -> None:
     routers = [tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith("gate")]
     assert routers
     assert [group.kind for group in plan.inputs] == ["attention", "attention", "head"]
-    twin = popc.compile(model, sparsity=0.5, codegen="eager")
+    compiled = popc.compile(model, sparsity=0.5, codegen="eager")
     ids = tokens()
-    got = decoded(twin, ids, 16, DynamicCache())
+    got = decoded(compiled, ids, 16, DynamicCache())
     assert got.isfinite().all()
-    assert {region.kind for region in twin.popc_plan.regions} >= {"experts"}
+    assert {region.kind for region in compiled.popc_plan.regions} >= {"experts"}
     assert relative(got, decoded(copy.deepcopy(model), ids, 16, DynamicCache())) > 1e-3
 
 
 def test_policies_by_kind() -> None:
-    given = {"policy": {"mlp": "pop", "attention": "threshold"}, "codegen": "eager"}
-    twin = popc.compile(tiny_llama(), sparsity=0.5, **given)
+    options = {"policy": {"mlp": "pop", "attention": "threshold"}, "codegen": "eager"}
+    compiled = popc.compile(tiny_llama(), sparsity=0.5, **options)
     cache = DynamicCache()
-    decoded(twin, tokens(), 16, cache)
-    assert {group.kind for group in twin.popc_plan.inputs} == {"attention"}
+    decoded(compiled, tokens(), 16, cache)
+    assert {group.kind for group in compiled.popc_plan.inputs} == {"attention"}
     session = sessions.of_cache(cache)
-    for region in twin.popc_plan.regions:
+    for region in compiled.popc_plan.regions:
         measured = session.units.statistics(region.key, "batch") is not None
         assert measured == (region.kind == "mlp")
     with pytest.raises(popc.ConfigError, match="policy"):
@@ -239,8 +239,8 @@ def test_griffin_keeps_what_flocks() -> None:
     """The prompt's mask, by ‖Z̄‖ of columns, for the whole generation."""
     model, ids = tiny_llama(), tokens(1)
     oracle = copy.deepcopy(model)
-    twin = popc.compile(model, policy="griffin", sparsity=0.5, codegen="eager")
-    got = decoded(twin, ids, 16, DynamicCache())
+    compiled = popc.compile(model, policy="griffin", sparsity=0.5, codegen="eager")
+    got = decoded(compiled, ids, 16, DynamicCache())
     masks: dict[nn.Module, Tensor] = {}
 
     def hook(down: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -271,10 +271,10 @@ class Nearest(popc.InputPolicy):
 
 def test_a_policy_of_inputs_of_ones_own_is_the_oracle() -> None:
     popc.register_policy(Nearest())
-    found = assert_equivalent(tiny_llama(), tokens(), policy="nearest", sparsity=0.5)
-    assert found.masked and found.plan.inputs
+    result = assert_equivalent(tiny_llama(), tokens(), policy="nearest", sparsity=0.5)
+    assert result.masked and result.plan.inputs
     usual = assert_equivalent(tiny_llama(), tokens(), policy="threshold", sparsity=0.5)
-    assert usual.masked != found.masked
+    assert usual.masked != result.masked
 
 
 def test_a_policy_may_be_registered_again_but_takes_no_other_name() -> None:
@@ -288,7 +288,7 @@ def test_a_policy_may_be_registered_again_but_takes_no_other_name() -> None:
         popc.register_policy(type("Mine", (Nearest,), {"name": "pop"})())
 
 
-def test_the_earlier_name_of_the_default_policy_serves() -> None:
+def test_the_earlier_name_of_the_default_policy_is_an_alias() -> None:
     with pytest.warns(DeprecationWarning, match="'contraction' is called 'threshold' now"):
         config = popc.Config(policy="contraction")
     assert config == popc.Config() and config.policy == "threshold"
@@ -318,17 +318,17 @@ def test_one_token_measures_nothing_after_a_prompt() -> None:
     """Thresholds of one token would be taken for the prompt's: what is not known stays dense."""
     model = SplitsOtherwise().eval()
     options = {"sparsity": 0.5, "codegen": "eager"}
-    twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
+    compiled = torch.compile(copy.deepcopy(model), backend="popc", options=options)
     x, session = torch.randn(1, 20, 32), sessions.Session()
     with torch.no_grad(), sessions.use(session):
-        twin(x[:, :16])
+        compiled(x[:, :16])
         measured = dict(session.inputs._histograms)
         with pytest.warns(popc.PopcWarning, match=r"2 of 3 inputs of linears.*splits the model"):
-            twin(x[:, 16:17])
+            compiled(x[:, 16:17])
         for token in x[:, 17:].split(1, dim=1):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", popc.PopcWarning)  # it is said once
-                got = twin(token)
+                got = compiled(token)
             # one and two read all, and head what exceeds its threshold.
             h = torch.tanh(model.one(token)) + torch.tanh(model.two(token))
             (limits,) = session.inputs._fed.values()
@@ -343,8 +343,8 @@ def test_one_token_measures_nothing_after_a_prompt() -> None:
 def test_the_first_token_is_a_prompt() -> None:
     model = SplitsOtherwise().eval()
     options = {"sparsity": 0.5, "codegen": "eager"}
-    twin = torch.compile(copy.deepcopy(model), backend="popc", options=options)
+    compiled = torch.compile(copy.deepcopy(model), backend="popc", options=options)
     x = torch.randn(1, 2, 32)
     with torch.no_grad(), sessions.use(sessions.Session()):
-        assert relative(twin(x[:, :1]), model(x[:, :1])) < 1e-5
-        assert relative(twin(x[:, 1:]), model(x[:, 1:])) > 1e-3
+        assert relative(compiled(x[:, :1]), model(x[:, :1])) < 1e-5
+        assert relative(compiled(x[:, 1:]), model(x[:, 1:])) > 1e-3

@@ -75,8 +75,8 @@ def svg(page: str) -> ET.Element:
 
 def rects(picture: ET.Element, kind: str) -> list[float]:
     """Widths of the boxes of a kind."""
-    found = [rect for group in picture.iter("g") for rect in group.iter("rect")]
-    return [float(rect.attrib["width"]) for rect in found if rect.attrib["class"] == kind]
+    drawn = [rect for group in picture.iter("g") for rect in group.iter("rect")]
+    return [float(rect.attrib["width"]) for rect in drawn if rect.attrib["class"] == kind]
 
 
 def test_regions_of_a_llama(llama: Explanation) -> None:
@@ -150,7 +150,7 @@ def test_a_remedy_for_every_kind() -> None:
     assert remedy(Skipped("a", "why")) == ""
 
 
-def test_what_breaks_the_graph_is_told() -> None:
+def test_what_breaks_the_graph_is_reported() -> None:
     text = flat(Explanation(Plan(breaks=["a call of print"])))
     assert "the model a call of print" in text
     assert "TORCH_LOGS=graph_breaks" in text
@@ -202,8 +202,8 @@ def test_text_is_escaped() -> None:
 
 def test_layers_are_paths_up_to_a_number() -> None:
     names = ["embed", "model.layers.0.mlp", "model.layers.0.moe.experts.3.up", "head.out.proj"]
-    found = layers(Box("mlp", name, 1, 0.0, "") for name in names)
-    assert [(layer, len(boxes)) for layer, boxes in found.items()] == [
+    by_layer = layers(Box("mlp", name, 1, 0.0, "") for name in names)
+    assert [(layer, len(boxes)) for layer, boxes in by_layer.items()] == [
         ("embed", 1),
         ("model.layers.0", 2),
         ("head.out", 1),

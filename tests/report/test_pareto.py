@@ -75,8 +75,8 @@ def ids(length: int = 40) -> Tensor:
 
 def written(folder: Path, **files: dict[str, object]) -> list[Path]:
     paths = [folder / f"{name}.json" for name in files]
-    for path, held in zip(paths, files.values(), strict=True):
-        path.write_text(json.dumps(held))
+    for path, data in zip(paths, files.values(), strict=True):
+        path.write_text(json.dumps(data))
     return paths
 
 
@@ -99,9 +99,9 @@ def test_without_figures_it_says_what_makes_them() -> None:
     assert not Page(text).sources
 
 
-@pytest.mark.parametrize("held", [{"policy": "pop"}, [1, 2], "text", {"runs": [{}], "model": {}}])
-def test_a_file_that_is_something_else(held: object, tmp_path: Path) -> None:
-    (path,) = written(tmp_path, other=held)  # type: ignore[arg-type]
+@pytest.mark.parametrize("data", [{"policy": "pop"}, [1, 2], "text", {"runs": [{}], "model": {}}])
+def test_a_file_that_is_something_else(data: object, tmp_path: Path) -> None:
+    (path,) = written(tmp_path, other=data)  # type: ignore[arg-type]
     with pytest.raises(popc.ConfigError, match=r"figures='.*other.json' is not allowed: a file of"):
         Figures.read([path])
 
@@ -130,7 +130,7 @@ def test_partitions_and_their_drift() -> None:
 def test_a_text_like_its_prompt_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = ids(16)
     monkeypatch.setattr(
-        "popc.report.stability._generated", lambda twin, given, tokens: prompt.repeat(1, 2)
+        "popc.report.stability._generated", lambda compiled, _, tokens: prompt.repeat(1, 2)
     )
     drift = measure(tiny_llama(), prompt, CONFIG, tokens=32, chunk=16)
     assert all(region.overlap == (1.0, 1.0) for region in drift.regions)
@@ -160,12 +160,12 @@ def test_the_command_leaves_what_was_there_if_it_fails(tmp_path: Path) -> None:
     good = ["report", str(out), "--tokens", "0", "--figures", str(paths[0])]
     done = CliRunner().invoke(cli.app, good)
     assert done.exit_code == 0, done.output
-    held = out.read_text()
-    assert "0.807" in held
+    before = out.read_text()
+    assert "0.807" in before
     done = CliRunner().invoke(cli.app, [*good, "--figures", str(paths[1])])
     assert done.exit_code == 2
     assert "other.json" in " ".join(done.stderr.split())
-    assert out.read_text() == held
+    assert out.read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "other.json",
         "page.html",

@@ -50,11 +50,11 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     torch.compiler.reset()
-    found = Seen()
+    record = Seen()
     monkeypatch.setattr(
-        compat.codegen, "compile_fx", functools.partial(compile_fx, inner_compile=found.inner)
+        compat.codegen, "compile_fx", functools.partial(compile_fx, inner_compile=record.inner)
     )
-    yield found
+    yield record
     torch.compiler.reset()
 
 
@@ -76,29 +76,29 @@ def test_weights_and_static_caches_are_fixed(seen: Seen, policy: str, allocated:
     if allocated:
         model(prompt(2), **called)
         cache.reset()
-    twin = popc.compile(model, policy=policy, **OPTIONS)
-    twin(prompt(8), **called)
-    twin(prompt(1), **called)
+    compiled = popc.compile(model, policy=policy, **OPTIONS)
+    compiled(prompt(8), **called)
+    compiled(prompt(1), **called)
     prefill, decode = seen.loose
     assert seen.recorded == [False, True]
     # Tokens, and popc's own: norms, and what was measured; all are small.
-    given = [value for value in decode if isinstance(value, Tensor)]
-    assert given[0].shape == (1, 1)
+    tensors = [value for value in decode if isinstance(value, Tensor)]
+    assert tensors[0].shape == (1, 1)
     assert not any(is_cache_like(value) for value in (*prefill, *decode))
-    assert len(given) == {"threshold": 5, "pop": 3}[policy]
+    assert len(tensors) == {"threshold": 5, "pop": 3}[policy]
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(value.numel() for value in given) < weights / 10
+    assert sum(value.numel() for value in tensors) < weights / 10
 
 
 @torch.no_grad()
 def test_a_step_does_not_read_the_caches_length(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    twin = popc.compile(model, sparsity=0.4, codegen="eager")
+    compiled = popc.compile(model, sparsity=0.4, codegen="eager")
     cache = StaticCache(config=model.config, max_cache_len=32)
     called = {CACHE: cache, "use_cache": True}
-    twin(prompt(8), **called)
-    twin(prompt(1), **called)
-    twin(prompt(1), **called)
+    compiled(prompt(8), **called)
+    compiled(prompt(1), **called)
+    compiled(prompt(1), **called)
     first = sessions.of_cache(cache)
     reads: list[Tensor] = []
 
@@ -108,17 +108,17 @@ def test_a_step_does_not_read_the_caches_length(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Tensor, "__int__", read)
     for _ in range(3):
-        twin(prompt(1), **called)
+        compiled(prompt(1), **called)
     assert not reads
     assert sessions.of_cache(cache) is first
     # Whoever empties it writes to its length; a prompt of one token then has a session of its own.
     cache.reset()
-    twin(prompt(1), **called)
+    compiled(prompt(1), **called)
     assert len(reads) == 1
     second = sessions.of_cache(cache)
     assert second is not first
     cache.reset()
-    twin(prompt(8, seed=1), **called)
+    compiled(prompt(8, seed=1), **called)
     assert sessions.of_cache(cache) not in (first, second)
 
 
@@ -143,14 +143,14 @@ def test_a_call_that_leaves_the_cache_empty_tells_nothing() -> None:
         def get_seq_length(self) -> Tensor:
             return self.length
 
-    twin, cache = popc.compile(Model().eval(), sparsity=0.4, codegen="eager"), Cache()
+    compiled, cache = popc.compile(Model().eval(), sparsity=0.4, codegen="eager"), Cache()
     x = torch.randn(1, 5, 8)
-    found = []
+    met = []
     for writes in (False, False, True, True, False, True):
-        twin(x, cache, writes)
-        found.append(sessions.of_cache(cache))
-    assert len({id(session) for session in found[:3]}) == 3
-    assert all(session is found[2] for session in found[3:])
+        compiled(x, cache, writes)
+        met.append(sessions.of_cache(cache))
+    assert len({id(session) for session in met[:3]}) == 3
+    assert all(session is met[2] for session in met[3:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try it on")
@@ -170,8 +170,8 @@ def test_inductor_writes_a_step_for_cuda_that_copies_no_weight(policy: str) -> N
     gathers = len(re.findall(r"gather_kernel_\d+\.run\(", code))
     products = code.count("extern_kernels.mm(")
     others = set(re.findall(r"torch\.ops\.popc\.(\w+)\.default\(", code))
-    found = gathers, products, others
-    assert found == {"threshold": (14, 1, set()), "pop": (6, 9, {"select_units"})}[policy]
+    counts = gathers, products, others
+    assert counts == {"threshold": (14, 1, set()), "pop": (6, 9, {"select_units"})}[policy]
     sizes = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\)", code)
     largest = max(prod(map(int, re.findall(r"\d+", size))) for size in sizes)
     assert largest < 128 * HIDDEN, "as large as the smallest weight"

@@ -56,10 +56,10 @@ def scaled(model: nn.Module) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_changed_weights_are_followed(policy: str, change) -> None:
     model = tiny_llama()
-    twin = compiled_of(model, policy)
-    before = generated(twin, prompt(0))
+    compiled = compiled_of(model, policy)
+    before = generated(compiled, prompt(0))
     change(model)
-    got = generated(twin, prompt(0))
+    got = generated(compiled, prompt(0))
     assert relative(got, before) > 1e-2
     torch.compiler.reset()
     changed = tiny_llama()
@@ -76,76 +76,76 @@ def test_changed_weights_of_an_encoder_are_followed() -> None:
 
     options = {"policy": "pop", "sparsity": 0.5, "targets": ("attention",), "codegen": "eager"}
     module, changed, x = made(), made(), torch.randn(1, 6, D)
-    twin = popc.compile(module, **options)
+    compiled = popc.compile(module, **options)
     with torch.no_grad():
-        twin(x)
+        compiled(x)
         for head in torch.arange(D).chunk(4):  # in turn the one that counts by far
             for each in (module, changed):
                 each.o.weight[:, head] *= 4096
-            got = twin(x)
+            got = compiled(x)
             torch.compiler.reset()
             assert torch.equal(got, popc.compile(changed, **options)(x))
 
 
 def test_another_dtype_is_followed() -> None:
     model = tiny_llama()
-    twin = compiled_of(model)
-    generated(twin, prompt(0))
-    twin.to(torch.float64)
+    compiled = compiled_of(model)
+    generated(compiled, prompt(0))
+    compiled.to(torch.float64)
     torch.compiler.reset()
     expected = generated(compiled_of(tiny_llama().double()), prompt(0))
-    got = generated(twin, prompt(0))
+    got = generated(compiled, prompt(0))
     assert got.dtype == torch.float64
     assert relative(got, expected) < 1e-6
 
 
 def test_a_deep_copy_has_weights_of_its_own() -> None:
-    twin = compiled_of(tiny_llama(), "pop")
-    expected = generated(twin, prompt(0))
-    other = copy.deepcopy(twin)
+    compiled = compiled_of(tiny_llama(), "pop")
+    expected = generated(compiled, prompt(0))
+    other = copy.deepcopy(compiled)
     assert torch.equal(generated(other, prompt(0)), expected)
     with torch.no_grad():
         for weight in other.parameters():
             weight.zero_()
     assert generated(other, prompt(0)).abs().max() == 0
-    assert torch.equal(generated(twin, prompt(0)), expected)
+    assert torch.equal(generated(compiled, prompt(0)), expected)
 
 
-def test_a_calibrated_twin_is_not_copied() -> None:
-    twin = popc.compile(
+def test_a_calibrated_model_is_not_copied() -> None:
+    compiled = popc.compile(
         tiny_llama(), policy="wanda_sp", sparsity=0.5, codegen="eager", calibration=[prompt(1)]
     )
     with pytest.raises(ModelError, match="calibration"):
-        copy.deepcopy(twin)
+        copy.deepcopy(compiled)
 
 
 def test_pickling_says_what_to_do() -> None:
-    twin = compiled_of(tiny_llama())
+    compiled = compiled_of(tiny_llama())
     with pytest.raises(ModelError, match="state_dict"):
-        pickle.dumps(twin)
-    assert not any(key.startswith("popc") for key in twin.state_dict())
+        pickle.dumps(compiled)
+    assert not any(key.startswith("popc") for key in compiled.state_dict())
 
 
 def test_a_cache_from_a_file_decodes_dense(tmp_path: Path) -> None:
-    twin, cache = compiled_of(tiny_llama()), DynamicCache()
-    generated(twin, prompt(0), 1, cache)
+    compiled, cache = compiled_of(tiny_llama()), DynamicCache()
+    generated(compiled, prompt(0), 1, cache)
     read = pickle.loads(pickle.dumps(cache))
     dense = generated(tiny_llama(), prompt(2, 1), 0, copy.deepcopy(read))
-    assert relative(generated(twin, prompt(2, 1), 0, read), dense) < 1e-5
+    assert relative(generated(compiled, prompt(2, 1), 0, read), dense) < 1e-5
 
 
 def test_saved_files_are_as_before(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "before")
-    twin = popc.compile(model, policy="pop", sparsity=0.5)
-    generated(twin, prompt(0), 1)
-    for number, saved in enumerate((model, twin)):
+    compiled = popc.compile(model, policy="pop", sparsity=0.5)
+    generated(compiled, prompt(0), 1)
+    for number, saved in enumerate((model, compiled)):
         saved.save_pretrained(tmp_path / str(number))
         ours = (tmp_path / str(number) / "model.safetensors").read_bytes()
         assert ours == (tmp_path / "before" / "model.safetensors").read_bytes()
 
 
-def test_compiling_a_twin_is_compiling_its_model() -> None:
+def test_compiling_a_compiled_model_is_compiling_its_original() -> None:
     model = tiny_llama()
     first = compiled_of(model, "pop")
     expected = generated(first, prompt(0))
@@ -158,8 +158,8 @@ QUICK = {"CXX": str(Path(__file__).parents[1] / "helpers/quick-c++")}
 SCRIPT = """
 import torch, popc
 from tests.runtime.test_faults import MODEL, decoded
-twin = popc.compile(MODEL.make(), policy={policy!r}, sparsity={sparsity}, codegen={codegen!r})
-print("sum", decoded(twin))
+compiled = popc.compile(MODEL.make(), policy={policy!r}, sparsity={sparsity}, codegen={codegen!r})
+print("sum", decoded(compiled))
 """
 MODEL = Transformer(layers=(Layer(block=MLP(channels=64)),), width=32, dtype="float32")
 
@@ -175,11 +175,11 @@ def decoded(call) -> float:
 
 def started(folder: Path, environment: dict[str, str] | None = None, before: str = "", **options):
     """The script in a process of its own; ``before`` is code that goes before it."""
-    given = {"policy": "pop", "sparsity": 0.5, "codegen": "eager", **options}
+    arguments = {"policy": "pop", "sparsity": 0.5, "codegen": "eager", **options}
     known = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     known["PYTHONPATH"] = str(Path(__file__).parents[2])
     return subprocess.Popen(
-        [sys.executable, "-c", before + SCRIPT.format(**given)],
+        [sys.executable, "-c", before + SCRIPT.format(**arguments)],
         env={**known, **(environment or {})},
         text=True,
         stdout=subprocess.PIPE,
@@ -240,8 +240,8 @@ def cached(policy: str, sparsity: float, right: dict[float, float]) -> tuple[int
     """How often generated code was found in Inductor's cache, and how often it was not."""
     torch.compiler.reset()
     counters.clear()
-    twin = compiled_of(MODEL.make(), policy, sparsity=sparsity, codegen="inductor")
-    assert decoded(twin) == pytest.approx(right[sparsity], rel=1e-5)
+    compiled = compiled_of(MODEL.make(), policy, sparsity=sparsity, codegen="inductor")
+    assert decoded(compiled) == pytest.approx(right[sparsity], rel=1e-5)
     seen = counters["inductor"]
     return seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"]
 
@@ -249,12 +249,12 @@ def cached(policy: str, sparsity: float, right: dict[float, float]) -> tuple[int
 @pytest.mark.parametrize("policy", ["threshold", "pop"])
 def test_generated_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatch, policy) -> None:
     """Thresholds are inputs, so any sparsity finds the same code; counts are shapes, so that of a
-    decode step is generated anew. Code of other sources of popc is never found."""
+    decode step is generated anew. Code of other sources of popc is never loaded."""
     right = {sparsity: expected(sparsity, policy) for sparsity in (0.3, 0.6)}
     assert right[0.3] != pytest.approx(right[0.6], rel=1e-4)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    found, made = cached(policy, 0.3, right)
-    assert found == 0 and made > 1
+    hits, made = cached(policy, 0.3, right)
+    assert hits == 0 and made > 1
     others, again = cached(policy, 0.6, right)
     assert others + again == made and again == (0 if policy == "threshold" else 1)
     monkeypatch.setattr("popc.version.sources_digest", lambda: "of other sources")
@@ -264,7 +264,7 @@ def test_generated_code_is_kept_by_what_it_depends_on(tmp_path: Path, monkeypatc
 
 def test_the_digest_of_sources_is_of_all_of_them(tmp_path: Path) -> None:
     seen = {version._digest(tmp_path)}
-    for name, held in (
+    for name, content in (
         ("a.py", "x = 1"),
         ("a.py", "x = 2"),
         ("ops/cpu/k.h", "x"),
@@ -272,7 +272,7 @@ def test_the_digest_of_sources_is_of_all_of_them(tmp_path: Path) -> None:
         ("ops/cpu/k.cpp", "y"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(held)
+        (tmp_path / name).write_text(content)
         seen.add(version._digest(tmp_path))
     assert len(seen) == 6
     (tmp_path / "a.pyc").write_text("compiled")

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 def kept(caplog: pytest.LogCaptureFixture) -> list[tuple[int, int]]:
     """How many guards decode steps keep, of how many, one after the other."""
-    found = re.findall(r"a decode step keeps (\d+) of (\d+) guards", caplog.text)
-    return [(int(some), int(whole)) for some, whole in found]
+    pairs = re.findall(r"a decode step keeps (\d+) of (\d+) guards", caplog.text)
+    return [(int(some), int(whole)) for some, whole in pairs]
 
 
 def graphs() -> int:
@@ -53,15 +53,15 @@ def test_a_step_leaves_out_what_its_prompt_checks(
     model = tiny_llama()
     whole, before = compiled_of(model, policy), graphs()
     expected = [generated(whole, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
-    compiled = graphs()
+    after = graphs()
     torch.compiler.reset()
     with caplog.at_level(logging.INFO, "popc"):
-        twin = compiled_of(model, policy, guards="prompt")
-        got = [generated(twin, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
+        compiled = compiled_of(model, policy, guards="prompt")
+        got = [generated(compiled, prompt(i, 9 + 4 * i), cache=cache(model)) for i in range(3)]
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
     # Prompts of other lengths are no change of the model.
-    assert graphs() - compiled == compiled - before
+    assert graphs() - after == after - before
     assert "after all" not in caplog.text
     assert kept(caplog)
     # What is left is of the cache, a few for each layer, and of the call.
@@ -71,11 +71,11 @@ def test_a_step_leaves_out_what_its_prompt_checks(
 @pytest.mark.parametrize("change", [epsilon, activation, scaling])
 def test_a_change_is_noticed_with_the_next_prompt(change: Callable[[nn.Module], None]) -> None:
     model = tiny_llama()
-    twin = compiled_of(model, guards="prompt")
-    before = generated(twin, prompt(0))
+    compiled = compiled_of(model, guards="prompt")
+    before = generated(compiled, prompt(0))
     change(model)
-    got = generated(twin, prompt(0))
-    again = generated(twin, prompt(0))
+    got = generated(compiled, prompt(0))
+    again = generated(compiled, prompt(0))
     torch.compiler.reset()
     changed = tiny_llama()
     change(changed)
@@ -87,7 +87,7 @@ def test_a_change_is_noticed_with_the_next_prompt(change: Callable[[nn.Module], 
 
 def test_changes_to_and_fro_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama()
-    twin, whole = compiled_of(model, guards="prompt"), compiled_of(tiny_llama())
+    compiled, whole = compiled_of(model, guards="prompt"), compiled_of(tiny_llama())
     mlp = model.model.layers[1].mlp
     plain, other = mlp.act_fn, nn.ReLU()
     first = generated(whole, prompt(0))
@@ -96,8 +96,8 @@ def test_changes_to_and_fro_are_noticed(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING, "popc"):
         for i in range(3):
             for mlp.act_fn, expected in ((plain, first), (other, second)):
-                assert torch.equal(generated(twin, prompt(0)), expected)
-                assert torch.equal(generated(twin, prompt(0)), expected)
+                assert torch.equal(generated(compiled, prompt(0)), expected)
+                assert torch.equal(generated(compiled, prompt(0)), expected)
             assert ("again and again" in caplog.text) == (i > 0)
 
 
@@ -117,12 +117,12 @@ class Scaled(nn.Module):
         return out
 
 
-def test_what_no_prompt_reads_is_looked_at_with_each_token() -> None:
+def test_what_no_prompt_reads_is_guarded_at_each_token() -> None:
     model = Scaled().eval()
-    twin = compiled_of(model, guards="prompt")
-    before = generated(twin, prompt(0))
+    compiled = compiled_of(model, guards="prompt")
+    before = generated(compiled, prompt(0))
     model.factor = 2.0
-    got = generated(twin, prompt(0))
+    got = generated(compiled, prompt(0))
     assert torch.equal(got[:, 0], before[:, 0])
     torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
 
@@ -130,24 +130,24 @@ def test_what_no_prompt_reads_is_looked_at_with_each_token() -> None:
 class Asking(Scaled):
     """Its prompts ask whether a dict has one key, its steps for another."""
 
-    given: dict[str, int]
+    extra: dict[str, int]
 
     def forward(self, input_ids: Tensor, **options: object) -> object:
         out = self.inner(input_ids, **options)
         name = "twice" if input_ids.shape[1] == 1 else "once"
-        if name in self.given:
+        if name in self.extra:
             out.logits = out.logits * 2
         return out
 
 
 def test_what_a_guard_asks_for_counts() -> None:
     model = Asking().eval()
-    model.given = {"never": 1}
-    twin = compiled_of(model, guards="prompt")
-    before = generated(twin, prompt(0))
-    del model.given["never"]
-    model.given["twice"] = 1
-    got = generated(twin, prompt(0))
+    model.extra = {"never": 1}
+    compiled = compiled_of(model, guards="prompt")
+    before = generated(compiled, prompt(0))
+    del model.extra["never"]
+    model.extra["twice"] = 1
+    got = generated(compiled, prompt(0))
     assert torch.equal(got[:, 0], before[:, 0])
     torch.testing.assert_close(got[:, 1], 2 * before[:, 1])
 
@@ -168,8 +168,8 @@ def test_a_model_that_changes_itself_keeps_its_guards(caplog: pytest.LogCaptureF
     expected = [generated(whole, prompt(0), 7) for _ in range(2)]
     torch.compiler.reset()
     with caplog.at_level(logging.WARNING, "popc"):
-        twin = compiled_of(Counting().eval(), guards="prompt")
-        assert all(torch.equal(generated(twin, prompt(0), 7), one) for one in expected)
+        compiled = compiled_of(Counting().eval(), guards="prompt")
+        assert all(torch.equal(generated(compiled, prompt(0), 7), one) for one in expected)
     assert "changes itself" in caplog.text
     # Every second row is doubled.
     assert not torch.allclose(expected[0][:, 1], expected[0][:, 2], rtol=0.2)
@@ -186,13 +186,13 @@ class Named(Scaled):
 
 def test_an_argument_is_no_model_whatever_its_name() -> None:
     model = Named().eval()
-    twin = compiled_of(model, guards="prompt")
+    compiled = compiled_of(model, guards="prompt")
 
     def logits(factor: float) -> Tensor:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            twin(prompt(0), popc_forward=1.0, past_key_values=cache)
-            return twin(prompt(0)[:, :1], popc_forward=factor, past_key_values=cache).logits
+            compiled(prompt(0), popc_forward=1.0, past_key_values=cache)
+            return compiled(prompt(0)[:, :1], popc_forward=factor, past_key_values=cache).logits
 
     torch.testing.assert_close(3 * logits(1.0), logits(3.0))
 
@@ -211,17 +211,17 @@ class Alternating(Scaled):
         return out
 
 
-def test_a_global_that_calls_write_to_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_global_that_calls_write_to_is_guarded(caplog: pytest.LogCaptureFixture) -> None:
     global doubled
-    found = []
+    outputs = []
     for options in ({}, {"guards": "prompt"}):
         torch.compiler.reset()
         doubled = False
-        twin = compiled_of(Alternating().eval(), **options)
+        compiled = compiled_of(Alternating().eval(), **options)
         with caplog.at_level(logging.INFO, "popc"):
-            found.append([generated(twin, prompt(0), 7) for _ in range(2)])
-    assert all(map(torch.equal, *found))
-    assert not torch.allclose(found[0][0][:, 1], found[0][0][:, 2], rtol=0.2)
+            outputs.append([generated(compiled, prompt(0), 7) for _ in range(2)])
+    assert all(map(torch.equal, *outputs))
+    assert not torch.allclose(outputs[0][0][:, 1], outputs[0][0][:, 2], rtol=0.2)
     assert any(some < of for some, of in kept(caplog))  # the model's are left out all the same
 
 
@@ -239,10 +239,10 @@ def test_graphs_in_pieces_are_right() -> None:
     model = Broken().eval()
     expected = generated(compiled_of(model), prompt(0))
     torch.compiler.reset()
-    twin = compiled_of(model, guards="prompt")
+    compiled = compiled_of(model, guards="prompt")
     for change in (lambda _: None, epsilon):
         change(model.inner)
-        got = generated(twin, prompt(0))
+        got = generated(compiled, prompt(0))
         assert torch.equal(got, generated(compiled_of(model), prompt(0)))
     assert not torch.allclose(got, expected, atol=1e-3)
 

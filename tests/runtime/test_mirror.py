@@ -177,15 +177,15 @@ class Pair(NamedTuple):
     second: int
 
 
-def test_functions_and_tuples_lead_to_the_mirrors_own_parts() -> None:
+def test_functions_and_tuples_refer_to_the_mirrors_parts() -> None:
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
     old = net.forward
     net.forward = lambda x: old(x)
-    net.pair, net.held = Pair(net[0], 1), defaultdict(list, {"a": net[1]})
+    net.pair, net.by_name = Pair(net[0], 1), defaultdict(list, {"a": net[1]})
     root, x = Mirror(net).root.eval(), torch.randn(8, 4)
     assert torch.equal(root(x), root(x)) and not torch.equal(net(x), net(x))
-    assert root.pair == Pair(root[0], 1) and root.held["a"] is root[1]
-    assert root.held["new"] == [] and "new" not in net.held
+    assert root.pair == Pair(root[0], 1) and root.by_name["a"] is root[1]
+    assert root.by_name["new"] == [] and "new" not in net.by_name
 
 
 def test_another_class_and_removed_modules_are_followed() -> None:
@@ -211,7 +211,7 @@ class Slotted(nn.Module):
         return self.scale * x
 
 
-def test_what_lies_in_slots_is_there() -> None:
+def test_values_in_slots_are_mirrored() -> None:
     assert Mirror(Slotted()).root(torch.ones(1)) == 3.0
 
 

@@ -74,7 +74,7 @@ def test_guards_by_prompt_in_threads_and_a_change_meanwhile() -> None:
         assert relative(got[seed], expected[seed]) > 1e-2
 
 
-def test_a_change_is_told_once_to_one_of_many() -> None:
+def test_a_change_is_reported_once_to_one_of_many() -> None:
     guards = PromptGuards()
     for _ in range(50):
         guards._changed = True
@@ -118,9 +118,9 @@ def test_a_guard_that_says_nothing_known_is_kept() -> None:
 
 def test_a_weight_has_one_identity_in_all_threads() -> None:
     for _ in range(50):
-        parameter, found = nn.Parameter(torch.zeros(1)), []
-        in_threads(lambda _: found.append(capture.identity(parameter)), 8)  # noqa: B023
-        assert len(set(found)) == 1
+        parameter, identities = nn.Parameter(torch.zeros(1)), []
+        in_threads(lambda _: identities.append(capture.identity(parameter)), 8)  # noqa: B023
+        assert len(set(identities)) == 1
 
 
 def test_the_instance_of_the_last_call_goes_with_its_weights() -> None:

@@ -50,12 +50,12 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
     said = str(caught.value)
     assert "the first that differs, in call 1: layers.1.block (mlp" in said
     script = said.split("To reproduce it:")[1]
-    held: dict[str, object] = {}
+    names: dict[str, object] = {}
     with pytest.raises(EquivalenceError):
-        exec(script, held)
+        exec(script, names)
     monkeypatch.setattr(units, "split", right)
     torch.compiler.reset()
-    exec(script, held)
+    exec(script, names)
 
 
 def test_a_wrong_threshold_is_named(monkeypatch) -> None:

@@ -80,13 +80,13 @@ class Nested(Block):
 
     def forward(
         self,
-        held: dict[str, Any],
+        tensors: dict[str, Any],
         pair: tuple[Tensor, Tensor],
         mask: Tensor,
         how: str = "sum",
     ) -> dict[str, Any]:
-        assert mask.dtype is torch.bool and held["ids"].dtype is torch.int64
-        x = self.table(held["ids"]) + held["more"][0] + (pair[0] if how == "sum" else 0)
+        assert mask.dtype is torch.bool and tensors["ids"].dtype is torch.int64
+        x = self.table(tensors["ids"]) + tensors["more"][0] + (pair[0] if how == "sum" else 0)
         x = (x + pair[1]).masked_fill(~mask[..., None], 0)
         return {"count": mask.sum(), "states": [self.run(x, None)]}
 
@@ -94,8 +94,8 @@ class Nested(Block):
 def nested() -> dict[str, Any]:
     size = (2, 5, WIDTH)
     pair = floats(*size, seed=1), floats(*size, seed=2)
-    held = {"ids": IDS, "more": [floats(*size)]}
-    return {"held": held, "pair": pair, "mask": IDS > 2, "how": "sum"}
+    tensors = {"ids": IDS, "more": [floats(*size)]}
+    return {"tensors": tensors, "pair": pair, "mask": IDS > 2, "how": "sum"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, None])
@@ -107,7 +107,7 @@ def test_values_come_in_the_models_dtype(dtype: torch.dtype | None) -> None:
 
 @pytest.mark.parametrize("policy", ["pop", "threshold"])
 @pytest.mark.parametrize("model", [Values, Narrower, Named])
-def test_any_first_argument_is_what_a_tensor_is_given_as(model, policy: str) -> None:
+def test_a_tensor_is_passed_as_the_first_argument_of_any_name(model, policy: str) -> None:
     inputs = IDS if model is Named else floats(2, 5, WIDTH)
     check(model(), inputs, policy=policy, scope="sequence", steps=2)
     (name,) = Feed(model(), inputs, None).kwargs
@@ -126,8 +126,8 @@ def test_nested_inputs(policy: str) -> None:
     assert inputs["pair"][0].dtype is torch.float32  # the caller's own stay what they are
     feed = Feed(Nested(), inputs, torch.float64)
     (_, kwargs) = feed.first(None)
-    assert kwargs["held"]["more"][0].dtype is torch.float64 and kwargs["how"] == "sum"
-    assert kwargs["held"]["ids"].dtype is torch.int64 and kwargs["mask"].dtype is torch.bool
+    assert kwargs["tensors"]["more"][0].dtype is torch.float64 and kwargs["how"] == "sum"
+    assert kwargs["tensors"]["ids"].dtype is torch.int64 and kwargs["mask"].dtype is torch.bool
 
 
 @pytest.mark.parametrize("policy", ["pop", "threshold"])
@@ -149,12 +149,12 @@ def test_masks_of_each_query() -> None:
     seen[1, :, :, :2] = False
     added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     check(model, {"input_ids": IDS, "attention_mask": added}, policy="pop")
-    held = Feed(model, {"input_ids": IDS, "attention_mask": added}, torch.bfloat16)
-    assert held.kwargs["attention_mask"].isfinite().all()  # though bfloat16 ends earlier
+    feed = Feed(model, {"input_ids": IDS, "attention_mask": added}, torch.bfloat16)
+    assert feed.kwargs["attention_mask"].isfinite().all()  # though bfloat16 ends earlier
     assert torch.equal(
-        Feed(model, {"input_ids": IDS, "attention_mask": seen}, None).valid, held.valid
+        Feed(model, {"input_ids": IDS, "attention_mask": seen}, None).valid, feed.valid
     )
-    assert torch.equal(held.valid, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool())
+    assert torch.equal(feed.valid, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool())
 
 
 def test_pictures_beside_ids() -> None:
@@ -181,7 +181,7 @@ def test_an_encoder_and_a_decoder() -> None:
     check(model, {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}, policy="pop", steps=1)
 
 
-def test_a_failure_says_what_it_was_given() -> None:
+def test_a_failure_prints_its_inputs() -> None:
     """The script holds values too, exactly."""
     spec = Transformer(layers=(Layer(block=MLP(channels=12)),))
     mask = torch.tensor([[1.0, 1.0, float("nan")]], dtype=torch.float32)
@@ -190,6 +190,6 @@ def test_a_failure_says_what_it_was_given() -> None:
     assert "torch.tensor([[3, 5, 7, 2, 9]], dtype=torch.int64)" in said
 
 
-def test_a_model_that_fails_is_told() -> None:
+def test_a_model_that_fails_is_reported() -> None:
     with pytest.raises(popc.errors.ModelError, match="fails on the inputs"):
         testing.assert_equivalent(tiny_llama(), {"input_ids": IDS, "no_such": IDS, "labels": 3})

@@ -59,7 +59,7 @@ SHARINGS = [up_alone, queries_and_keys, everything, whole_layer, down_alone, who
 
 @pytest.mark.parametrize("policy", ["threshold", "pop"])
 @pytest.mark.parametrize("share", few(SHARINGS, 4))
-def test_each_use_is_told_apart(share, policy: str) -> None:
+def test_each_use_is_distinguished(share, policy: str) -> None:
     model = SPEC.make()
     share(model)
     result = testing.assert_equivalent(model, INPUTS, policy=policy, **EAGER)
@@ -85,7 +85,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("policy", ["threshold", "pop"])
 @pytest.mark.parametrize("share", few([up_alone, down_alone, queries_and_keys], 1))
-def test_also_where_layers_are_traced_apart(share, policy: str) -> None:
+def test_also_where_layers_are_traced_one_by_one(share, policy: str) -> None:
     model = Broken(share)
     result = testing.assert_equivalent(model, INPUTS["input_ids"], policy=policy, **EAGER)
     assert result.decided and result.masked > 0
@@ -107,7 +107,7 @@ class Parts(nn.Module):
         return x + torch.matmul(h, self.back.t())
 
 
-def test_parts_of_a_weight_are_told_apart() -> None:
+def test_parts_of_a_weight_are_distinguished() -> None:
     model, x = Parts().double(), torch.randn(1, 1, 8, dtype=torch.float64)
     plan = popc.analyze(model, (x,))
     assert [region.units for region in plan.regions] == [12, 12]

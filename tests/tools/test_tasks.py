@@ -26,9 +26,9 @@ TEXTS = [f"Article {i} tells of a river. It is long. " * 20 for i in range(4)]
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(95)} | {"[UNK]": 95}
-    held = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    held.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=held, unk_token="[UNK]")
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
 
 
 def test_scores() -> None:
@@ -68,11 +68,11 @@ def test_what_equals_dense_scores_one(
 ) -> None:
     torch.compiler.reset()
     model = tiny_llama()
-    twin = popc.compile(model, sparsity=sparsity, codegen="eager")
+    compiled = popc.compile(model, sparsity=sparsity, codegen="eager")
     seen: list[None] = []
     texts = ["w1 w2 w3 w4 w5 w6", "w9 w8 w7 w1 w2 w9"]
     task = TASKS["continuation"]
-    done = perform(task, model, twin, tokenizer, texts, 2, lambda: seen.append(None))
+    done = perform(task, model, compiled, tokenizer, texts, 2, lambda: seen.append(None))
     assert (done.task, done.count, done.dense_score) == ("continuation", 2, 1.0)
     assert (done.score == 1.0) is equal
     assert len(seen) == 2
@@ -81,9 +81,9 @@ def test_what_equals_dense_scores_one(
 def test_both_models_are_judged_alike(tokenizer: PreTrainedTokenizerFast) -> None:
     torch.compiler.reset()
     model = tiny_llama()
-    twin = popc.compile(model, sparsity=0, codegen="eager")
+    compiled = popc.compile(model, sparsity=0, codegen="eager")
     for name in ("retrieval", "arithmetic", "copy"):
-        done = perform(TASKS[name], model, twin, tokenizer, TEXTS, 1)
+        done = perform(TASKS[name], model, compiled, tokenizer, TEXTS, 1)
         assert done.score == done.dense_score < 1  # random weights know no answer
 
 

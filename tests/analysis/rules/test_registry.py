@@ -164,17 +164,17 @@ def misfit(propagation, node) -> LabeledValue:
 def test_a_rule_that_fails_leaves_the_graph_dense(rule, monkeypatch) -> None:
     model, ids = llama("swiglu"), tokens()
     popc.register_rule(swiglu, rule)
-    twin = popc.compile(model, **OPTIONS)
+    compiled = popc.compile(model, **OPTIONS)
     said = "swiglu.default (failed: ZeroDivisionError: of no account|gave labels that do not fit)"
     with pytest.raises(Exception, match=f"RuleError.*{said}"):
-        run(twin, ids, 10)
+        run(compiled, ids, 10)
     monkeypatch.setenv("POPC_RAISE", "0")
     torch.compiler.reset()
-    twin = popc.compile(model, **OPTIONS)
+    compiled = popc.compile(model, **OPTIONS)
     with pytest.warns(PopcWarning, match=f"'find regions' failed: RuleError.*{said}"):
-        got = run(twin, ids, 10)
+        got = run(compiled, ids, 10)
     assert relative(got, run(model, ids, 10)) < 1e-5
-    assert not twin.popc_plan.regions
+    assert not compiled.popc_plan.regions
     with pytest.raises(popc.ModelError, match=said):  # one who looks at the plan wants to know
         popc.analyze(model, (ids,))
 

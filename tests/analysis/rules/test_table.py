@@ -296,8 +296,8 @@ def with_one_input(trait: Trait) -> list[Any]:
 def applied(op: Any, each: Case) -> tuple[Tensor, list[Tensor], fx.Node]:
     """An input, the outputs, and a node of the op."""
     x = each.args[0].draw(torch.Generator().manual_seed(0))
-    given = [x if isinstance(arg, Channels) else arg for arg in each.args]
-    out = op(*given, **each.kwargs)
+    args = [x if isinstance(arg, Channels) else arg for arg in each.args]
+    out = op(*args, **each.kwargs)
     graph = fx.Graph()
     node = graph.call_function(op, (graph.placeholder("x"), *each.args[1:]), each.kwargs)
     node.meta["val"] = out
@@ -321,13 +321,13 @@ def test_reshapes_have_the_values_in_order(op: Any, each: Case) -> None:
 
 
 @pytest.mark.parametrize(("op", "each"), with_one_input(Trait.TRANSPOSE))
-def test_transposes_have_the_order_that_is_told(op: Any, each: Case) -> None:
+def test_transposes_have_the_order_of_their_trait(op: Any, each: Case) -> None:
     x, (out,), node = applied(op, each)
     assert torch.equal(out, x.permute(order_of(node)))
 
 
 @pytest.mark.parametrize(("op", "each"), with_one_input(Trait.PART | Trait.ALIAS))
-def test_parts_lie_in_the_first_inputs_memory(op: Any, each: Case) -> None:
+def test_parts_are_in_the_first_inputs_memory(op: Any, each: Case) -> None:
     x, outputs, _ = applied(op, each)
     assert all(
         out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for out in outputs

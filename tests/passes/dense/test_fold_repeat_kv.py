@@ -84,12 +84,12 @@ def count(graph: fx.Graph, *targets: object) -> int:
     return sum(node.target in targets for node in graph.nodes)
 
 
-def shared(module: nn.Module, *given: Tensor) -> fx.Graph | None:
+def shared(module: nn.Module, *args: Tensor) -> fx.Graph | None:
     """The graph, if it changed, once it is seen to give what the module gives."""
-    captured = capture_module(module, given)
+    captured = capture_module(module, args)
     done = fold_repeat_kv(captured, RewritePlan()).matches
-    (y,) = assert_meta_is_true(captured.gm, module, *given)
-    assert relative(y, module(*given)) < (1e-5 if given[0].dtype != torch.bfloat16 else 2e-2)
+    (y,) = assert_meta_is_true(captured.gm, module, *args)
+    assert relative(y, module(*args)) < (1e-5 if args[0].dtype != torch.bfloat16 else 2e-2)
     assert done == count(captured.gm.graph, attend) + sum(
         bool(node.kwargs.get("enable_gqa")) for node in captured.gm.graph.nodes
     )
@@ -108,8 +108,8 @@ def test_heads_are_read_once(repeat: Callable[[Tensor], Tensor], tokens: int) ->
 def test_masks_stay() -> None:
     mask = torch.rand(3, 1, 1, KEYS) < 0.6
     mask[..., 0] = True
-    for given in (mask, torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)):
-        graph = shared(Attention(expanded), *inputs(), given)
+    for each in (mask, torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)):
+        graph = shared(Attention(expanded), *inputs(), each)
         assert graph is not None and count(graph, attend) == 1
 
 
@@ -138,9 +138,9 @@ def test_heads_of_their_own() -> None:
         return x
 
     mask = torch.ones(1, 1, 1, KEYS, dtype=torch.bool)
-    given = inputs(groups=HEADS)
-    assert shared(Attention(plain), *given) is None
-    assert shared(Attention(plain), *given, mask) is not None
+    qkv = inputs(groups=HEADS)
+    assert shared(Attention(plain), *qkv) is None
+    assert shared(Attention(plain), *qkv, mask) is not None
     assert shared(Attention(plain), *inputs(dtype=torch.bfloat16, groups=HEADS)) is not None
     assert shared(Attention(plain), *inputs(5, torch.bfloat16, HEADS)) is None
 
@@ -158,8 +158,8 @@ def test_what_says_so_itself() -> None:
 
 class Named(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        given = {"query": q, "key": expanded(k), "value": expanded(v), "attn_mask": mask}
-        return torch.nn.functional.scaled_dot_product_attention(**given, dropout_p=0.0)
+        arguments = {"query": q, "key": expanded(k), "value": expanded(v), "attn_mask": mask}
+        return torch.nn.functional.scaled_dot_product_attention(**arguments, dropout_p=0.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -201,12 +201,12 @@ class Overwritten(nn.Module):
         self.late = late
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        held = k.clone()
+        copied = k.clone()
         if not self.late:
-            held[:, :, 1] = 2.0
-        keys, values = expanded(held), expanded(v)
+            copied[:, :, 1] = 2.0
+        keys, values = expanded(copied), expanded(v)
         if self.late:
-            held[:, :, 1] = 2.0
+            copied[:, :, 1] = 2.0
         return scaled_dot_product_attention(q, keys, values)
 
 
@@ -227,12 +227,12 @@ def test_a_generation_reads_its_cache_once(monkeypatch, static: bool) -> None:
     monkeypatch.setattr("popc.backend.Interpreted", noting)
     model = tiny_llama()
     layers = model.config.num_hidden_layers
-    twin = popc.compile(model, sparsity=0.0, codegen="eager")
+    compiled = popc.compile(model, sparsity=0.0, codegen="eager")
     ids = torch.arange(1, 12)[None].repeat(2, 1)
     options = {"max_new_tokens": 4, "do_sample": False}
     if static:
         options["cache_implementation"] = "static"
-    assert torch.equal(twin.generate(ids, **options), model.generate(ids, **options))
+    assert torch.equal(compiled.generate(ids, **options), model.generate(ids, **options))
     prefill, *decode = graphs
     assert decode and all(count(graph, attend) == layers for graph in decode)
     attentions = prefill.find_nodes(

@@ -61,7 +61,7 @@ def test_types_that_the_kernel_does_not_read_are_not() -> None:
 
 
 @pytest.mark.parametrize("decodes", [False, True])
-def test_16_bit_weights_that_lie_across_always_are(decodes: bool) -> None:
+def test_transposed_16_bit_weights_always_are(decodes: bool) -> None:
     module = Two(torch.bfloat16).eval()
     module.b.weight.data = module.b.weight.data.t().contiguous().t()
     assert streamed(module, torch.randn(1, 5, 16).bfloat16(), decodes) == 1
@@ -74,7 +74,7 @@ def test_without_kernels_none_are(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("sparsity", "last"),
-    [(0.4, 1), (0.0, 15)],  # what is not contracted: the head, or all of two layers too
+    [(0.4, 1), (0.0, 15)],  # what has no threshold: the head, or all of two layers too
 )
 def test_a_decode_step_reads_what_stays_dense_so(monkeypatch, sparsity: float, last: int) -> None:
     torch.compiler.reset()
@@ -89,12 +89,12 @@ def test_a_decode_step_reads_what_stays_dense_so(monkeypatch, sparsity: float, l
 
     monkeypatch.setattr("popc.backend.Interpreted", noting)
     model = tiny_llama()
-    twin = popc.compile(model, sparsity=sparsity, codegen="eager")
+    compiled = popc.compile(model, sparsity=sparsity, codegen="eager")
     ids = torch.arange(1, 12)[None]
     with torch.no_grad():
-        cache = twin(ids, use_cache=True).past_key_values
+        cache = compiled(ids, use_cache=True).past_key_values
         expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
-        got = twin(ids[:, :1], past_key_values=cache).logits
+        got = compiled(ids[:, :1], past_key_values=cache).logits
     prefill, decode = graphs
     assert not count(prefill, gather_linear)
     assert count(decode, gather_linear) == last

@@ -33,11 +33,11 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for _ in range(self.count):
-            given = mask.expand(len(x), -1, -1, -1) if self.expand else mask
+            attn_mask = mask.expand(len(x), -1, -1, -1) if self.expand else mask
             if self.positional:
-                x = scaled_dot_product_attention(x, x, x, given) + x
+                x = scaled_dot_product_attention(x, x, x, attn_mask) + x
             else:
-                x = scaled_dot_product_attention(x, x, x, attn_mask=given, scale=0.5) + x
+                x = scaled_dot_product_attention(x, x, x, attn_mask=attn_mask, scale=0.5) + x
         return x
 
 
@@ -80,10 +80,10 @@ class Rewritten(nn.Module):
     """Its mask changes between two attentions."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        held = mask.clone()
-        x = scaled_dot_product_attention(x, x, x, held)
-        held[..., 0].fill_(False)
-        return scaled_dot_product_attention(x, x, x, held)
+        copied = mask.clone()
+        x = scaled_dot_product_attention(x, x, x, copied)
+        copied[..., 0].fill_(False)
+        return scaled_dot_product_attention(x, x, x, copied)
 
 
 def test_a_mask_that_changes_in_between_is_left() -> None:
@@ -102,11 +102,11 @@ def test_a_prefill_has_one(monkeypatch) -> None:
 
     monkeypatch.setattr("popc.backend.Interpreted", noting)
     model = tiny_llama()
-    twin = popc.compile(model, sparsity=0.4, codegen="eager")
+    compiled = popc.compile(model, sparsity=0.4, codegen="eager")
     ids = torch.arange(1, 13)[None].repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     with torch.no_grad():
-        got = twin(ids, attention_mask=mask).logits
+        got = compiled(ids, attention_mask=mask).logits
         assert relative(got, model(ids, attention_mask=mask).logits) < 1e-5
     assert counts == [1]
