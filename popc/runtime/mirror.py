@@ -134,9 +134,10 @@ class Mirror:
                 copied[name] = self._copied_or_mapped(value)
 
     def _copied_or_mapped(self, value: Any) -> Any:
-        """``value`` as it is set on the mirror; a module that is new to it is copied."""
+        """``value`` as it is set on the mirror; a module that is new to it is copied, but for one
+        that was compiled on its own, which stays what it is."""
         if isinstance(value, nn.Module):
-            return self._copy_tree(value)
+            return value if REPLACED in value.__dict__ else self._copy_tree(value)
         return self._mapped(value)
 
     def _mapped(self, value: Any, depth: int = _DEPTH) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import popc
 from popc.runtime.mirror import Mirror
 from tests.helpers.models import Plain, tiny_llama
 
@@ -220,3 +221,16 @@ def test_a_transformer_is_mirrored_whole() -> None:
     root = Mirror(model).root
     assert torch.equal(root(ids).logits, model(ids).logits)
     assert root.config is model.config and root.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_part_that_is_compiled_later_stays_what_it_is() -> None:
+    """Set on the original, it is pruned as it was compiled, not as the whole is."""
+    model = nn.Sequential(Plain(), nn.LayerNorm(16), Plain()).eval()
+    compiled = popc.compile(model, policy="dense", codegen="eager")
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        compiled(x)
+        model[2] = popc.compile(model[2], policy="pop", sparsity=0.5, codegen="eager")
+        compiled(x)
+    assert compiled[2] is model[2]
+    assert compiled[2].popc_plan.regions and not compiled.popc_plan.regions
