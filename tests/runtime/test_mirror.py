@@ -233,4 +233,4 @@ def test_a_part_that_is_compiled_later_stays_what_it_is() -> None:
         model[2] = popc.compile(model[2], policy="pop", sparsity=0.5, codegen="eager")
         compiled(x)
     assert compiled[2] is model[2]
-    assert compiled[2].popc_plan.regions and not compiled.popc_plan.regions
+    assert compiled[2].popc_plan.regions  # of its own graphs: it was called as it is
