@@ -14,6 +14,7 @@ from popc.analysis.findings import Findings
 from popc.analysis.input_groups import find_input_groups
 from popc.analysis.plan import Plan, Record, with_parameters
 from popc.analysis.regions import find_regions
+from popc.analysis.rules.registry import RuleError
 from popc.compiled_model import Compiled, dense
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
@@ -92,13 +93,14 @@ def analyze(
             ``dummy_inputs``.
 
     Raises:
-        ModelError: ``model`` is none of these, or it fails on the inputs.
+        ModelError: ``model`` is none of these, it fails on the inputs, or a rule of
+            :func:`popc.register_rule` does.
         GraphError: a graph could not be traced to ATen ops.
     """
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
-        return _analysis_of(capture_module(model.module(), args, kwargs)).plan()
+        return _analyze_graph(model.module(), args, kwargs)
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.analyze takes an nn.Module or a graph, not {type(model).__name__}")
     if not args and not kwargs and hasattr(model, "dummy_inputs"):
@@ -106,8 +108,17 @@ def analyze(
     model = dense(model)
     with torch.no_grad():
         if isinstance(model, fx.GraphModule):
-            return _analysis_of(capture_module(model, args, kwargs)).plan()
+            return _analyze_graph(model, args, kwargs)
         return _analyze_traced(model, args, kwargs or {})
+
+
+def _analyze_graph(
+    gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> Plan:
+    try:
+        return _analysis_of(capture_module(gm, args, kwargs)).plan()
+    except RuleError as error:
+        raise ModelError(str(error)) from error
 
 
 def _analysis_of(captured: Captured) -> Findings:

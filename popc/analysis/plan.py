@@ -5,6 +5,7 @@ Nothing in it leads to a graph or a tensor: it can be kept, copied, pickled and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -374,3 +375,12 @@ class Plan:
         from popc.report.plan_table import plan_text
 
         return plan_text(self)
+
+
+def __getattr__(name: str) -> Any:
+    """Names of popc 0.1, with a warning."""
+    now = {"Region": "RegionRecord", "Producer": "ProducerRecord"}.get(name)
+    if now is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"popc.analysis.plan.{name} is {now} now", DeprecationWarning, stacklevel=2)
+    return globals()[now]

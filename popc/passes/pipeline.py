@@ -65,13 +65,21 @@ def rewrite(captured: Captured, work: RewritePlan) -> Rewritten:
     graph = captured.gm.graph
     before = len(graph.find_nodes(op="placeholder"))
     for run in PASSES:
-        matches, binding = run_stage(run.__name__, run, captured, work)
+        name = getattr(run, "__name__", type(run).__name__)
+        matches, binding = run_stage(name, run, captured, work)
+        assert matches or binding is None, f"{name} changed the graph, but gives no matches"
         if binding is not None:
             done.bindings.append(binding)
         if matches:
-            done.matches[run.__name__] = matches
-            log_graph(f"after {run.__name__}", captured.gm)
+            done.matches[name] = matches
+            log_graph(f"after {name}", captured.gm)
     added = graph.find_nodes(op="placeholder")[before:]
     done.inputs = [node.meta["val"] for node in added]
-    logger.info("passes: %s", done.matches or "none changed the graph")
+    logger.info(
+        "%d regions and %d inputs of linears, %d refusals; passes: %s",
+        len(work.findings.regions),
+        len(work.findings.inputs),
+        len(work.findings.skipped),
+        done.matches or "none changed the graph",
+    )
     return done

@@ -40,18 +40,22 @@ def store_channel_major(captured: Captured, work: RewritePlan) -> PassResult:
     changed: list[fx.Node] = []
     try:
         refused = _relayout_all(captured, work.owners, changed)
-    finally:
-        # Even if a later one fails: the trace must have the new strides of these.
-        if changed:
-            compat.take_new_strides([captured.parameters[node] for node in changed])
-            _propagate_strides(captured, changed)
-    for owner, reason in refused.items():
-        work.refuse(owner, reason, "layout")
+    except Exception:
+        # The graph runs dense then, with those that have changed by now.
+        _propagate_strides(captured, changed)
+        raise
+    _propagate_strides(captured, changed)
+    if refused:
+        work.refuse(refused, "layout")
+        work.assign(captured)
     return PassResult(len(changed))
 
 
 def _propagate_strides(captured: Captured, placeholders: Sequence[fx.Node]) -> None:
-    """Give the graph's values the strides that follow from those of ``parameters`` now."""
+    """Tell Dynamo the new strides of these, and give the graph's values those that follow."""
+    if not placeholders:
+        return
+    compat.take_new_strides([captured.parameters[node] for node in placeholders])
     changed = set(placeholders)
     for node in placeholders:
         parameter = captured.parameters[node]

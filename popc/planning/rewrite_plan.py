@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.analysis.findings import Findings, Region
@@ -16,7 +17,6 @@ from popc.analysis.plan import Skipped
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token
 from popc.config import Config
-from popc.log import logger
 from popc.planning.budget_solver import resolve
 from popc.planning.choose import choose, prunable, refuse_where, with_known_units
 from popc.planning.packing import Slot, slot_of
@@ -33,11 +33,13 @@ class RewritePlan:
     Attributes:
         config: with a sparsity for this graph.
         findings: what the analysis found and ``config`` prunes; passes add refusals to it.
-        owners: regions and input groups that are pruned in this graph or in others.
+        owners: regions and input groups that are pruned in this graph or in others. The rest
+            follows from them, by :meth:`assign`.
         measured: regions of which a prompt's statistics are taken here.
         pruned: regions whose units are pruned here.
         measured_inputs, pruned_inputs: likewise of input groups.
         decodes: whether the graph is one of decode steps alone, which go by what a prompt's saw.
+        measure_only: whether nothing is pruned but what runs in one pass.
     """
 
     config: Config = field(default_factory=Config)
@@ -48,6 +50,7 @@ class RewritePlan:
     measured_inputs: list[InputGroup] = field(default_factory=list)
     pruned_inputs: list[InputGroup] = field(default_factory=list)
     decodes: bool = False
+    measure_only: bool = False
 
     @property
     def measures(self) -> bool:
@@ -62,20 +65,29 @@ class RewritePlan:
     @property
     def device(self) -> torch.device | None:
         """Where it is done; None if there is nothing to do."""
-        if not self.owners:
-            return None
-        owner = self.owners[0]
-        value = owner.x if isinstance(owner, InputGroup) else owner.hidden
-        return value.meta["val"].device
+        return _value_of(self.owners[0]).meta["val"].device if self.owners else None
 
-    def refuse(self, owner: Owner, reason: str, kind: str) -> None:
-        """Leave ``owner`` dense: it goes from what is to be done and from the plan."""
-        self.findings.skipped.append(Skipped(owner.name, reason, "", owner.source, kind))
-        self.pruned = [slot for slot in self.pruned if slot.region is not owner]
-        lists: list[list[Any]] = [self.owners, self.measured, self.measured_inputs]
-        lists += [self.pruned_inputs, self.findings.regions, self.findings.inputs]
+    def assign(self, captured: Captured) -> None:
+        """Say of each owner whether it is measured or pruned in the graph."""
+        prunes = set() if self.measure_only else _on_one_token(captured, self.owners)
+        regions = [owner for owner in self.owners if isinstance(owner, Region)]
+        inputs = [owner for owner in self.owners if isinstance(owner, InputGroup)]
+        pruned = [region for region in regions if region.one_pass or region in prunes]
+        self.pruned = [slot_of(region, self.config) for region in pruned]
+        self.measured = [region for region in regions if region not in pruned]
+        self.pruned_inputs = [group for group in inputs if group in prunes]
+        # What runs on many tokens in a decode step, as on a whole cache, reads all its channels.
+        self.measured_inputs = [] if self.pruned_inputs else inputs
+        begins = self.measures or any(region.one_pass for region in pruned)
+        self.decodes = self.prunes and not begins
+
+    def refuse(self, reasons: Mapping[Owner, str], kind: str) -> None:
+        """Leave owners dense: they go from the plan, and :meth:`assign` is to be asked again."""
+        for owner, reason in reasons.items():
+            self.findings.skipped.append(Skipped(owner.name, reason, "", owner.source, kind))
+        lists: list[list[Any]] = [self.owners, self.findings.regions, self.findings.inputs]
         for owners in lists:
-            owners[:] = [other for other in owners if other is not owner]
+            owners[:] = [owner for owner in owners if owner not in reasons]
 
 
 def plan_rewrite(
@@ -104,54 +116,29 @@ def plan_rewrite(
     plan = run_stage("describe regions", findings.plan)
     config = run_stage("resolve budget", resolve, config, sum(sizes.values()), plan)
     run_stage("choose regions", choose, findings, config, only)
-    work = run_stage("choose work", _split, captured, findings, config, measure_only)
-    logger.info(
-        "%d regions and %d inputs of linears: %d pruned here, %d measured; %d refusals",
-        len(findings.regions),
-        len(findings.inputs),
-        len(work.pruned) + len(work.pruned_inputs),
-        len(work.measured) + len(work.measured_inputs),
-        len(findings.skipped),
-    )
+    work = RewritePlan(config, findings, _owners(findings, config), measure_only=measure_only)
+    run_stage("choose work", work.assign, captured)
     return work
 
 
-def _split(
-    captured: Captured, findings: Findings, config: Config, measure_only: bool
-) -> RewritePlan:
-    """What to measure in a graph, and what to prune."""
-    regions = [region for region in findings.regions if prunable(region, config)]
-    inputs = list(findings.inputs)
-    prunes = _runs_on_one_token(captured, regions, inputs)
-    slots = [r for r in regions if r.one_pass or (prunes[r] and not measure_only)]
-    pruned_inputs = [group for group in inputs if prunes[group] and not measure_only]
-    work = RewritePlan(
-        config,
-        findings,
-        owners=[*regions, *inputs],
-        measured=[region for region in regions if region not in slots],
-        pruned=[slot_of(region, config) for region in slots],
-        # What runs on many tokens in a decode step, as on a whole cache, reads all its channels.
-        measured_inputs=[] if pruned_inputs else inputs,
-        pruned_inputs=pruned_inputs,
-    )
-    begins = work.measures or any(region.one_pass for region in slots)
-    work.decodes = work.prunes and not begins
-    return work
+def _owners(findings: Findings, config: Config) -> list[Owner]:
+    return [*(r for r in findings.regions if prunable(r, config)), *findings.inputs]
 
 
-def _runs_on_one_token(
-    captured: Captured, regions: Sequence[Region], inputs: Sequence[InputGroup]
-) -> dict[Owner, bool]:
-    """Whether each is run on one token of each sequence.
+def _on_one_token(captured: Captured, owners: Sequence[Owner]) -> set[Owner]:
+    """Those that are run on one token of each sequence.
 
     Where rows can't be told apart, they are of the tokens that the others are of; where none of
     these can, as with stacked experts alone, of those of the graph's other linears.
     """
-    single: dict[Owner, bool | None] = {r: is_one_token(r.hidden) for r in regions}
-    single |= {group: is_one_token(group.x) for group in inputs}
-    all_answers: Collection[bool | None] = single.values()
-    if all(one is None for one in all_answers):
-        all_answers = [is_one_token(linear.x) for linear in all_linears(captured)]
-    default = any(all_answers)
-    return {owner: default if one is None else one for owner, one in single.items()}
+    single = {owner: is_one_token(_value_of(owner)) for owner in owners}
+    answers: Collection[bool | None] = single.values()
+    if all(one is None for one in answers):
+        answers = [is_one_token(linear.x) for linear in all_linears(captured)]
+    default = any(answers)
+    return {owner for owner, one in single.items() if (default if one is None else one)}
+
+
+def _value_of(owner: Owner) -> fx.Node:
+    """What its linears read."""
+    return owner.x if isinstance(owner, InputGroup) else owner.hidden

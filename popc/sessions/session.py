@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -75,11 +77,21 @@ class Session:
         measured = (*self.units.all_rows(), *self.inputs.all_rows())
         return any(len(rows) > 1 and rows_differ(rows) for rows in measured)
 
-    # Names of earlier versions.
-    @property
-    def _sums(self) -> dict[Any, Tensor]:
-        return self.units._sums
+    def __getattr__(self, name: str) -> Any:
+        """Names of popc 0.1, with a warning."""
+        if name not in _MOVED:
+            raise AttributeError(f"a Session has no attribute {name!r}")
+        warnings.warn(f"Session.{name} is Session.{_MOVED[name]} now", DeprecationWarning, 2)
+        return attrgetter(_MOVED[name])(self)
 
-    @property
-    def _histograms(self) -> dict[Any, Tensor]:
-        return self.inputs._histograms
+
+_MOVED = {
+    "regions": "units.regions",
+    "statistics": "units.statistics",
+    "_sums": "units._sums",
+    "_histograms": "inputs._histograms",
+    "histogram": "inputs.histogram",
+    "thresholds": "inputs.thresholds",
+    "centers": "inputs.centers",
+    "reads": "inputs.reads",
+}

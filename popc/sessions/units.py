@@ -56,7 +56,7 @@ class Partition:
 
     ``lost`` are float32 ``[S, K]``: h's mean at pruned units and 0 elsewhere, for each region that
     compensates; ``compensation`` is what their weights make of it. ``weights`` are copies of live
-    rows, where :func:`popc.passes.pack.pack_weights` has them made.
+    rows, where :func:`popc.passes.pack_weights.pack_weights` has them made.
     """
 
     index: Tensor

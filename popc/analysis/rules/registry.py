@@ -10,10 +10,11 @@ from torch import fx
 
 from popc import compat
 from popc.analysis.labels import LabeledValue, Mixes
+from popc.analysis.linears import grouped_ops
 from popc.analysis.propagation import Labels, Propagation, Rule
 from popc.analysis.rules import elementwise, reductions, views
 from popc.analysis.rules.table import RULES
-from popc.analysis.rules.traits import Trait, declare, forget, has
+from popc.analysis.rules.traits import Trait, declare, forget, has, is_declared
 from popc.errors import ConfigError
 
 # What a rule can be called, with the traits that it implies.
@@ -88,12 +89,14 @@ def register_rule(op: Any, rule: str | Rule | None, traits: str | Iterable[str] 
     if not overloads:
         allowed = "an op, as torch.library.custom_op or torch.ops.mylib.name gives it"
         raise ConfigError("op", op, allowed)
-    if any(_has_own_rule(overload) for overload in overloads):
-        raise ConfigError("op", str(op), "an op that popc has no rule of its own for")
+    if any(map(_is_known, overloads)):
+        raise ConfigError(
+            "op", str(op), "an op that popc has no rule of its own for, and no traits"
+        )
     if rule is None:
         for overload in overloads:
-            _registered.pop(overload, None)
-            forget(overload)
+            if _registered.pop(overload, None) is not None:
+                forget(overload)
         return
     if isinstance(rule, str) and rule in NAMED:
         function, implied = NAMED[rule]
@@ -109,8 +112,11 @@ def register_rule(op: Any, rule: str | Rule | None, traits: str | Iterable[str] 
         declare(overload, implied)
 
 
-def _has_own_rule(op: Any) -> bool:
-    return op in RULES or (op.namespace == "aten" and torch.Tag.pointwise in op.tags)
+def _is_known(op: Any) -> bool:
+    """Whether popc has a rule or traits of its own for an op, or takes it for a linear."""
+    if op in RULES or op in grouped_ops() or (is_declared(op) and op not in _registered):
+        return True
+    return op.namespace == "aten" and torch.Tag.pointwise in op.tags
 
 
 def _trait(name: object) -> Trait:

@@ -63,6 +63,11 @@ def forget(op: Any) -> None:
     _declared.pop(op, None)
 
 
+def is_declared(op: Any) -> bool:
+    """Whether traits were declared for ``op``."""
+    return op in _declared
+
+
 def traits_of(op: Any) -> Trait:
     """All traits of an op."""
     traits = _declared.get(op, Trait.NOTHING)
