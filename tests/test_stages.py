@@ -23,7 +23,7 @@ STAGES = {
     "popc.planning.rewrite_plan.find_regions": ("find regions", "pop"),
     "popc.planning.rewrite_plan.find_input_groups": ("find inputs", "threshold"),
     "popc.planning.rewrite_plan.choose": ("choose regions", "pop"),
-    "popc.planning.rewrite_plan._split": ("choose work", "pop"),
+    "popc.planning.rewrite_plan.RewritePlan.assign": ("choose work", "pop"),
     "popc.runtime.signature._batch_of": ("read the signature", "pop"),
     "popc.passes.measure_units.RegionBinding.of": ("measure_units", "pop"),
 }

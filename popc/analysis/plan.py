@@ -345,8 +345,9 @@ class Plan:
         For plans of :func:`popc.analyze`, which hold all linears.
 
         Args:
-            reads: what was counted, as sessions hold it under ``Config(count=True)``: the channels
-                that groups of ``inputs`` read, step by step. Without it, what thresholds are for.
+            reads: what was counted, as ``session.inputs.reads`` holds it under
+                ``Config(count=True)``: the channels that groups of ``inputs`` read, step by step.
+                Without it, what thresholds are for.
             pruned: the plan of a compiled model that has run, without what it found it must leave
                 dense.
         """

@@ -15,6 +15,7 @@ from popc import sessions
 from popc.bench import Settings, decode, extras
 from popc.bench.rates import WARMING, Context, Spread, Stopwatch, decode_rates, interleaved
 from popc.errors import ModelError
+from popc.sessions.units import UnitStatistics
 from tests.helpers.models import tiny_llama
 
 KV, HEAD, ROOM = 2, 16, 12  # of tiny_llama, and tokens that a cache has room for
@@ -88,7 +89,7 @@ def test_host_time_is_popcs_own(one_layer: OneLayer, monkeypatch: pytest.MonkeyP
     context = one_layer.context(one_layer.way.forward)
     usual = extras.host_seconds(one_layer.way, context, settings).low
     assert 0 < usual < min(0.01, context.decode(one_layer.way.forward, 1)[0])
-    for owner, name in ((sessions.Session, "partition"), (sessions, "of_cache")):
+    for owner, name in ((UnitStatistics, "partition"), (sessions, "of_cache")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, slow(getattr(owner, name)))
             slept = 0

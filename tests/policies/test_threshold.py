@@ -161,7 +161,7 @@ def test_budget_is_met_on_the_prompt() -> None:
         ids_twice = torch.cat((ids, ids), 1)
         decoded(compiled, ids_twice, 64, cache)
         plan = popc.analyze(model)
-        read = plan.read_share(compiled.popc_config, sessions.of_cache(cache).reads)
+        read = plan.read_share(compiled.popc_config, sessions.of_cache(cache).inputs.reads)
         assert read == pytest.approx(share, abs=0.06)
         planned = popc.Config(sparsity=1 - share)
         assert plan.read_share(planned) == pytest.approx(share)
@@ -175,7 +175,7 @@ def test_elastic_reads_what_mass_needs() -> None:
         compiled = popc.compile(model, codegen="eager", count=True, **options)
         cache = DynamicCache()
         decoded(compiled, ids, 24, cache)
-        reads = sessions.of_cache(cache).reads
+        reads = sessions.of_cache(cache).inputs.reads
         shares.append(popc.analyze(model).read_share(compiled.popc_config, reads))
     assert shares[0] < shares[1] < shares[2] <= 1
     with pytest.raises(popc.ConfigError, match="budget='elastic'"):

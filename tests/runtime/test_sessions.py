@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from popc import sessions
+from popc.sessions import current
 from tests.helpers.generation import POLICIES, compiled_of, generated, prompt, step
 from tests.helpers.models import tiny_llama
 from tests.helpers.oracle import relative
@@ -71,11 +72,11 @@ def test_tensors_that_are_gone_leave_nothing() -> None:
     model.compile(backend="popc", options={"sparsity": 0.5, "codegen": "eager"})
     generated(model, prompt(0))
     gc.collect()
-    before = len(sessions._by_tensor)
+    before = len(current._by_tensor)
     for seed in range(20):
         generated(model, prompt(seed))
     gc.collect()
-    assert len(sessions._by_tensor) <= before
+    assert len(current._by_tensor) <= before
 
 
 @pytest.mark.parametrize("policy", POLICIES)
