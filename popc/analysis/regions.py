@@ -11,10 +11,12 @@ from popc.analysis.capture import Captured
 from popc.analysis.causality import runs_in_one_pass
 from popc.analysis.findings import Findings, Producer, Region, record_of
 from popc.analysis.labeled_graph import LabeledGraph, Side
-from popc.analysis.labels import NONE, Event, LabeledValue
+from popc.analysis.labels import NONE, Event, LabeledValue, same_size
 from popc.analysis.linears import uses_of_weights
 from popc.analysis.plan import Skipped
+from popc.analysis.propagation import shape
 from popc.analysis.provenance import common, source_of, where
+from popc.analysis.rules.traits import Trait, has
 from popc.analysis.wrapped import refusal
 
 
@@ -114,6 +116,8 @@ class _Analysis:
         if kind == "mlp" and attention[group].any():
             kind = "attention"
         labeled, hidden = self.labeled, linears[0].x
+        if any(linear.x is not hidden for linear in linears):
+            hidden = _unflattened(hidden)  # what the others are made of
         everything = [*(p.linear.node for p in tables), *(linear.node for linear in linears)]
         return Region(
             kind=kind,
@@ -209,7 +213,17 @@ class _Analysis:
 
 
 def _consumers_differ(consumers: list[Side]) -> bool:
-    return len({side.linear.x for side in consumers}) != 1
+    return len({_unflattened(side.linear.x) for side in consumers}) != 1
+
+
+def _unflattened(x: fx.Node) -> fx.Node:
+    """What ``x`` has the same rows as, before they were laid out along other dims."""
+    while has(x, Trait.RESHAPE):
+        source = x.all_input_nodes[0]
+        if not same_size(shape(source)[-1], shape(x)[-1]):
+            break
+        x = source
+    return x
 
 
 def _hashed(counts: np.ndarray, number: int) -> np.ndarray:

@@ -83,6 +83,8 @@ def prunable(region: Region, config: Config) -> bool:
         region.one_pass or config.scope == "sequence" or not all(map(_can_flatten, region.linears))
     ):
         return False
+    if config.scope == "sequence" and any(c.x is not region.hidden for c in region.consumers):
+        return False  # some consumers have flattened its rows: whose are whose is not told
     if config.scope == "sequence" and len(shape(region.hidden)) != 3:
         rows = rows_of(region.hidden)
         if region.one_pass or rows is None or not rows.is_plain:

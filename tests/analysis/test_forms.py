@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import popc
+from popc import sessions
 from popc.testing.oracle import MaskedAnywhere
 from tests.helpers.forms import ATTENTIONS, D, Decoder, Experts, heads, merged
 from tests.helpers.models import Gated
@@ -123,3 +124,46 @@ def test_flex_attention_is_found_where_it_traces(masked: bool) -> None:
         assert [(r.kind, r.units) for r in compiled.popc_plan.regions] == [("attention", 4)]
     else:
         assert any("vmap" in skip.reason for skip in compiled.popc_plan.skipped)
+
+
+class Beside(nn.Module):
+    """One of two consumers flattens the rows that both read, as GPT-2's linears do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.left = nn.Linear(D, 24), nn.Linear(24, D)
+        self.right, self.bias = nn.Parameter(torch.randn(24, D) / 5), nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.up(x))
+        flat = torch.addmm(self.bias, h.reshape(-1, 24), self.right)
+        return self.left(h) + flat.unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_consumers_that_flatten_rows_read_the_same_value(scope: str) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = Beside().eval(), torch.randn(2, 5, D)
+    (region,) = popc.analyze(model, (x,)).regions
+    assert (region.kind, region.units, len(region.consumers)) == ("mlp", 24, 2)
+    options = {"policy": "pop", "sparsity": 0.5, "scope": scope, "codegen": "eager"}
+    compiled = popc.compile(model, **options)
+    session = sessions.Session()
+    with torch.no_grad(), sessions.use(session):
+        torch.testing.assert_close(compiled(x), model(x))
+        token = torch.randn(2, 1, D)
+        got = compiled(token)
+        if scope == "sequence":  # rows can't be told apart in one of them: it stays dense
+            assert not session.units.regions
+            torch.testing.assert_close(got, model(token))
+            return
+        masked = MaskedAnywhere(model, popc.analyze(model, (x,)), popc.Config(**options))
+        masked.begin(True)
+        with masked:
+            model(x)
+        masked.begin(False)
+        with masked:
+            expected = model(token)
+    assert masked.masked > 0
+    torch.testing.assert_close(got, expected)
