@@ -6,6 +6,7 @@ the :class:`popc.Plan` of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,12 @@ class Findings:
     regions: list[Region] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     inputs: list[InputGroup] = field(default_factory=list)
+
+    def refuse(self, reasons: Mapping[Region | InputGroup, str], kind: str) -> None:
+        """Turn the regions and inputs that have a reason into refusals."""
+        self.skipped += [Skipped(o.name, why, "", o.source, kind) for o, why in reasons.items()]
+        self.regions = [region for region in self.regions if region not in reasons]
+        self.inputs = [group for group in self.inputs if group not in reasons]
 
     def refuse_all(self, reason: str, kind: str) -> None:
         """Turn all regions and inputs into refusals; if there are none, refuse the graph."""

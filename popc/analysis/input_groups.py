@@ -54,11 +54,6 @@ class InputGroup:
         """Equal for groups whose linears have the same sizes: its inputs, and outputs of each."""
         return (self.width, tuple(linear.outputs for linear in self.linears))
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the linears' weights."""
-        return sum(linear.weight.bytes for linear in self.linears)
-
     @cached_property
     def record(self) -> InputRecord:
         """The group as plain data."""

@@ -79,7 +79,7 @@ class InputGroupBinding:
     def state(self, args: Sequence[Any], policy: InputPolicy) -> InputGroupState:
         """What sessions must know of it."""
         group = self.group
-        spec = GroupSpec(group.width, group.weight_bytes, group.alike)
+        spec = GroupSpec(group.width, group.record.weight_bytes, group.alike)
         return InputGroupState(self.named(args).key, spec, policy)
 
     def scale(self, args: Sequence[Any], policy: InputPolicy) -> torch.Tensor:

@@ -10,7 +10,6 @@ from popc.analysis.capture import Captured
 from popc.analysis.findings import Findings, Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
-from popc.analysis.plan import Skipped
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import rows_of
 from popc.config import Config
@@ -49,12 +48,9 @@ def choose(findings: Findings, config: Config, only: Collection[Hashable] | None
 
 
 def refuse_where(findings: Findings, reason_of: Callable[[Region], str | None], kind: str) -> None:
-    """Move the regions with a reason from the findings' regions to their refusals."""
-    for region in list(findings.regions):
-        reason = reason_of(region)
-        if reason is not None:
-            findings.regions.remove(region)
-            findings.skipped.append(Skipped(region.name, reason, "", region.source, kind))
+    """Refuse the regions that have a reason."""
+    reasons = {region: reason_of(region) for region in findings.regions}
+    findings.refuse({r: reason for r, reason in reasons.items() if reason is not None}, kind)
 
 
 _units = WeakTensorKeyDictionary()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -13,7 +12,6 @@ from popc.analysis.capture import Captured
 from popc.analysis.findings import Findings, Region
 from popc.analysis.input_groups import InputGroup, find_input_groups
 from popc.analysis.linears import all_linears
-from popc.analysis.plan import Skipped
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token
 from popc.config import Config
@@ -83,11 +81,8 @@ class RewritePlan:
 
     def refuse(self, reasons: Mapping[Owner, str], kind: str) -> None:
         """Leave owners dense: they go from the plan, and :meth:`assign` is to be asked again."""
-        for owner, reason in reasons.items():
-            self.findings.skipped.append(Skipped(owner.name, reason, "", owner.source, kind))
-        lists: list[list[Any]] = [self.owners, self.findings.regions, self.findings.inputs]
-        for owners in lists:
-            owners[:] = [owner for owner in owners if owner not in reasons]
+        self.findings.refuse(reasons, kind)
+        self.owners = [owner for owner in self.owners if owner not in reasons]
 
 
 def plan_rewrite(
