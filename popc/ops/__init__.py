@@ -16,6 +16,13 @@ from popc.ops.attend import attend
 from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.mask import additive_mask
 from popc.ops.measure import centers, measure_inputs, sum_squares
+from popc.ops.quantized import (
+    count_grades,
+    dequantize,
+    graded_linears,
+    quantize,
+    quantized_linear,
+)
 from popc.ops.select import select_units
 from popc.ops.threshold import count_active_channels, threshold_linear, threshold_linears
 
@@ -25,9 +32,14 @@ __all__ = [
     "attend",
     "centers",
     "count_active_channels",
+    "count_grades",
+    "dequantize",
     "gather_experts",
     "gather_linear",
+    "graded_linears",
     "measure_inputs",
+    "quantize",
+    "quantized_linear",
     "select_kernel",
     "select_units",
     "sum_squares",

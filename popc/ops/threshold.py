@@ -60,17 +60,18 @@ threshold_linears = torch.ops.popc.threshold_linears.default
 count_active_channels = torch.ops.popc.count_active_channels.default
 
 
-def _centered(x: Tensor, center: Tensor | None) -> Tensor:
-    return x if center is None else x - _to_rows(center, x)
+def centered_by(x: Tensor, center: Tensor | None) -> Tensor:
+    """x less its center."""
+    return x if center is None else x - to_rows(center, x)
 
 
-def _is_counted(centered: Tensor, norm: Tensor, threshold: Tensor) -> Tensor:
+def is_counted(centered: Tensor, norm: Tensor, threshold: Tensor) -> Tensor:
     """Bool, of the shape of ``centered [..., K]``: which channels count for each token."""
     limit = threshold.reshape(-1, *([1] * (centered.dim() - 1)))
     return ~(centered.abs().float() * norm <= limit)
 
 
-def _to_rows(values: Tensor, like: Tensor) -> Tensor:
+def to_rows(values: Tensor, like: Tensor) -> Tensor:
     """``values [S, K]`` as they go with ``like``, which is ``[..., K]`` or ``[B, ..., K]``."""
     return values.reshape(*([-1] * (like.dim() > 1)), *([1] * (like.dim() - 2)), values.shape[-1])
 
@@ -110,10 +111,10 @@ def _threshold_linear(
     norm, threshold, center, base = group_parts(
         x, weight.shape[out_dim], norm, threshold, center, base, group, channel, output
     )
-    centered = _centered(x, center)
-    kept = torch.where(_is_counted(centered, norm, threshold), centered, 0.0).to(x.dtype)
+    centered = centered_by(x, center)
+    kept = torch.where(is_counted(centered, norm, threshold), centered, 0.0).to(x.dtype)
     y = linear(kept, weight if out_dim == 0 else weight.t(), bias)
-    return y if base is None else (y + _to_rows(base, y)).to(y.dtype)
+    return y if base is None else (y + to_rows(base, y)).to(y.dtype)
 
 
 def _threshold_linears(
@@ -150,7 +151,7 @@ def _count_active_channels(
     channel: int = 0,
 ) -> Tensor:
     norm, threshold, center, _ = group_parts(x, 0, norm, threshold, center, None, group, channel, 0)
-    counted = _is_counted(_centered(x, center), norm, threshold)
+    counted = is_counted(centered_by(x, center), norm, threshold)
     return counted.flatten(0, -2).any(0).sum()
 
 

@@ -1,0 +1,221 @@
+"""Linears on quantised weights, stored in planes of nibbles; the format is that of popc.ops.planes.
+
+- ``popc::quantize(w, row_dim, planes) -> packed``
+- ``popc::dequantize(packed, scale, zero, sizes, row_dim, planes, dtype, bits) -> w``: ``bits=4``
+  reads the high plane alone. Rows are contiguous in what it returns.
+- ``popc::quantized_linear(x, packed, scale, zero, bias, outputs, row_dim, planes)``:
+  ``x [..., K] -> [..., N]``, all planes of all rows.
+- ``popc::graded_linears(x, packed, scales, zeros, outputs, planes, biases, norm, low_norm,
+  threshold, center, base, group, channel, output)``: linears that share x and are stored
+  channel-major. Of channel c a token reads nothing, the high plane or both: the high plane where
+  ``|x_c - center_c| · norm_c > threshold``, and where that holds and ``|x_c - center_c| ·
+  low_norm_c > threshold``, the low plane too. A NaN counts as read. What is not read counts as its
+  center. Else as ``popc::threshold_linears``: ``norm`` and ``low_norm`` are float32 ``[ΣK]``, and
+  this op's part of what it is given begins at ``group``, ``channel`` and ``output``. A weight of
+  one plane has no low one. Each token has grades of its own.
+- ``popc::count_grades(x, norm, low_norm, threshold, center, group, channel) -> int64 [2]``: how
+  many channels' high and low planes are read for at least one token.
+
+The implementations here are plain ATen and serve every device; they are the reference for kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from popc.ops import planes as fmt
+from popc.ops.threshold import centered_by, group_parts, is_counted, to_rows
+
+_WEIGHT = "Tensor packed, Tensor? scale, Tensor? zero"
+_STRIDES = (torch.Tag.needs_fixed_stride_order,)
+torch.library.define("popc::quantize", "(Tensor w, int row_dim, int planes) -> Tensor")
+torch.library.define(
+    "popc::dequantize",
+    f"({_WEIGHT}, SymInt[] sizes, int row_dim, int planes, ScalarType dtype, int bits=8) -> Tensor",
+    tags=_STRIDES,
+)
+torch.library.define(
+    "popc::quantized_linear",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, int outputs, int row_dim, int planes) -> Tensor",
+    tags=_STRIDES,
+)
+_GRADED = (
+    "(Tensor x, Tensor[] packed, Tensor?[] scales, Tensor?[] zeros, int[] outputs, int[] planes, "
+    "Tensor?[] biases, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None, "
+    "Tensor? base=None, int group=0, int channel=0, int output=0) -> Tensor[]"
+)
+torch.library.define("popc::graded_linears", _GRADED, tags=_STRIDES)
+torch.library.define(
+    "popc::count_grades",
+    "(Tensor x, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None, "
+    "int group=0, int channel=0) -> Tensor",
+)
+
+quantize = torch.ops.popc.quantize.default
+dequantize = torch.ops.popc.dequantize.default
+quantized_linear = torch.ops.popc.quantized_linear.default
+graded_linears = torch.ops.popc.graded_linears.default
+count_grades = torch.ops.popc.count_grades.default
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _quantized_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    outputs: int,
+    row_dim: int,
+    planes: int,
+) -> Tensor:
+    sizes = (outputs, x.shape[-1])
+    weight = fmt.unpack(packed, scale, zero, sizes, row_dim, planes, _wide(x.dtype))
+    y = linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    return y.to(x.dtype)
+
+
+def _graded_linears(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    zeros: Sequence[Tensor | None],
+    outputs: Sequence[int],
+    planes: Sequence[int],
+    biases: Sequence[Tensor | None],
+    norm: Tensor,
+    low_norm: Tensor,
+    threshold: Tensor,
+    center: Tensor | None = None,
+    base: Tensor | None = None,
+    group: int = 0,
+    channel: int = 0,
+    output: int = 0,
+) -> list[Tensor]:
+    lengths = list(map(len, (packed, scales, zeros, outputs, planes, biases)))
+    if not all(lengths) or len(set(lengths)) > 1:
+        raise ValueError(f"popc::graded_linears: lists of {lengths} do not go together")
+    rows, high, low = _grades(x, norm, low_norm, threshold, center, group, channel)
+    results = []
+    weights = zip(packed, scales, zeros, outputs, planes, biases, strict=True)
+    for plane_rows, scale, zero, size, count, bias in weights:
+        shape = (size, x.shape[-1])
+        both = fmt.unpack(plane_rows, scale, zero, shape, 1, count, rows.dtype)
+        if count == 1:
+            y = linear(torch.where(high, rows, 0.0), both)
+        else:
+            coarse = fmt.unpack(plane_rows, scale, zero, shape, 1, count, rows.dtype, bits=4)
+            y = linear(torch.where(high & low, rows, 0.0), both)
+            y = y + linear(torch.where(high & ~low, rows, 0.0), coarse)
+        if bias is not None:
+            y = y + bias
+        if base is not None:
+            y = y + to_rows(base.narrow(1, output, size), y)
+        results.append(y.to(x.dtype))
+        output += size
+    return results
+
+
+def _grades(
+    x: Tensor,
+    norm: Tensor,
+    low_norm: Tensor,
+    threshold: Tensor,
+    center: Tensor | None,
+    group: int,
+    channel: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x less its center, and which of its channels' high and low planes are read, by token."""
+    parts = group_parts(x, 0, norm, threshold, center, None, group, channel, 0)
+    norm, limits, center, _ = parts
+    rows = centered_by(x.to(_wide(x.dtype)), center)
+    low_norm = low_norm.narrow(0, channel, x.shape[-1])
+    return rows, is_counted(rows, norm, limits), is_counted(rows, low_norm, limits)
+
+
+def _count_grades(
+    x: Tensor,
+    norm: Tensor,
+    low_norm: Tensor,
+    threshold: Tensor,
+    center: Tensor | None = None,
+    group: int = 0,
+    channel: int = 0,
+) -> Tensor:
+    _, high, low = _grades(x, norm, low_norm, threshold, center, group, channel)
+    return torch.stack([read.flatten(0, -2).any(0).sum() for read in (high, high & low)])
+
+
+def _impl(name: str, function: Any) -> None:
+    torch.library.impl(f"popc::{name}", "CompositeExplicitAutograd", function)
+
+
+_impl("quantize", fmt.pack)
+_impl("dequantize", fmt.unpack)
+_impl("quantized_linear", _quantized_linear)
+_impl("graded_linears", _graded_linears)
+_impl("count_grades", _count_grades)
+
+
+@torch.library.register_fake("popc::quantize")
+def _quantize_fake(w: Tensor, row_dim: int, planes: int) -> Tensor:
+    *lead, outputs, inputs = w.shape
+    rows, length = (inputs, outputs) if row_dim == 1 else (outputs, inputs)
+    return w.new_empty((*lead, rows, fmt.row_bytes(length, planes)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("popc::dequantize")
+def _dequantize_fake(
+    packed: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    sizes: Sequence[int],
+    row_dim: int,
+    planes: int,
+    dtype: torch.dtype,
+    bits: int = 8,
+) -> Tensor:
+    *lead, outputs, inputs = sizes
+    if row_dim == 1:
+        return packed.new_empty((*lead, inputs, outputs), dtype=dtype).mT
+    return packed.new_empty((*lead, outputs, inputs), dtype=dtype)
+
+
+@torch.library.register_fake("popc::quantized_linear")
+def _quantized_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    outputs: int,
+    row_dim: int,
+    planes: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+@torch.library.register_fake("popc::graded_linears")
+def _graded_linears_fake(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    zeros: Sequence[Tensor | None],
+    outputs: Sequence[int],
+    *others: Any,
+    **named: Any,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], size)) for size in outputs]
+
+
+@torch.library.register_fake("popc::count_grades")
+def _count_grades_fake(x: Tensor, *others: Any, **named: Any) -> Tensor:
+    return x.new_empty(2, dtype=torch.int64)
