@@ -42,9 +42,14 @@ WRITES = 'guards="prompt" can\'t tell what a decode step changes, and keeps all 
 BREAKS = "a graph break is not seen: no reason in the plan, and half a step is pruned"
 WHOLE = "quantised and other wrapped weights come apart in the graph, and nothing is pruned"
 BUILD = "the C++ kernels are not built: decode on a CPU runs the slow reference"
+SUBCLASS = "quantised weights can't be tensors of a model"
 PROXIES = "torch.fx.experimental.proxy_tensor"
 DISPATCH = "torch.utils._python_dispatch"
 CANARIES = [
+    Canary(
+        "torch._C._disabled_torch_function_impl", SUBCLASS, canaries.subclasses_stand_for_others
+    ),
+    Canary("torch.Tensor._make_wrapper_subclass", SUBCLASS, canaries.subclasses_stand_for_others),
     Canary("torch._guards.TracingContext", SHARED, canaries.fake_mode_is_shared),
     Canary("torch._subclasses.fake_tensor.FakeTensorMode", SHARED, canaries.fake_mode_stands_alone),
     Canary("torch._subclasses.fake_tensor.FakeTensor", SHARED, canaries.fake_mode_stands_alone),

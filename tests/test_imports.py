@@ -9,8 +9,8 @@ import popc
 from tests.helpers import private_names
 
 LAYERS = """
-errors log version files plots compat stages ops policies config analysis planning sessions passes
-runtime backend
+errors log version files plots compat stages ops quant policies config analysis planning sessions
+passes runtime backend
 compiled_model api models tools bench report harness testing cli
 """.split()
 ROOT = Path(popc.__file__).parent

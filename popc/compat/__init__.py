@@ -35,9 +35,11 @@ from popc.compat.eager import (
     OpOverload,
     grouped_mm,
     is_traceable_wrapper_subclass,
+    no_torch_function,
     overloads,
     pytree,
     storage_users,
+    wrapper_subclass,
     writes_to,
 )
 from popc.compat.fake import (
@@ -83,6 +85,7 @@ __all__ = [
     "marked_prefill",
     "mode_options",
     "new_fake_mode",
+    "no_torch_function",
     "overloads",
     "pytree",
     "record_whole",
@@ -90,6 +93,7 @@ __all__ = [
     "storage_users",
     "take_new_strides",
     "traces_for",
+    "wrapper_subclass",
     "writes_to",
     "written_places",
 ]

@@ -5,6 +5,7 @@ Seen working on torch 2.11 - 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,32 @@ __all__ = [
     "OpOverload",
     "grouped_mm",
     "is_traceable_wrapper_subclass",
+    "no_torch_function",
     "overloads",
     "pytree",
     "storage_users",
+    "wrapper_subclass",
     "writes_to",
 ]
 
 COMPILED_CALL = "_compiled_call_impl"  # where nn.Module.compile keeps what it made
 OpOverload = torch._ops.OpOverload  # the type of an op in a graph
 grouped_mm = torch._grouped_mm  # what torch.nn.functional.grouped_mm was before torch 2.10
+# Leaves a tensor subclass to its __torch_dispatch__; PyTorch's notes on extending it name this one.
+no_torch_function = torch._C._disabled_torch_function_impl
+
+
+def wrapper_subclass(
+    cls: type[torch.Tensor],
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A tensor of ``cls`` that stands for others, without memory of its own; nothing public makes
+    one."""
+    make: Any = torch.Tensor._make_wrapper_subclass
+    return make(cls, shape, strides, dtype=dtype, device=device)
 
 
 def writes_to(tensor: torch.Tensor) -> int | None:

@@ -293,3 +293,23 @@ def prompts_are_marked() -> None:
         pass
 
     assert "_prefill" in compat.marked_prefill(Model(), lambda: pytest.fail("not called here"))
+
+
+def subclasses_stand_for_others() -> None:
+    """A wrapper subclass has the shape that it is given, and sees ops on it."""
+
+    class Double(Tensor):
+        inner: Tensor
+        __torch_function__ = compat.no_torch_function
+
+        @classmethod
+        def __torch_dispatch__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*(2 * a.inner if isinstance(a, cls) else a for a in args))
+
+    inner = torch.arange(6.0).reshape(2, 3)
+    double = compat.wrapper_subclass(Double, (2, 3), (3, 1), torch.float32, inner.device)
+    double.inner = inner
+    assert type(double) is Double and double.shape == (2, 3)
+    torch.testing.assert_close(torch.add(double, inner), 3 * inner)
