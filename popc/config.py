@@ -73,6 +73,7 @@ class Config:
     mass: float = 0.98
     count: bool = False
     scope: str = "batch"
+    weights: str | None = None
     guards: str = "token"
     codegen: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
