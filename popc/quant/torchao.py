@@ -3,8 +3,7 @@
 What torchao holds of such a weight is ``w = (q - zero_point) · scale``, q integers of 1 to 8 bits,
 with a scale and a zero point for each block of ``block_size`` weights. In planes that is ``(u -
 zero) · scale``, with u = q shifted to be positive, and scales in float32, which holds those of any
-dtype. The product is rounded once in either, so the values are the same; :func:`convert` compares
-them all, and refuses a weight of which one differs.
+dtype. Zero points are integers, so differences are exact, and the product is rounded alike in both.
 
 Where u has 5 to 7 bits they are the upper ones of the 8 in the two planes, so that the high plane
 alone is the best that 4 bits can say.
@@ -32,7 +31,7 @@ class _Affine(NamedTuple):
     """``(q - zero_point) · scale``.
 
     Attributes:
-        q: ``[..., N, K]``, integers of ``bits`` bits: ``-2 ** (bits - 1)`` is the least.
+        q: int8 ``[..., N, K]``, integers of ``bits`` bits: ``-2 ** (bits - 1)`` is the least.
         scale, zero_point: a value for each block, in order; no zero point means 0.
         block_size: of each dim of q.
     """
@@ -62,22 +61,13 @@ def convert(parameter: Tensor, row_dim: int) -> QuantizedTensor | str:
         The quantised weight, or the reason why it can't be stored so, as one clause.
     """
     kind = type(parameter)
-    affine = _read(parameter)
-    if not isinstance(affine, str):
-        converted = _store(affine, parameter, row_dim)
-        if torch.equal(converted.dequantize(), parameter.dequantize()):
-            return converted
-        affine = "its values would be rounded to others"
-    return f"its weight is a {kind.__name__}: {affine}"
-
-
-def _read(parameter: Tensor) -> _Affine | str:
-    kind = type(parameter)
     reader = _READERS.get(kind.__name__) if _is_of_torchao(kind) else None
-    if reader is None:
-        return "popc doesn't know its format"
-    affine = reader if isinstance(reader, str) else reader(parameter)
-    return affine if isinstance(affine, str) else _why_not(affine, parameter) or affine
+    read = reader(parameter) if callable(reader) else reader or "popc doesn't know its format"
+    if not isinstance(read, str):
+        read = _why_not(read, parameter) or read
+    if isinstance(read, str):
+        return f"its weight is a {kind.__name__}: {read}"
+    return _store(read, parameter, row_dim)
 
 
 def _is_of_torchao(kind: type) -> bool:
@@ -85,31 +75,47 @@ def _is_of_torchao(kind: type) -> bool:
 
 
 def _why_not(affine: _Affine, parameter: Tensor) -> str | None:
+    """The reason why planes can't hold these values, or None: then they are the same."""
+    sizes, zero_point = affine.q.shape, affine.zero_point
     if parameter.is_meta:
         return "it has no values yet"
-    if affine.q.shape != parameter.shape or affine.q.dim() not in (2, 3):
+    if sizes != parameter.shape or len(sizes) not in (2, 3):
         return "popc reads matrices and stacks of them"
-    if any(size % block for size, block in zip(affine.q.shape, affine.block_size, strict=True)):
-        return f"its blocks of {tuple(affine.block_size)} don't divide {tuple(affine.q.shape)}"
+    if any(size % block for size, block in zip(sizes, affine.block_size, strict=True)):
+        return f"its blocks of {tuple(affine.block_size)} don't divide {tuple(sizes)}"
+    if affine.scale.dtype.itemsize > torch.float32.itemsize:
+        return f"its scales are {affine.scale.dtype}, wider than float32"
+    limit = 1 << (affine.bits - 1)
+    least, most = (int(value) for value in affine.q.aminmax())
+    if least < -limit or most >= limit:
+        return f"it has integers of more than {affine.bits} bits"
+    # A difference q - zero_point of up to 256 is the same in each dtype.
+    if zero_point is not None and not _is_byte(zero_point):
+        return "its zero points are no integers of 8 bits"
     return None
+
+
+def _is_byte(values: Tensor) -> bool:
+    values = values.double()
+    return bool(((values == values.round()) & (values.abs() <= 128)).all())
 
 
 def _store(affine: _Affine, parameter: Tensor, row_dim: int) -> QuantizedTensor:
     planes = 1 if affine.bits <= 4 else 2
     spare = 8 - affine.bits if planes == 2 else 0
-    # The low bits that are left over hold the middle of what they may hold.
-    filled = ((1 << spare) - 1) // 2
-    middle = fmt.GROUP_ZERO[planes]
-    u = (affine.q.to(torch.int16) << spare) + (int(middle) + filled)
+    # The low bits that are left over hold the middle of what they could.
+    middle = int(fmt.GROUP_ZERO[planes]) + ((1 << spare) - 1) // 2
+    u = (affine.q.view(torch.uint8) << spare) + middle  # of 8 bits: what is over is dropped
+    packed = fmt.pack_integers(u if planes == 2 else u & 15, row_dim, planes)
     scale = _by_group(affine.scale, affine) / (1 << spare)
+    zero_point = affine.zero_point
     zero = None
-    if filled or (affine.zero_point is not None and affine.zero_point.any()):
-        zero = torch.full_like(scale, middle + filled)
-        if affine.zero_point is not None:
-            zero += _by_group(affine.zero_point, affine) * (1 << spare)
-    packed = fmt.pack_integers(u, row_dim, planes)
-    strides = parameter.stride()
-    stored = Stored(tuple(parameter.shape), row_dim, planes, parameter.dtype, strides)
+    if zero_point is not None and zero_point.any():
+        zero = _by_group(zero_point, affine) * (1 << spare) + middle
+    elif middle != fmt.GROUP_ZERO[planes]:
+        zero = torch.full_like(scale, middle)
+    sizes, strides = tuple(parameter.shape), parameter.stride()
+    stored = Stored(sizes, row_dim, planes, parameter.dtype, strides)
     return QuantizedTensor(packed, scale, zero, stored)
 
 
@@ -126,7 +132,8 @@ def _int8(weight: Any) -> _Affine | str:
     activations = "act_quant_kwargs", "act_quant_scale", "act_pre_scale"
     if any(getattr(weight, name, None) is not None for name in activations):
         return _ACTIVATIONS
-    return _Affine(weight.qdata, 8, weight.scale, weight.zero_point, weight.block_size)
+    zero_point = getattr(weight, "zero_point", None)  # torchao 0.15 has none
+    return _Affine(weight.qdata, 8, weight.scale, zero_point, weight.block_size)
 
 
 def _intx(weight: Any) -> _Affine | str:
@@ -140,7 +147,9 @@ def _affine_quantized(weight: Any) -> _Affine | str:
     """The format of ``version=1`` configurations, before torchao 0.17."""
     if weight.zero_point_domain is not None and weight.zero_point_domain.name == "FLOAT":
         return _ADDED
-    q, scale, zero_point, *_ = (*weight.tensor_impl.get_plain(), None)
+    plain: Sequence[Tensor | None] = weight.tensor_impl.get_plain()
+    q, scale, zero_point = (*plain, None)[:3]
+    assert q is not None and scale is not None
     if q.dtype not in (torch.int8, torch.uint8, torch.int32):
         return _NO_INTEGERS
     limits = torch.iinfo(q.dtype)
@@ -155,7 +164,7 @@ def _affine_quantized(weight: Any) -> _Affine | str:
         middle = 1 << (bits - 1)
         q = q.to(torch.int16) - middle
         zero_point = (torch.zeros_like(scale) if zero_point is None else zero_point) - middle
-    return _Affine(q, bits, scale, zero_point, weight.block_size)
+    return _Affine(q.to(torch.int8), bits, scale, zero_point, weight.block_size)
 
 
 _ACTIVATIONS = "its linear quantises or scales activations too"
