@@ -22,6 +22,7 @@ from popc.analysis.plan import Plan
 from popc.backend import popc_backend
 from popc.config import CallBudget, Config
 from popc.errors import ConfigError, ModelError, PopcWarning
+from popc.quant import FreedWeight
 from popc.runtime.caches import in_session
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.guards import PromptGuards
@@ -48,8 +49,9 @@ class Compiled:
         calls: how many calls there were.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, inplace: bool = False) -> None:
         self.config, self.plan = config, Plan()
+        self._inplace = inplace
         self.base: sessions.Session | None = None
         self.calls = 0
         self.is_own_trace = compat.traces_for(self)
@@ -88,6 +90,17 @@ class Compiled:
         if not self._warned and not plan.regions and not plan.inputs and plan.skipped:
             self._warned = True
             warnings.warn(_NOTHING_PRUNED, PopcWarning, stacklevel=6)  # whoever called the model
+
+    def replace_parameter(self, parameter: torch.Tensor, other: torch.Tensor) -> bool:
+        """Give the compiled model ``other`` in the place of a parameter; False if it has no such.
+
+        With ``inplace`` the original loses it.
+        """
+        if not self._mirror.replace_parameter(parameter, other):
+            return False
+        if self._inplace:
+            self._mirror.free_parameter(parameter, FreedWeight.of(parameter))
+        return True
 
     def measure(self, calibration: Iterable[Any]) -> None:
         """Run the batches of the calibration text through the model, dense."""
@@ -176,7 +189,7 @@ class _Forward:
         self.guards = PromptGuards() if shared.config.guards == "prompt" else None
         self._lock = threading.Lock()
         self._by_sequence = shared.config.scope == "sequence"
-        self._backend = _backend_for(shared.config, shared.plan, self.guards)
+        self._backend = _backend_for(shared, self.guards)
         self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
 
     def function(self) -> Callable[..., Any]:
@@ -233,12 +246,17 @@ def _parts(root: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
-def _backend_for(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
-    """popc's backend with its options; it adds to ``plan`` and tells ``guards`` of each graph."""
+def _backend_for(shared: Compiled, guards: PromptGuards | None) -> Callable[..., Any]:
+    """popc's backend with its options; it adds to the plan and tells ``guards`` of each graph."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = popc_backend(
-            gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
+            gm,
+            example_inputs,
+            config=shared.config,
+            on_plan=shared.plan.extend,
+            has_calibration=True,
+            replace_parameter=shared.replace_parameter,
         )
         if guards is not None:
             decodes = isinstance(compiled, CompiledGraph) and compiled.decodes

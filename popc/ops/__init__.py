@@ -65,6 +65,7 @@ def select_kernel(op: Any, x: Tensor, weight: Tensor) -> Any:
 
 _NAMES = (
     *("gather_linear", "gather_experts", "threshold_linear", "threshold_linears"),
+    *("graded_linears", "quantized_linear"),
     *("triton_gather_linear", "triton_gather_experts", "triton_threshold_linear"),
 )
 # What passes put in the place of linears; the first argument of each is x.

@@ -18,8 +18,10 @@ from triton.compiler import (  # type: ignore[import-not-found,import-untyped,un
 )
 from triton.compiler import compile as compile_kernel
 
+from popc.ops import triton_planes
 from popc.ops.triton_gather import BLOCK_M
 from popc.ops.triton_kernels import gather_columns, gather_kernel, gather_rows
+from popc.ops.triton_plane_kernels import by_input, by_output, values_kernel
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OF_THRESHOLDS = ("norm", "threshold", "center", "base")
@@ -52,6 +54,58 @@ def compile_ahead(
             binary = compile_kernel(source, target=target, options=options)
             made[f"{tiling} {form} {block} {_TYPES[dtype]} {sizes}"] = binary.asm
     return made
+
+
+def compile_planes_ahead(
+    capability: int, dtypes: Iterable[torch.dtype] = _USUAL, every_config: bool = False
+) -> dict[str, Mapping[str, Any]]:
+    """The kernels on quantised weights likewise, by form, planes, tokens at once, dtype and blocks.
+
+    ``apart``: with a float32 scale for each output and 128 inputs, else with scales in rows.
+    """
+    target = GPUTarget("cuda", capability, 32)
+    made = {}
+    forms = {"graded": by_input, "by_input": by_input, "apart": by_input, "by_output": by_output}
+    for form, planes, block, dtype in product(forms, (2, 1), (1, BLOCK_M), dtypes):
+        configs = forms[form].configs if every_config else forms[form].configs[:1]
+        for config in configs:
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            constants = {"BLOCK_M": block, **config.kwargs}
+            source = _planes_source(forms[form].fn, form, planes, _TYPES[dtype], constants)
+            binary = compile_kernel(source, target=target, options=options)
+            sizes = "x".join(map(str, config.kwargs.values()))
+            made[f"{form} {planes} {block} {_TYPES[dtype]} {sizes}"] = binary.asm
+    for by_rows, dtype in product((True, False), dtypes):
+        constants = {"BY_INPUT": by_rows, **triton_planes.VALUES_BLOCK}
+        source = _planes_source(values_kernel, "values", 2, _TYPES[dtype], constants)
+        binary = compile_kernel(source, target=target)
+        made[f"values {'by_input' if by_rows else 'by_output'} {_TYPES[dtype]}"] = binary.asm
+    return made
+
+
+def _planes_source(
+    kernel: Any, form: str, planes: int, dtype: str, constants: dict[str, Any]
+) -> ASTSource:
+    """The kernel as a model calls it, whose sizes are multiples of 512."""
+    apart, graded = form == "apart", form == "graded"
+    names = kernel.arg_names
+    fixed = {"GROUP": 128 if apart else 1 << 30, "PLANES": planes, "UNIT": 16, "SPLITS": 8}
+    fixed |= {"ZERO": 128.0 if planes == 2 else 8.0 if apart else 7.5, **constants}
+    absent = [] if apart else ["scale", "zero"]
+    absent += [] if graded else ["norm", "low_norm", "threshold", "center", "base"]
+    fixed |= dict.fromkeys(absent)
+    fixed = {name: value for name, value in fixed.items() if name in names}
+    types = dict.fromkeys(("x", "bias"), f"*{dtype}")
+    types |= dict.fromkeys((*_OF_THRESHOLDS, "low_norm", "scale", "zero"), "*fp32")
+    types |= {"packed": "*u8", "y": "*fp32" if "SPLITS" in fixed else f"*{dtype}"}
+    signature = {a: "constexpr" if a in fixed else types.get(a, "i32") for a in names}
+    odd = ("tokens", "per_sequence", "row_units")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(names)
+        if a not in fixed and a not in odd
+    }
+    return ASTSource(kernel, signature, fixed, aligned)
 
 
 def _source(tiling: str, form: str, block: int, dtype: str, blocks: dict[str, int]) -> ASTSource:
