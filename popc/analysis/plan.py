@@ -337,7 +337,7 @@ class Plan:
     def read_share(
         self,
         config: Config,
-        reads: Mapping[Any, Sequence[int]] | None = None,
+        reads: Mapping[Any, Sequence[float]] | None = None,
         pruned: Plan | None = None,
     ) -> float:
         """The share of the weight bytes of all linears but the last that a decode step reads.

@@ -41,7 +41,7 @@ def decode_share(plan: Plan, config: Config) -> float:
 def read_share(
     plan: Plan,
     config: Config,
-    reads: Mapping[Any, Sequence[int]] | None = None,
+    reads: Mapping[Any, Sequence[float]] | None = None,
     pruned: Plan | None = None,
 ) -> float:
     """See :meth:`popc.Plan.read_share`."""
@@ -65,7 +65,7 @@ def read_share(
 
 
 def share_read(
-    group: InputRecord, config: Config, reads: Mapping[Any, Sequence[int]] | None = None
+    group: InputRecord, config: Config, reads: Mapping[Any, Sequence[float]] | None = None
 ) -> float:
     """The share of a group's channels that a step reads, if its inputs are pruned.
 
