@@ -58,7 +58,7 @@ def evaluate(
     """
     loss = dense_loss = 0.0
     same = 0
-    reads: dict[Hashable, list[int]] = {}
+    reads: dict[Hashable, list[float]] = {}
     for window in windows:
         ids = window[None]
         expected = window[prompt:]
