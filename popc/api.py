@@ -28,6 +28,7 @@ def compile(
     config: Config | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    inplace: bool = False,
     **options: Any,
 ) -> Model:
     """A compiled model that prunes while it decodes, made of ``model``.
@@ -51,6 +52,9 @@ def compile(
         calibration: for policies that need a calibration text, as ``"wanda_sp"`` and ``"flap"``:
             batches of it, each a mapping of the model's inputs or a tensor, its first one. They run
             through the model at once, dense.
+        inplace: with ``weights``, free the model's own weights as they are quantised, one by one in
+            the first call, so that no more memory is needed than the model has: using ``model``
+            then raises a ModelError.
 
     Returns:
         The compiled model, with ``popc_plan``: the :class:`popc.Plan` of its graphs so far.
@@ -64,7 +68,9 @@ def compile(
         raise ModelError(f"popc.compile takes an nn.Module, not {type(model).__name__}")
     config = Config.of(config, options)
     _check_calibration(config, calibration)
-    compiled = Compiled(model, config)
+    if inplace and config.weights is None:
+        raise ConfigError("inplace", inplace, "False, where weights is not given: none are freed")
+    compiled = Compiled(model, config, inplace)
     if calibration is not None:
         compiled.measure(calibration)
     return compiled.model  # type: ignore[return-value]
@@ -150,8 +156,10 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
         # ``run`` lives as long as Dynamo's caches do: the graph is not to.
         regions = [input_positions(region.consumers, captured) for region in findings.regions]
         inputs = [input_positions(group.linears, captured) for group in findings.inputs]
+        captured_inputs = captured.unwrapping
 
-        def run(*args: Any) -> Any:
+        def run(*given: Any) -> Any:
+            args = captured_inputs(given)
             # One graph may serve several layers.
             plan.extend(
                 Plan(
@@ -159,7 +167,7 @@ def _analyze_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping
                     inputs=list(_named(first.inputs, inputs, args)),
                 )
             )
-            return gm.forward(*args)
+            return gm.forward(*given)
 
         return run
 

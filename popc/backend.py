@@ -19,10 +19,12 @@ from popc.analysis.capture import Captured, capture_dynamo
 from popc.analysis.findings import Findings
 from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan
+from popc.analysis.unwrap import Unwrapping
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, PassError, PopcWarning
 from popc.log import log_graph, logger
 from popc.passes.pipeline import rewrite
+from popc.passes.quantize_weights import ReplaceParameter, quantize_weights
 from popc.planning.rewrite_plan import RewritePlan, plan_rewrite
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.interpreter import Interpreted
@@ -42,6 +44,7 @@ def popc_backend(
     measure_only: bool = False,
     only: Collection[Hashable] | None = None,
     has_calibration: bool = False,
+    replace_parameter: ReplaceParameter | None = None,
 ) -> CompiledFunction:
     """Compile one Dynamo graph; registered with ``torch.compile`` as ``"popc"``.
 
@@ -54,26 +57,39 @@ def popc_backend(
         measure_only: treat a decode graph as a prefill: dense, with statistics.
         only: keys of the regions that are pruned by units; None: all that ``config`` has.
         has_calibration: whether a calibration text was, or will be, measured.
+        replace_parameter: gives the model quantised weights: see
+            :mod:`popc.passes.quantize_weights`.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
     """
-    config = _checked(config, options, has_calibration)
+    config = _checked(config, options, has_calibration, replace_parameter is not None)
     codegen = _Codegen(gm, config, mode)
     if _needs_grad(example_inputs):
         warnings.warn(_NEEDS_GRAD, stacklevel=2)
         return codegen(gm, example_inputs)
     variant = None
     if not measure_only:
-        variant = functools.partial(popc_backend, mode=mode, has_calibration=has_calibration)
-    compiled, findings = None, Findings()
+        variant = functools.partial(
+            popc_backend,
+            mode=mode,
+            has_calibration=has_calibration,
+            replace_parameter=replace_parameter,
+        )
+    compiled, captured, findings = None, None, Findings()
     try:
         # Passes work on a trace of their own, so the graph that Dynamo gave stays as it is.
         captured = run_stage("capture", capture_dynamo, gm, example_inputs)
         log_graph("captured", captured.gm)
+        skipped = []
+        if config.weights is not None and replace_parameter is not None:
+            args = captured, config, replace_parameter
+            skipped = run_stage("quantize weights", quantize_weights, *args)
+            log_graph("after quantize_weights", captured.gm)
         work = plan_rewrite(captured, findings, config, measure_only=measure_only, only=only)
+        findings.skipped += skipped
         if captured.runnable:
-            compiled = _rewritten(captured, work, example_inputs, codegen, variant, on_plan)
+            compiled = _rewritten(captured, work, codegen, variant, on_plan)
     except GraphError as error:
         logger.warning("left dense: %s", error)
         findings.refuse_all(str(error), "capture")
@@ -82,13 +98,25 @@ def popc_backend(
         warnings.warn(_FAILED.format(error), PopcWarning, stacklevel=2)
     if on_plan is not None:
         on_plan(findings.plan())
-    return compiled or codegen(gm, example_inputs)
+    return compiled or _dense(captured, codegen, example_inputs)
+
+
+def _dense(
+    captured: Captured | None, codegen: _Codegen, example_inputs: Sequence[Any]
+) -> CompiledFunction:
+    """Code of the graph as Dynamo gave it."""
+    run = codegen(codegen.gm, example_inputs)
+    traced = Unwrapping.of(example_inputs)
+    if captured is None or captured.unwrapping == traced:
+        return run
+    # It was traced with plain weights, and has quantised ones by now.
+    unwrapping = captured.unwrapping
+    return lambda *args: run(*unwrapping.dequantized(args))
 
 
 def _rewritten(
     captured: Captured,
     work: RewritePlan,
-    example_inputs: Sequence[Any],
     codegen: _Codegen,
     variant: Callable[..., CompiledFunction] | None,
     on_plan: Callable[[Plan], None] | None,
@@ -101,12 +129,13 @@ def _rewritten(
     original = codegen.gm
     signature = run_stage("read the signature", Signature.of, captured, work)
     rewritten = rewrite(captured, work)
-    if not rewritten.matches:
+    unwrapping = captured.unwrapping
+    if not rewritten.matches and not unwrapping:
         return None
-    inputs = [*example_inputs, *rewritten.inputs]
+    inputs = [*captured.inputs, *rewritten.inputs]
     run = run_stage("generate code", codegen, captured.gm, inputs, work.measures)
     if not rewritten.bindings:
-        return run
+        return (lambda *args: run(*unwrapping(args))) if unwrapping else run
     variants = None
     if variant is not None and work.prunes:
         variants = Variants(original, functools.partial(variant, config=work.config))
@@ -115,6 +144,7 @@ def _rewritten(
         rewritten.bindings,
         signature,
         work,
+        unwrapping,
         variants=variants,
         is_variant=variant is None,
         on_plan=on_plan,
@@ -132,13 +162,19 @@ _FAILED = (
 
 
 def _checked(
-    config: Config | None, options: Mapping[str, Any] | None, has_calibration: bool
+    config: Config | None,
+    options: Mapping[str, Any] | None,
+    has_calibration: bool,
+    has_model: bool,
 ) -> Config:
     """The configuration, one that this entry point can serve."""
     config = Config.of(config, options)
     if config.calibrated and not has_calibration:
         allowed = "one that goes by the prompt; popc.compile(..., calibration=...) takes a text"
         raise ConfigError("policy", config.calibrated, allowed)
+    if config.weights is not None and not has_model:
+        allowed = "None, or popc.compile: torch.compile's backends can't give a model other weights"
+        raise ConfigError("weights", config.weights, allowed)
     if options and config.guards != "token":
         allowed = "'token', or popc.compile: torch.compile itself makes the guards"
         raise ConfigError("guards", config.guards, allowed)

@@ -10,7 +10,8 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +20,16 @@ from torch import fx, nn
 from popc import compat, sessions
 from popc.analysis.plan import Plan
 from popc.backend import popc_backend
-from popc.config import Config
-from popc.errors import ModelError, PopcWarning
+from popc.config import CallBudget, Config
+from popc.errors import ConfigError, ModelError, PopcWarning
+from popc.quant import FreedWeight
 from popc.runtime.caches import in_session
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.guards import PromptGuards
 from popc.runtime.mirror import Mirror, modules_of, replace
 
 Model = TypeVar("Model", bound=nn.Module)
+_BUDGET = frozenset(field.name for field in fields(CallBudget))
 _NOTHING_PRUNED = (
     "popc found nothing to prune in this model; it runs dense. popc.analyze(model) says why."
 )
@@ -46,8 +49,9 @@ class Compiled:
         calls: how many calls there were.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, inplace: bool = False) -> None:
         self.config, self.plan = config, Plan()
+        self._inplace = inplace
         self.base: sessions.Session | None = None
         self.calls = 0
         self.is_own_trace = compat.traces_for(self)
@@ -61,9 +65,12 @@ class Compiled:
         self.forwards = [_Forward(self, part) for part in _parts(self.model)]
         for forward in self.forwards:
             replace(forward.module, self._attributes(forward))
-        generate: Any = getattr(self.model, "generate", None)
-        if callable(generate):
-            replace(self.model, {"generate": self._warning_generate(generate)})
+            generate: Any = getattr(forward.module, "generate", None)
+            if callable(generate):
+                generate = self._budgeted(generate)
+                if forward.module is self.model:
+                    generate = self._warning_generate(generate)
+                replace(forward.module, {"generate": generate})
 
     def begin(self) -> None:
         """Before a call that is no decode step: take over what was set on the original."""
@@ -84,6 +91,17 @@ class Compiled:
             self._warned = True
             warnings.warn(_NOTHING_PRUNED, PopcWarning, stacklevel=6)  # whoever called the model
 
+    def replace_parameter(self, parameter: torch.Tensor, other: torch.Tensor) -> bool:
+        """Give the compiled model ``other`` in the place of a parameter; False if it has no such.
+
+        With ``inplace`` the original loses it.
+        """
+        if not self._mirror.replace_parameter(parameter, other):
+            return False
+        if self._inplace:
+            self._mirror.free_parameter(parameter, FreedWeight.of(parameter))
+        return True
+
     def measure(self, calibration: Iterable[Any]) -> None:
         """Run the batches of the calibration text through the model, dense."""
         session = sessions.Session()
@@ -97,6 +115,27 @@ class Compiled:
                 compat.call_compiled(run, batch)
         self.base = session
 
+    def budget(self, **budget: float) -> AbstractContextManager[Any]:
+        """A context whose decode steps may read what is said here, not what the Config says.
+
+        From everything down to a few bits, over the same weights: it is of thresholds alone, so
+        nothing is compiled or measured anew. See :func:`popc.sessions.budget`.
+
+        Args:
+            budget: one of ``bits``, ``sparsity``, ``bytes`` and ``mass``, as in
+                :class:`popc.Config`.
+
+        Raises:
+            ConfigError: it is not one of these, a value is not allowed, or nothing in the compiled
+                graphs goes by thresholds.
+        """
+        self.config.check_elastic()
+        if self.calls and not self.plan.inputs:
+            raise ConfigError(
+                "budget", budget, "for what leaves inputs of linears out; nothing does"
+            )
+        return sessions.budget(**budget)
+
     def _attributes(self, forward: _Forward) -> dict[str, Any]:
         """Attributes to set on the instance: its class stays as it is."""
         module = forward.module
@@ -104,6 +143,7 @@ class Compiled:
             "forward": forward.function(),
             "popc_plan": self.plan,
             "popc_config": self.config,
+            "budget": self.budget,
             "__deepcopy__": functools.partial(_deep_copy, self, module),
             "__reduce_ex__": _refuse_to_pickle,
         }
@@ -111,6 +151,17 @@ class Compiled:
             # transformers' generate would compile the call once more.
             attributes["get_compiled_call"] = lambda *_: module.__call__
         return attributes | compat.marked_prefill(module, sessions.prefill)
+
+    def _budgeted(self, dense: Callable[..., Any]) -> Callable[..., Any]:
+        """A ``generate`` that also takes what :meth:`budget` does."""
+
+        @functools.wraps(dense, updated=())
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            budget = {name: kwargs.pop(name) for name in _BUDGET & kwargs.keys()}
+            with self.budget(**budget) if budget else nullcontext():
+                return dense(*args, **kwargs)
+
+        return generate
 
     def _warning_generate(self, dense: Callable[..., Any]) -> Callable[..., Any]:
         """The model's ``generate``, which warns once if it ran dense."""
@@ -138,7 +189,7 @@ class _Forward:
         self.guards = PromptGuards() if shared.config.guards == "prompt" else None
         self._lock = threading.Lock()
         self._by_sequence = shared.config.scope == "sequence"
-        self._backend = _backend_for(shared.config, shared.plan, self.guards)
+        self._backend = _backend_for(shared, self.guards)
         self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
 
     def function(self) -> Callable[..., Any]:
@@ -195,12 +246,17 @@ def _parts(root: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
-def _backend_for(config: Config, plan: Plan, guards: PromptGuards | None) -> Callable[..., Any]:
-    """popc's backend with its options; it adds to ``plan`` and tells ``guards`` of each graph."""
+def _backend_for(shared: Compiled, guards: PromptGuards | None) -> Callable[..., Any]:
+    """popc's backend with its options; it adds to the plan and tells ``guards`` of each graph."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = popc_backend(
-            gm, example_inputs, config=config, on_plan=plan.extend, has_calibration=True
+            gm,
+            example_inputs,
+            config=shared.config,
+            on_plan=shared.plan.extend,
+            has_calibration=True,
+            replace_parameter=shared.replace_parameter,
         )
         if guards is not None:
             decodes = isinstance(compiled, CompiledGraph) and compiled.decodes

@@ -21,6 +21,32 @@ GUARDS = ("token", "prompt")
 SCOPES = ("batch", "sequence")
 BUDGETS = ("fixed", "elastic")
 CODEGENS = ("inductor", "eager")
+WEIGHTS = ("int8", "int4")
+MOST_BITS = 64  # of a weight, as float64 has
+
+
+@dataclass(frozen=True)
+class CallBudget:
+    """What decode steps of some calls may read, in place of what their Config says: one of these.
+
+    Attributes:
+        bits, sparsity, bytes: as in :class:`Config`.
+        mass: as in :class:`Config`, under ``budget="elastic"``.
+
+    Raises:
+        ConfigError: none of them is given, or more than one, or a value is not allowed.
+    """
+
+    bits: float | None = None
+    sparsity: float | None = None
+    bytes: float | None = None
+    mass: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError("budget", given, f"one of {', '.join(vars(self))}")
+        _check_budget(**given)
 
 
 @dataclass(frozen=True)
@@ -33,12 +59,14 @@ class Config:
         model_sparsity: share of the whole model's parameters that a decode step leaves unread.
             Given, it replaces ``sparsity``: r of the targeted regions is raised until it holds,
             in each graph on the parameters which that graph uses.
-        policy: how channels are chosen: a name, or one for each kind of target.
+        policy: how channels are chosen: a name, or one for each kind of target; by default
+            ``"graded"`` where ``weights`` are quantised, else ``"threshold"``.
             ``"threshold"``: every linear reads the input channels that matter to the token;
+            ``"graded"``: likewise, and of quantised weights as many bits of each channel;
             ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"staged"``: channels by
             their gate, ``"staged_pruned"`` without the tenth that matters least to the prompt;
             ``"wanda_sp"``, ``"flap"``: fixed by a calibration text; ``"dense"``: nothing is
-            pruned. Under ``"threshold"``, experts and encoders are pruned by ``"pop"``.
+            pruned. Under the first two, experts and encoders are pruned by ``"pop"``.
         targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by policies of
             inputs alone also ``"other"`` linears, and ``"head"``, the last ones. None: the policy's
             usual ones, or the kinds that ``policy`` names.
@@ -51,6 +79,12 @@ class Config:
         count: decode graphs also count what is read: see :meth:`popc.Plan.read_share`.
         scope: ``"batch"`` has one partition for the batch (statistics are added over it),
             ``"sequence"`` one for each sequence.
+        weights: ``"int8"`` or ``"int4"``: the compiled model's linears, and embeddings, have
+            weights of their own, quantised to that; None: the model's.
+        bits: how many bits of each weight a decode step reads on average, scales included, over all
+            linears but the last, ``0 < bits <= 64``. Given, it replaces ``sparsity``, as ``bytes``
+            does: of ``"int8"``, 8.5 are all there is; of bfloat16, 12 are what ``sparsity=0.25``
+            leaves.
         guards: when Dynamo checks that the model is as it was compiled, its modules' attributes
             and globals too: at each ``"token"``, as ``torch.compile`` does, or at each ``"prompt"``
             alone, where nothing changes it between a prompt and its last token. A prompt is a call
@@ -65,7 +99,7 @@ class Config:
 
     sparsity: float = 0.2
     candidate: float = 0.1
-    policy: str | Mapping[str, str] = "threshold"
+    policy: str | Mapping[str, str] = None  # type: ignore[assignment] # a Config always has one
     targets: tuple[str, ...] | None = None
     model_sparsity: float | None = None
     bytes: float | None = None
@@ -73,20 +107,23 @@ class Config:
     mass: float = 0.98
     count: bool = False
     scope: str = "batch"
+    weights: str | None = None
+    bits: float | None = None
     guards: str = "token"
     codegen: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_share("sparsity", self.sparsity, below_one=True)
+        _check_budget(self.sparsity, self.bytes, self.bits, self.mass)
         _check_share("candidate", self.candidate, below_one=False)
         if self.model_sparsity is not None:
             _check_share("model_sparsity", self.model_sparsity, below_one=True)
-        if self.bytes is not None:
-            if self.model_sparsity is not None:
-                raise ConfigError("bytes", self.bytes, "None where model_sparsity is given")
-            _check_share("bytes", self.bytes, below_one=False)
-        _check_share("mass", self.mass, below_one=True)
+        given = [n for n in ("model_sparsity", "bytes", "bits") if getattr(self, n) is not None]
+        if len(given) > 1:
+            name = given[-1]
+            raise ConfigError(name, getattr(self, name), f"None where {given[0]} is given")
+        if self.weights is not None:
+            _check_choice("weights", self.weights, WEIGHTS)
         _check_choice("budget", self.budget, BUDGETS)
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("guards", self.guards, GUARDS)
@@ -99,6 +136,8 @@ class Config:
         object.__setattr__(self, "inductor", dict(self.inductor))
 
     def _check_policy(self) -> None:
+        if self.policy is None:
+            object.__setattr__(self, "policy", self._default_policy)
         if isinstance(self.policy, Mapping):
             # A copy, as of all that a caller could change later.
             current = {kind: policies.current_name(name) for kind, name in self.policy.items()}
@@ -132,6 +171,10 @@ class Config:
         for target in self.target_kinds:
             if target not in TARGETS:
                 raise ConfigError("targets", self.targets, f"a subset of {TARGETS}")
+
+    @property
+    def _default_policy(self) -> str:
+        return "threshold" if self.weights is None else "graded"
 
     @property
     def target_kinds(self) -> tuple[str, ...]:
@@ -177,6 +220,8 @@ class Config:
                 raise ConfigError(name, value, f"the fields are {', '.join(names)}{hint}")
         values = {name: getattr(config, name) for name in names} if config else {}
         options = dict(options or {})
+        if config and "weights" in options and config.policy == config._default_policy:
+            values.pop("policy")  # the usual one of other weights
         if "policy" in options and "targets" not in options:
             values.pop("targets", None)  # the usual ones of the other policy
         return cls(**{**values, **options})
@@ -192,6 +237,42 @@ class Config:
         if self.budget == "elastic":
             return Budget(share, 1 - self.mass, max(MIN_SHARE, share / 2))
         return Budget(share)
+
+    def at(self, budget: CallBudget) -> Config:
+        """With what ``budget`` says in the place of this one's own.
+
+        Raises:
+            ConfigError: see :meth:`check_elastic`.
+        """
+        self.check_elastic()
+        if budget.mass is not None:
+            return replace(self, budget="elastic", mass=budget.mass)
+        given = {name: value for name, value in vars(budget).items() if value is not None}
+        others = {"budget": "fixed", "model_sparsity": None, "bytes": None, "bits": None}
+        return replace(self, **{**others, **given})
+
+    def check_elastic(self) -> None:
+        """Check that calls can have budgets of their own.
+
+        Raises:
+            ConfigError: a policy prunes units, whose numbers are compiled into graphs, or nothing
+                is pruned at all.
+        """
+        for name in self._policies():
+            if not isinstance(policies.get(name), InputPolicy | Dense):
+                raise ConfigError("policy", name, f"one of inputs: {_ELASTIC}")
+        if not any(map(self.prunes_inputs, self.target_kinds)):
+            raise ConfigError("policy", self.policy, f"one of inputs: {_ELASTIC}")
+        if self.weights is None and self._reads_all:
+            raise ConfigError("sparsity", self.sparsity, _NOT_DENSE)
+
+    @property
+    def _reads_all(self) -> bool:
+        if self.model_sparsity is not None:
+            return self.model_sparsity == 0
+        if self.bytes is not None:
+            return self.bytes == 1
+        return self.bits is None and self.sparsity == 0
 
     def prunes(self, kind: str) -> bool:
         """Whether what is of ``kind`` is pruned at all."""
@@ -251,6 +332,29 @@ class Config:
                 f" be less than {most:.3f}; add targets or ask for less",
             )
         return replace(self, sparsity=sparsity, model_sparsity=None)
+
+
+_ELASTIC = "budgets of single calls change thresholds, not how many units are computed"
+_NOT_DENSE = (
+    "more than 0 for weights as the model has them, where calls are to have budgets of their own: "
+    "a model that leaves nothing out is compiled as it is"
+)
+
+
+def _check_budget(
+    sparsity: object = None, bytes: object = None, bits: object = None, mass: object = None
+) -> None:
+    """Check those that are given."""
+    if sparsity is not None:
+        _check_share("sparsity", sparsity, below_one=True)
+    if bytes is not None:
+        _check_share("bytes", bytes, below_one=False)
+    if mass is not None:
+        _check_share("mass", mass, below_one=True)
+    if bits is not None:
+        is_number = isinstance(bits, int | float) and not isinstance(bits, bool)
+        if not is_number or not 0 < bits <= MOST_BITS:  # type: ignore[operator]
+            raise ConfigError("bits", bits, f"a number with 0 < bits <= {MOST_BITS}")
 
 
 def _check_share(name: str, value: object, *, below_one: bool) -> None:

@@ -17,6 +17,12 @@ import popc
         ("sparsity", float("nan")),
         ("candidate", 1.5),
         ("policy", "best"),
+        ("weights", "int3"),
+        ("bits", 0),
+        ("bits", 65),
+        ("bits", "4"),
+        ("bits", True),
+        ("bits", float("nan")),
         ("targets", ("mlp", "conv")),
         ("targets", 3),
         ("scope", "layer"),
@@ -52,3 +58,20 @@ def test_counts(sparsity: float, candidate: float, channels: int) -> None:
     if 0 < 1 - sparsity - candidate / 2 and 1 - sparsity + candidate / 2 < 1:
         assert abs(counts.retained - (1 - sparsity - candidate / 2) * channels) <= 1
         assert abs(counts.candidate - candidate * channels) <= 1
+
+
+def test_the_usual_policy_follows_from_the_weights() -> None:
+    assert popc.Config().policy == "threshold"
+    assert popc.Config(weights="int8").policy == "graded"
+    assert popc.Config(weights="int8", policy="threshold").policy == "threshold"
+    assert popc.Config.of(popc.Config(), {"weights": "int4"}).policy == "graded"
+    assert popc.Config.of(popc.Config(weights="int8"), {"weights": None}).policy == "threshold"
+    assert popc.Config.of(popc.Config(policy="pop"), {"weights": "int8"}).policy == "pop"
+    config = popc.Config.of(popc.Config(weights="int8", targets=("mlp",)), {"bits": 4.5})
+    assert config.policy == "graded" and config.targets == ("mlp",)
+
+
+@pytest.mark.parametrize("other", [{"bytes": 0.5}, {"model_sparsity": 0.5}])
+def test_one_budget_is_given(other: dict[str, float]) -> None:
+    with pytest.raises(popc.ConfigError, match=r"bits=4\.5.*None where"):
+        popc.Config(bits=4.5, **other)

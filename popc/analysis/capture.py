@@ -21,8 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat
 from popc.analysis.mutation import may_alias
+from popc.analysis.unwrap import Unwrapping
 from popc.compat import is_traceable_wrapper_subclass, pytree
 from popc.errors import GraphError
+from popc.quant import QuantizedTensor, Stored
 
 aten = torch.ops.aten
 
@@ -47,6 +49,8 @@ class Captured:
     ``parameters`` maps a placeholder to its tensor; every other placeholder is an activation. Of
     these ``wrapped`` are no plain tensors: quantised, or spread over devices. Of a tensor subclass
     what reads it is in the graph as the program has it, not as ATen ops: see :class:`_Program`.
+    ``quantized`` says how those of popc's own are stored, by the placeholder of what they hold, and
+    ``unwrapping`` makes the graph's inputs of Dynamo's; ``inputs`` are such inputs, real or fake.
     ``runnable`` is False where the graph can be read but not run: values of the trace are in it.
     ``breaks_off``: the model goes on in another graph, as Dynamo broke this one here.
     ``number`` is this capture's alone.
@@ -57,6 +61,9 @@ class Captured:
     fake_mode: Any
     runnable: bool = True
     wrapped: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    quantized: dict[fx.Node, Stored] = field(default_factory=dict)
+    unwrapping: Unwrapping = field(default_factory=Unwrapping)
+    inputs: list[Any] = field(default_factory=list)
     breaks_off: bool = False
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -109,34 +116,38 @@ def _trace(
     of_model: Sequence[bool],
 ) -> Captured:
     """``of_model`` tells for each input whether it is a parameter or buffer of the model."""
+    unwrapping = Unwrapping.of(fakes)
+    plain = unwrapping(fakes)
+
     # An Interpreter (not the module itself) carries each node's stack trace and module path over.
-    if isinstance(program, fx.GraphModule):
+    call = _Program(program).run if isinstance(program, fx.GraphModule) else program
 
-        def run(*values: Any) -> Any:
-            return _Program(program).run(*values)
-    else:
-
-        def run(*values: Any) -> Any:
-            return program(*values)
+    def run(*values: Any) -> Any:
+        return call(*unwrapping.within_trace(fakes, values))
 
     try:
         with mode, preserve_node_meta():
-            gm = make_fx(run, pre_dispatch=True)(*fakes)
+            gm = make_fx(run, pre_dispatch=True)(*plain)
     except Exception as error:
         raise GraphError(f"the graph could not be traced to ATen ops: {error}") from error
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = list(zip(placeholders, reals, of_model, strict=True))
+    inputs = list(zip(placeholders, reals, of_model, strict=False))
     wrapped = {node: real for node, real, known in inputs if _is_wrapped(real, known)}
     parameters: dict[fx.Node, torch.Tensor] = {
         node: real for node, real, _ in inputs if isinstance(real, torch.nn.Parameter)
     }
+    quantized = {node: real for node, real, _ in inputs if isinstance(real, QuantizedTensor)}
+    parameters |= wrapped | {node: real.packed for node, real in quantized.items()}
     # What nothing reads must not count against a channel: attention weights averaged in vain, say.
     drop_dead(gm.graph)
     _drop_inplace(gm)
     _slim(gm.graph)
     constants = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
     runnable = not any(map(compat.is_trace_only, constants))
-    return Captured(gm, parameters | wrapped, mode, runnable, wrapped)
+    stored = {node: real.stored for node, real in quantized.items()}
+    return Captured(
+        gm, parameters, mode, runnable, wrapped, stored, unwrapping, list(unwrapping(reals))
+    )
 
 
 class _Program(fx.Interpreter):
@@ -162,6 +173,8 @@ class _Program(fx.Interpreter):
 
 def _is_wrapped(value: Any, of_model: bool) -> bool:
     """Whether an input is a weight that is no plain tensor; ``of_model`` as in :func:`_trace`."""
+    if isinstance(value, QuantizedTensor):
+        return False
     if is_traceable_wrapper_subclass(value):
         return of_model or isinstance(value, torch.nn.Parameter)
     is_parameter = isinstance(value, torch.nn.Parameter)

@@ -67,7 +67,6 @@ def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[Inp
     Left out are experts' linears, which have an input for each expert, linears that route, and
     those of regions that run in one pass.
     """
-    graph = captured.gm.graph
     kinds: dict[fx.Node, str] = {}
     once: set[fx.Node] = set()
     for region in regions:
@@ -76,16 +75,15 @@ def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[Inp
             if region.one_pass:
                 once.add(linear.node)
     linears = all_linears(captured)
-    inner = depends_on(graph, [linear.node for linear in linears])
+    last = last_linears(captured, linears)
     groups: dict[tuple[fx.Node, str], list[Linear]] = {}
     for linear in linears:
         rank = len(shape(linear.x))
         plain = linear.experts is None and linear.x_dim == rank - 1 == linear.y_dim
-        if not plain or linear.node in once or _routes(linear):
+        if not plain or linear.node in once or routes(linear):
             continue
-        is_last = linear.node not in inner and not captured.breaks_off
-        last = "head" if is_last else "other"
-        groups.setdefault((linear.x, kinds.get(linear.node, last)), []).append(linear)
+        default = "head" if linear.node in last else "other"
+        groups.setdefault((linear.x, kinds.get(linear.node, default)), []).append(linear)
     uses = uses_of_weights(linears)
     input_groups = []
     for (x, kind), members in groups.items():
@@ -97,7 +95,15 @@ def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[Inp
     return input_groups
 
 
-def _routes(linear: Linear) -> bool:
+def last_linears(captured: Captured, linears: Sequence[Linear]) -> set[fx.Node]:
+    """Those of ``linears``, all of a graph, which no other comes after in the model."""
+    if captured.breaks_off:
+        return set()
+    nodes = [linear.node for linear in linears]
+    return set(nodes) - set(depends_on(captured.gm.graph, nodes))
+
+
+def routes(linear: Linear) -> bool:
     """Whether the output is small and decides a choice before any other product meets it."""
     stack, seen = list(linear.node.users), set()
     while stack:

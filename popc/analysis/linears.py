@@ -15,6 +15,8 @@ from popc import compat
 from popc.analysis.capture import Captured, identity
 from popc.analysis.propagation import argument, is_tensor, order_of, shape
 from popc.analysis.rules.traits import Trait, has
+from popc.ops import dequantize
+from popc.quant import dequantized
 
 aten = torch.ops.aten
 
@@ -75,14 +77,23 @@ class Weight:
         return 2 * first + 1 - self.out_dim
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of one element."""
+    def is_quantized(self) -> bool:
+        """Whether ``node`` is the whole of a quantised weight, just as it is dequantised."""
+        return self.node.target is dequantize
+
+    @property
+    def element_bytes(self) -> float:
+        """Bytes of one element; of a quantised weight its scales count too."""
+        if self.path and self.path[0].target is dequantize:
+            stored = [n.meta["val"] for n in self.path[0].all_input_nodes]
+            size = sum(value.numel() * value.element_size() for value in stored)
+            return float(size / self.path[0].meta["val"].numel())
         return int(self.node.meta["val"].element_size())
 
     @property
     def bytes(self) -> int:
         """Bytes of the whole weight, all experts."""
-        return int(self.node.meta["val"].numel()) * self.element_bytes
+        return round(int(self.node.meta["val"].numel()) * self.element_bytes)
 
     def replayed(self, parameter: torch.Tensor) -> torch.Tensor:
         """What ``node`` is for a given tensor in the place of ``parameter``: a view of it."""
@@ -206,15 +217,20 @@ def view_of(tensor: torch.Tensor) -> Hashable:
 def _values_of(weight: Weight, captured: Captured) -> Hashable:
     """The same for weights with the same values in memory, be they two parameters."""
     real = captured.parameters[weight.parameter]
-    if weight.parameter in captured.wrapped or real.device.type == "meta":
+    named = {*captured.wrapped, *captured.quantized}
+    if weight.parameter in named or real.device.type == "meta":
         return weight.identity
-    return view_of(replayed(weight.identity, real.detach())) or weight.identity
+    return view_of(replayed(weight.identity, real)) or weight.identity
 
 
 def replayed(weight: tuple[Any, ...], parameter: torch.Tensor) -> torch.Tensor:
     """The part of ``parameter`` that a weight of this identity is, with its memory."""
-    value: Any = parameter
+    value: Any = parameter.detach() if parameter.is_floating_point() else parameter
     for step in weight[1:]:
+        if step.op == str(dequantize):
+            sizes, row_dim, planes, dtype = step.args
+            value = dequantized(value, sizes, row_dim, planes, dtype, bits=8)
+            continue
         value = _op_named(step.op)(value, *step.args, **dict(step.kwargs))
     return value
 
@@ -319,6 +335,10 @@ def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> We
     path: list[fx.Node] = []
     source = stored
     while source not in captured.parameters:
+        if source.target is dequantize:
+            path.insert(0, source)
+            source = source.args[0]  # type: ignore[assignment]
+            continue
         known = has(source, _VIEWS) or _is_cast_to_itself(source)
         if source.op != "call_function" or not known or len(source.all_input_nodes) != 1:
             return None
@@ -329,6 +349,8 @@ def _as_weight(node: fx.Node, captured: Captured, out_dim: int, rank: int) -> We
 
 
 def _as_step(node: fx.Node) -> Step:
+    if node.target is dequantize:  # its scales are found by what it reads
+        return Step(str(node.target), _as_tuples(node.args[3:7]))
     kwargs = tuple((name, _as_tuples(value)) for name, value in node.kwargs.items())
     return Step(str(node.target), _as_tuples(node.args[1:]), kwargs)
 

@@ -45,7 +45,7 @@ class LinearRecord:
     weight: tuple[Any, ...]
     out_dim: int
     bytes: int
-    element_bytes: int
+    element_bytes: float
     bias_bytes: int
     position: Position
 
@@ -167,7 +167,7 @@ class RegionRecord:
     @property
     def parameters(self) -> int:
         """How many weights the region has: the rows and columns of its units."""
-        return self.weight_bytes // self.consumers[0].element_bytes
+        return round(self.weight_bytes / self.consumers[0].element_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """See :meth:`Plan.to_dict`."""

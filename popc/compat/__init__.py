@@ -49,6 +49,7 @@ from popc.compat.fake import (
     is_whole,
     new_fake_mode,
     record_whole,
+    take_new_parameters,
     take_new_strides,
 )
 from popc.compat.guards import Place, guard_condition, guard_place, written_places
@@ -91,6 +92,7 @@ __all__ = [
     "record_whole",
     "running",
     "storage_users",
+    "take_new_parameters",
     "take_new_strides",
     "traces_for",
     "wrapper_subclass",

@@ -109,3 +109,31 @@ def take_new_strides(parameters: Sequence[torch.Tensor]) -> None:
     for parameter, record in zip(parameters, recorded_strides, strict=True):
         del memo[parameter]
         record["stride"] = parameter.stride()
+
+
+def take_new_parameters(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Have the guards of the trace under way made of new tensors, from within a backend.
+
+    For a backend that has put other tensors in the place of parameters. A guard keeps the tensor
+    that Dynamo saw. Where this torch has no such guards, Dynamo traces the frame again, as in
+    :func:`take_new_strides`.
+
+    Args:
+        pairs: each parameter, with the tensor that is in its place now.
+    """
+    new = {id(parameter): other for parameter, other in pairs}
+    found = set()
+    try:
+        for guard in TracingContext.get().guards_context.dynamo_guards.inner:
+            keywords = getattr(guard.create_fn, "keywords", {})
+            reference: Any = keywords.get("value")
+            parameter = reference() if callable(reference) else None
+            if parameter is not None and id(parameter) in new:
+                keywords["value"] = type(reference)(new[id(parameter)])
+                found.add(id(parameter))
+    except AttributeError:
+        found.clear()
+    if found != new.keys():
+        raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(
+            restart_reason="popc quantised weights"
+        )

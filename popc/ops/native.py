@@ -19,7 +19,7 @@ from pathlib import Path
 from popc import compat
 from popc.files import write_whole
 from popc.log import logger
-from popc.ops import measure
+from popc.ops import measure, planes
 
 FOLDER = Path(__file__).parent / "cpu"
 _INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
@@ -31,6 +31,11 @@ _CONSTANTS = {
     "bins": measure.BINS,
     "sample": measure.SAMPLE,
     "spread": measure.SPREAD,
+    "block": planes.BLOCK,
+    "midpoint": planes.MIDPOINT,
+    "zero": planes.ZERO[2],
+    "plane_zero": planes.ZERO[1],
+    "plane_group_zero": planes.GROUP_ZERO[1],
 }
 
 

@@ -50,6 +50,7 @@ _GRADED = (
     "Tensor? base=None, int group=0, int channel=0, int output=0) -> Tensor[]"
 )
 torch.library.define("popc::graded_linears", _GRADED, tags=_STRIDES)
+torch.library.define("popc::graded_linears_reference", _GRADED)
 torch.library.define(
     "popc::count_grades",
     "(Tensor x, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None, "
@@ -162,6 +163,7 @@ _impl("quantize", fmt.pack)
 _impl("dequantize", fmt.unpack)
 _impl("quantized_linear", _quantized_linear)
 _impl("graded_linears", _graded_linears)
+_impl("graded_linears_reference", _graded_linears)
 _impl("count_grades", _count_grades)
 
 

@@ -18,6 +18,7 @@ from popc.passes.base import Binding, Pass
 from popc.passes.dense.fold_repeat_kv import fold_repeat_kv
 from popc.passes.dense.gemv_kernels import use_gemv_kernels
 from popc.passes.dense.hoist_masks import hoist_masks
+from popc.passes.dense.quantized_kernels import use_quantized_kernels
 from popc.passes.measure_inputs import measure_inputs
 from popc.passes.measure_units import measure_units
 from popc.passes.pack_weights import pack_weights
@@ -40,6 +41,7 @@ PASSES: tuple[Pass, ...] = (
     # What makes any graph faster and prunes nothing.
     fold_repeat_kv,
     hoist_masks,
+    use_quantized_kernels,
     use_gemv_kernels,
 )
 

@@ -101,7 +101,7 @@ def weights_of(
 ) -> Iterator[tuple[Linear, torch.Tensor]]:
     """Each linear with its weight, a part of the parameter at its position among ``args``."""
     for linear, i in zip(linears, positions, strict=True):
-        yield linear, linear.weight.replayed(args[i].detach())
+        yield linear, linear.weight.replayed(args[i])
 
 
 def norm_of(linear: Linear, weight: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from popc import sessions
 from popc.analysis.capture import Captured
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
@@ -50,15 +51,16 @@ class _Thresholds(Binding[InputState]):
         config = work.config
         self.owners = [InputGroupBinding.of(group, captured) for group in work.pruned_inputs]
         self.policies = [config.input_policy(group.kind) for group in work.pruned_inputs]
-        self.scope, self.budget = config.scope, config.input_budget
+        self.scope, self.budgets = config.scope, work.budgets
         self.outputs = int(config.count)
 
     def state(self, args: Sequence[Any]) -> InputState:
         return input_state(self.owners, self.policies, args)
 
     def feed(self, call: Call, state: InputState) -> Sequence[Tensor] | None:
+        budget = self.budgets.of(sessions.budget_of_call())
         fed = call.session.inputs.feed(
-            state, state.owners, self.scope, self.budget, state.scale, call.batch
+            state, state.owners, self.scope, budget, state.scale, call.batch
         )
         if fed is None:
             return None

@@ -42,24 +42,29 @@ def store_channel_major(captured: Captured, work: RewritePlan) -> PassResult:
         refused = _relayout_all(captured, work.owners, changed)
     except Exception:
         # The graph runs dense then, with those that have changed by now.
-        _propagate_strides(captured, changed)
+        _take_new_strides(captured, changed)
         raise
-    _propagate_strides(captured, changed)
+    _take_new_strides(captured, changed)
     if refused:
         work.refuse(refused, "layout")
         work.assign(captured)
     return PassResult(len(changed))
 
 
-def _propagate_strides(captured: Captured, placeholders: Sequence[fx.Node]) -> None:
+def _take_new_strides(captured: Captured, placeholders: Sequence[fx.Node]) -> None:
     """Tell Dynamo the new strides of these, and give the graph's values those that follow."""
     if not placeholders:
         return
     compat.take_new_strides([captured.parameters[node] for node in placeholders])
-    changed = set(placeholders)
     for node in placeholders:
         parameter = captured.parameters[node]
         node.meta["val"] = compat.fakify(captured.fake_mode, parameter)
+    propagate_strides(captured, placeholders)
+
+
+def propagate_strides(captured: Captured, nodes: Sequence[fx.Node]) -> None:
+    """Give values the strides that follow from those of ``nodes``, which have changed."""
+    changed = set(nodes)
     for node in captured.gm.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
@@ -96,6 +101,8 @@ def _relayout_all(
             roles.setdefault(linear.weight.parameter, []).append((linear.weight, dim))
     refused: dict[fx.Node, str] = {}
     for parameter, uses in roles.items():
+        if parameter in captured.quantized:
+            continue  # stored as they are read when they were quantised
         real = captured.parameters[parameter]
         is_laid_out = any(is_contiguous_along(weight.node.meta["val"], dim) for weight, dim in uses)
         if is_laid_out or not any(_transposing_helps(weight, dim, real) for weight, dim in uses):
@@ -115,7 +122,7 @@ def _relayout_all(
             _laid_out[real] = True
         else:
             refused[parameter] = reason
-    _use_huge_pages(captured.parameters[parameter] for parameter in roles)
+    use_huge_pages(captured.parameters[parameter] for parameter in roles)
     return {
         owner: refused[linear.weight.parameter]
         for owner in owners
@@ -132,7 +139,7 @@ _CONFLICT = (
 _in_huge_pages = WeakTensorKeyDictionary()
 
 
-def _use_huge_pages(weights: Iterable[Tensor]) -> None:
+def use_huge_pages(weights: Iterable[Tensor]) -> None:
     """Ask for huge pages, once for each storage."""
     for weight in filter(_has_plain_storage, weights):
         address = weight.untyped_storage().data_ptr()
@@ -190,20 +197,20 @@ def _refusal(parameter: fx.Node, captured: Captured, linears: set[fx.Node]) -> s
     ]  # fmt: skip
     if others or compat.storage_users(weight) > 1:
         return "its weight is tied: other tensors share its storage"
-    other_user = _user_outside(parameter, linears)
+    other_user = user_outside(parameter, linears)
     if other_user is not None:
         return f"its weight is shared with {other_user.target}, which reads it otherwise"
     return None
 
 
-def _user_outside(value: fx.Node, linears: set[fx.Node]) -> fx.Node | None:
-    """A node that reads the weight and is not among ``linears``."""
+def user_outside(value: fx.Node, known: set[fx.Node]) -> fx.Node | None:
+    """A node that reads the weight and is not among those that are ``known``."""
     for user in value.users:
-        if user in linears:
+        if user in known:
             continue
         if not is_view_of_weight(user):
             return user
-        other = _user_outside(user, linears)
+        other = user_outside(user, known)
         if other is not None:
             return other
     return None

@@ -18,6 +18,14 @@ def decode_bytes(region: RegionRecord, config: Config) -> float:
     return (region.producer_bytes - late) * live + (region.consumer_bytes + late) * active
 
 
+def body_size(plan: Plan) -> tuple[int, int]:
+    """How many weights all linears but the last have, and in how many bytes."""
+    owners: list[InputRecord | RegionRecord] = [g for g in plan.inputs if g.kind != "head"]
+    # Their linears are in none of the inputs.
+    owners += [region for region in plan.regions if region.experts or region.one_pass]
+    return sum(o.parameters for o in owners), sum(o.weight_bytes for o in owners)
+
+
 def decode_share(plan: Plan, config: Config) -> float:
     """See :meth:`popc.Plan.decode_share`."""
     regions = [region for region in plan.regions if config.prunes_units(region)]

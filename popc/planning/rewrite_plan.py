@@ -15,7 +15,7 @@ from popc.analysis.linears import all_linears
 from popc.analysis.regions import find_regions
 from popc.analysis.tokens import is_one_token
 from popc.config import Config
-from popc.planning.budget_solver import resolve
+from popc.planning.budget_solver import Budgets
 from popc.planning.choose import choose, prunable, refuse_where, with_known_units
 from popc.planning.packing import Slot, slot_of
 from popc.stages import run_stage
@@ -30,6 +30,7 @@ class RewritePlan:
 
     Attributes:
         config: with a sparsity for this graph.
+        budgets: what decode steps may read, by the Config and by calls.
         findings: what the analysis found and ``config`` prunes; passes add refusals to it.
         owners: regions and input groups that are pruned in this graph or in others. The rest
             follows from them, by :meth:`assign`.
@@ -41,6 +42,7 @@ class RewritePlan:
     """
 
     config: Config = field(default_factory=Config)
+    budgets: Budgets = field(default_factory=Budgets)
     findings: Findings = field(default_factory=Findings)
     owners: list[Owner] = field(default_factory=list)
     measured: list[Region] = field(default_factory=list)
@@ -109,9 +111,11 @@ def plan_rewrite(
     sizes = {id(tensor): tensor.numel() for tensor in captured.parameters.values()}
     # Of the graph as it is now: passes change its nodes.
     plan = run_stage("describe regions", findings.plan)
-    config = run_stage("resolve budget", resolve, config, sum(sizes.values()), plan)
+    budgets = Budgets(config, sum(sizes.values()), plan)
+    config = run_stage("resolve budget", lambda: budgets.config)
     run_stage("choose regions", choose, findings, config, only)
-    work = RewritePlan(config, findings, _owners(findings, config), measure_only=measure_only)
+    owners = _owners(findings, config)
+    work = RewritePlan(config, budgets, findings, owners, measure_only=measure_only)
     run_stage("choose work", work.assign, captured)
     return work
 

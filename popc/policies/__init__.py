@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from popc.policies.base import Counts, Dense, InputPolicy, Policy, UnitPolicy
+from popc.policies.graded import Graded
 from popc.policies.griffin import Griffin
 from popc.policies.pop import Pop
 from popc.policies.registry import current_name, get, names, register
@@ -14,6 +15,7 @@ __all__ = [
     "Counts",
     "Dense",
     "Flap",
+    "Graded",
     "Griffin",
     "InputPolicy",
     "Policy",

@@ -6,6 +6,10 @@ its output, as far as the columns of W are orthogonal. All groups are given the 
 relative to a typical token's ``Σ_c``, so a group whose input is concentrated on few channels reads
 fewer. ε is raised until the bytes that the prompt's tokens would have read meet the budget; or it
 is given, and each prompt reads what it needs.
+
+Of quantised weights a channel can be read at a lower grade, by its high plane alone: see
+:mod:`popc.policies.graded`. One threshold of a group then stands for both of its grades, and its
+error and the bytes that it reads are functions of that threshold alone.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,18 +33,38 @@ _LN_ERROR = (-40.0, 4.0)
 _STEPS = 50
 
 
+class HighPlane(NamedTuple):
+    """What it is to read of quantised weights the high plane alone.
+
+    Attributes:
+        share: of the bytes of both planes, ``0 < share < 1``; scales are counted with the high one.
+        error: ``Σ_c κ_c² ‖W[:, c]‖² / Σ_c ‖W[:, c]‖²``: see :mod:`popc.policies.graded`.
+    """
+
+    share: float
+    error: float
+
+
 @dataclass(frozen=True)
 class GroupSpec:
-    """A group: its K channels, its weights' bytes, and what groups that do the same have alike."""
+    """A group: its K channels, its weights' bytes, and what groups that do the same have alike.
+
+    Attributes:
+        high: None where weights are not quantised, or have one plane.
+    """
 
     width: int
     bytes: int
     alike: Hashable
+    high: HighPlane | None = None
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Thresholds of scores, float32 ``[G]``; expected shares of channels read, ``[G]``; and ε."""
+    """Thresholds of scores, float32 ``[G]``; expected shares of bytes read, ``[G]``; and ε.
+
+    Of weights that are not read by grade, the share of bytes is that of channels.
+    """
 
     thresholds: Tensor
     shares: Tensor
@@ -58,12 +83,21 @@ class Budget:
     least: float = MIN_SHARE
 
 
-def allocate(histograms: Tensor, groups: Sequence[GroupSpec], budget: Budget) -> Allocation:
+def allocate(
+    histograms: Tensor, groups: Sequence[GroupSpec], budget: Budget, graded: bool = False
+) -> Allocation:
     """Thresholds for G groups, whose scores were counted, float64 ``[G, BINS + 1]``.
 
     See :mod:`popc.ops.measure`.
+
+    Args:
+        graded: whether channels of quantised weights are read by grade, as by
+            :class:`popc.policies.Graded`: the scores that were counted are those of high planes.
     """
-    curves = _Curves(histograms, groups)
+    if budget.error is None and budget.share >= 1:
+        every = torch.ones(len(groups), dtype=torch.float64)
+        return Allocation(torch.full_like(every, READ_ALL).float(), every, 0.0)
+    curves = _Curves(histograms, groups, graded)
     target = budget.share
     if budget.error is not None:
         shares = curves.shares(budget.error, in_each=True)
@@ -87,9 +121,12 @@ def at_shares(histograms: Tensor, groups: Sequence[GroupSpec], shares: Tensor) -
 
 
 class _Curves:
-    """For each group, the share of its scores below each bin, and the error of leaving them out."""
+    """For each group, by a threshold at the edge of each bin: the share of its bytes that is not
+    read, ``unread``, and the ``error`` of that."""
 
-    def __init__(self, histograms: Tensor, groups: Sequence[GroupSpec]) -> None:
+    def __init__(
+        self, histograms: Tensor, groups: Sequence[GroupSpec], graded: bool = False
+    ) -> None:
         counted = histograms.detach().double().cpu()
         bins = edges()
         in_range = bins[1:].isfinite()  # the last bins are of infinities and NaN: always read
@@ -97,21 +134,25 @@ class _Curves:
         middle = (self.low * self.high).sqrt().where(self.low > 0, self.high / 2)
         scores = counted[:, :BINS].sum(1, keepdim=True).clamp(min=1)
         counts = counted[:, :BINS][:, in_range] / scores
-        self.below = _cumulative(counts)
+        below = _cumulative(counts)
         width = torch.tensor([[float(group.width)] for group in groups])
         # A geometric mean over tokens: a few outsized ones do not lift it.
         typical = (counted[:, BINS:] * width / scores).exp()
-        self.error = _cumulative(counts * width * middle) / typical
+        error = _cumulative(counts * width * middle) / typical
+        if graded and any(group.high is not None for group in groups):
+            self.unread, self.error = _by_grade(below, error, groups, self.low, self.high)
+        else:
+            self.unread, self.error = below, error
         self.bytes = torch.tensor([float(group.bytes) for group in groups])
         classes = list(dict.fromkeys(group.alike for group in groups))
         self.class_of = torch.tensor([classes.index(group.alike) for group in groups])
         self.class_size = torch.bincount(self.class_of).double()
 
     def shares(self, error: float, in_each: bool = False) -> Tensor:
-        """The shares of channels to read ``[G]`` for an error of ``error``, on average over groups
+        """The shares of bytes to read ``[G]`` for an error of ``error``, on average over groups
         alike; ``in_each``: in each of them."""
         errors = torch.full((len(self.error), 1), error, dtype=torch.float64)
-        needed = 1 - _interpolate(self.error, errors, self.below)[:, 0]
+        needed = 1 - _interpolate(self.error, errors, self.unread)[:, 0]
         total = torch.zeros_like(self.class_size).index_add(0, self.class_of, needed)
         mean = total / self.class_size
         shares = NEED_WEIGHT * needed + (1 - NEED_WEIGHT) * mean[self.class_of]
@@ -122,15 +163,41 @@ class _Curves:
         return float((shares * self.bytes).sum() / self.bytes.sum())
 
     def thresholds(self, shares: Tensor) -> Tensor:
-        """Float32 ``[G]``: scores ``|x_c| · ‖W[:, c]‖`` that ``shares`` of the prompt's exceed."""
-        bins = torch.arange(self.below.shape[1], dtype=torch.float64).expand_as(self.below)
-        position = _interpolate(self.below, (1 - shares)[:, None], bins)[:, 0]
+        """Float32 ``[G]``: thresholds of scores by which the prompt's tokens read ``shares``."""
+        bins = torch.arange(self.unread.shape[1], dtype=torch.float64).expand_as(self.unread)
+        position = _interpolate(self.unread, (1 - shares)[:, None], bins)[:, 0]
         i = position.long().clamp(max=len(self.low) - 1)
         part = position - i
         low, high = self.low[i], self.high[i]
         ratio = high / low.clamp(min=torch.finfo(torch.float32).tiny)
         squared = (low * ratio**part).where(low > 0, high * part)
         return squared.sqrt().float()
+
+
+def ratio_of_scores(high: HighPlane) -> float:
+    """How many times the squared score of its low plane that of its high plane is, on average, 1
+    at least: see :meth:`popc.policies.Graded.scales`."""
+    low = high.error * high.share / (1 - high.share)
+    return max(1.0, max(1 - high.error, high.share) / max(low, 1e-30))
+
+
+def _by_grade(
+    below: Tensor, error: Tensor, groups: Sequence[GroupSpec], low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The share of bytes unread and the error, ``[G, P]``, of both grades together.
+
+    Args:
+        below, error: ``[G, P]``, by what squared scores of high planes fall below each edge.
+        low, high: where bins begin and end, ``[P - 1]``.
+    """
+    edge = torch.cat((low, high[-1:])).expand_as(below).contiguous()
+    planes = [group.high or HighPlane(1.0, 0.0) for group in groups]
+    ratio = [1.0 if group.high is None else ratio_of_scores(group.high) for group in groups]
+    at = edge * torch.tensor(ratio, dtype=torch.float64)[:, None]
+    of_high = torch.tensor([[plane.share] for plane in planes], dtype=torch.float64)
+    coarse = torch.tensor([[plane.error] for plane in planes], dtype=torch.float64)
+    low_below, low_error = (_interpolate(edge, at, curve) for curve in (below, error))
+    return of_high * below + (1 - of_high) * low_below, error + coarse * (low_error - error)
 
 
 def _cumulative(values: Tensor) -> Tensor:

@@ -161,6 +161,24 @@ class InputPolicy(Policy):
             norm: ``‖W[:, c]‖`` over all linears that read x, float32 ``[K]``.
         """
 
+    def scales(self, norm: Tensor, error: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Of quantised weights: what ``|x_c - mean_c|`` is multiplied with for each of two grades.
+
+        A channel's high plane is read where the first product exceeds the threshold; its low plane
+        too where the second one does as well. By default both planes are read, or nothing.
+
+        Args:
+            norm: ``‖W[:, c]‖`` over all linears that read x, float32 ``[K]``.
+            error: κ_c², what reading the high plane alone costs: ``‖W4[:, c] - W[:, c]‖²`` by
+                ``‖W[:, c]‖²``, float32 ``[K]``; 0 of weights that have one plane.
+            share: what the high plane takes of the bytes of both, scales included.
+
+        Returns:
+            Both float32 ``[K]``. Scores that the prompt counts are those of the first.
+        """
+        scale = self.scale(norm)
+        return scale, scale
+
     @abstractmethod
     def allocate(
         self, histograms: Tensor, groups: Sequence[GroupSpec], budget: Budget

@@ -6,6 +6,7 @@ import warnings
 
 from popc.errors import ConfigError
 from popc.policies.base import Dense, InputPolicy, Policy, UnitPolicy
+from popc.policies.graded import Graded
 from popc.policies.griffin import Griffin
 from popc.policies.pop import Pop
 from popc.policies.staged import Staged
@@ -16,6 +17,7 @@ _known: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Threshold(),
+        Graded(),
         Pop(),
         Griffin(),
         Staged("staged", 0.0),

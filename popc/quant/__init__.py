@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from popc.quant.tensor import QuantizedTensor
+from popc.quant.freed import FreedWeight
+from popc.quant.tensor import QuantizedTensor, Stored, dequantized, read
 
-__all__ = ["QuantizedTensor"]
+__all__ = ["FreedWeight", "QuantizedTensor", "Stored", "dequantized", "read"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from popc import compat, ops
 
@@ -68,6 +69,8 @@ class QuantizedTensor(Tensor):
         self, packed: Tensor, scale: Tensor | None, zero: Tensor | None, stored: Stored
     ) -> None:
         self.packed, self.scale, self.zero, self.stored = packed, scale, zero, stored
+        if scale is not None:
+            _scales[packed] = scale, zero
 
     @classmethod
     def of(
@@ -123,6 +126,17 @@ class QuantizedTensor(Tensor):
         return func(*args, **kwargs)
 
 
+_scales = WeakTensorKeyDictionary()  # of packed tensors whose rows hold none
+
+
+def dequantized(
+    packed: Tensor, sizes: Sequence[int], row_dim: int, planes: int, dtype: torch.dtype, bits: int
+) -> Tensor:
+    """The values ``[..., N, K]`` of what a :class:`QuantizedTensor` holds as ``packed``."""
+    scale, zero = _scales.get(packed, (None, None))
+    return ops.dequantize(packed, scale, zero, sizes, row_dim, planes, dtype, bits)
+
+
 def read(stored: Stored, packed: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
     """The values of a :class:`QuantizedTensor`, from what it holds."""
     values = ops.dequantize(
@@ -166,7 +180,7 @@ def _same(value: Tensor) -> Tensor:
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: lambda func, tensor: _map(tensor, lambda value: value.detach()),
+    aten.detach.default: lambda func, tensor: _map(tensor, _same),
     aten.alias.default: lambda func, tensor: _map(tensor, _same),
     aten.clone.default: lambda func, tensor, **_: _map(tensor, torch.clone),
     aten._to_copy.default: _to_copy,

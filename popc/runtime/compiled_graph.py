@@ -11,6 +11,7 @@ import torch
 
 from popc import sessions
 from popc.analysis.plan import Plan
+from popc.analysis.unwrap import Unwrapping
 from popc.errors import PopcWarning
 from popc.passes.base import Binding, Call
 from popc.planning.rewrite_plan import RewritePlan
@@ -39,6 +40,7 @@ class CompiledGraph:
         bindings: of the passes that rewrote it, in the order of their inputs and outputs.
         signature: of the graph before them.
         work: what was to be done in it.
+        unwrapping: makes the inputs that ``run`` takes of what Dynamo calls the graph with.
         variants: None for one that prunes nothing.
         is_variant: whether it is a dense variant of another, which decode steps run too.
         on_plan: called with the regions and inputs of each layer that the graph runs for.
@@ -50,12 +52,13 @@ class CompiledGraph:
         bindings: Sequence[Binding[Any]],
         signature: Signature,
         work: RewritePlan,
+        unwrapping: Unwrapping,
         *,
         variants: Variants | None,
         is_variant: bool,
         on_plan: Callable[[Plan], None] | None,
     ) -> None:
-        self.run, self.signature = run, signature
+        self.run, self.signature, self._unwrapping = run, signature, unwrapping
         self.variants, self.is_variant = variants, is_variant
         self.measures, self.decodes = work.measures, work.decodes
         self._bindings = bindings
@@ -71,19 +74,23 @@ class CompiledGraph:
             session = self._session_of(args)
         # Entering no_grad once more takes longer than checking.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            outputs = self._run(args, session)
+            outputs = self._run(self._unwrapping(args), args, session)
         if by_tensors:
             self._touch(session, args, outputs)
         return outputs
 
-    def _run(self, args: Sequence[Any], session: Session) -> Sequence[Any]:
-        """Feed each binding's inputs, run the graph, have each take its outputs."""
+    def _run(self, args: Sequence[Any], given: Sequence[Any], session: Session) -> Sequence[Any]:
+        """Feed each binding's inputs, run the graph, have each take its outputs.
+
+        Args:
+            args: plain tensors; ``given``: with quantised weights as they are.
+        """
         instance = self._instances.of(args)
         measures = not self.is_variant or self._is_prompt(instance, session)
         if measures:
             instance = self._instances.renewed(instance, args)
         if self.decodes and sessions.is_prefill():
-            return self._run_dense(args, session, instance)
+            return self._run_dense(given, session, instance)
         call = Call(
             args, session, self.signature.batch(args), measures, self._warn_split, list(args)
         )
@@ -91,7 +98,7 @@ class CompiledGraph:
             fed = binding.feed(call, state)
             if fed is None:
                 known = binding.known(call, state)
-                return self._run_partly(args, session, instance, known)
+                return self._run_partly(given, session, instance, known)
             call.inputs += fed
         outputs = self.run(*call.inputs)
         start = self.signature.outputs

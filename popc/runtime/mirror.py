@@ -87,6 +87,29 @@ class Mirror:
             for hook in part.__dict__[kind].values()
         ]
 
+    def replace_parameter(self, parameter: torch.Tensor, other: torch.Tensor) -> bool:
+        """Put ``other`` in the place of a parameter, wherever the mirror has it; whether it has."""
+        found = False
+        with self._lock:
+            for copied in self._copies.values():
+                for name, value in copied._parameters.items():
+                    if value is parameter:
+                        copied._parameters[name] = other  # type: ignore[assignment]
+                        found = True
+        return found
+
+    def free_parameter(self, parameter: torch.Tensor, left: torch.Tensor) -> None:
+        """Leave ``left`` in the original's modules where they have ``parameter``, and free that."""
+        with self._lock:
+            for number, (module, _) in enumerate(self._snapshots):
+                names = [name for name, p in module._parameters.items() if p is parameter]
+                for name in names:
+                    module._parameters[name] = left  # type: ignore[assignment]
+                if names:
+                    self._snapshots[number] = module, _snapshot(_attributes_of(module))
+            # Whoever else holds the parameter finds it empty: memory goes back now.
+            parameter.data = parameter.data.new_empty(0)
+
     def _copy_tree(self, model: nn.Module) -> nn.Module:
         new = []
         for module in modules_of(model):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from popc.sessions.current import (
     bind,
+    budget,
+    budget_of_call,
     is_prefill,
     named,
     of_cache,
@@ -20,6 +22,8 @@ __all__ = [
     "Session",
     "TensorSnapshot",
     "bind",
+    "budget",
+    "budget_of_call",
     "is_prefill",
     "named",
     "of_cache",

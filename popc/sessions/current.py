@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from popc.config import CallBudget
 from popc.sessions.session import Session
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _named: ContextVar[Session | None] = ContextVar("popc_session", default=None)
 _offered: ContextVar[Session | None] = ContextVar("popc_offered", default=None)
 _prefilling: ContextVar[bool] = ContextVar("popc_prefilling", default=False)
+_budget: ContextVar[CallBudget | None] = ContextVar("popc_budget", default=None)
 _by_tensor = WeakTensorKeyDictionary()
 _ATTRIBUTE = "_popc_session"
 _lock = threading.Lock()
@@ -80,6 +82,34 @@ def prefill() -> _SetVariable[bool]:
 def is_prefill() -> bool:
     """Whether the call under way was said to be a part of a prompt."""
     return _prefilling.get()
+
+
+def budget(
+    *,
+    bits: float | None = None,
+    sparsity: float | None = None,
+    bytes: float | None = None,
+    mass: float | None = None,
+) -> _SetVariable[CallBudget | None]:
+    """A context whose decode steps may read what is said here, not what their Config says.
+
+    It is of thresholds alone: nothing is compiled or measured anew. It holds for this thread, and
+    for calls in it of any compiled model whose policies prune inputs. Contexts may be nested: the
+    inner one counts.
+
+    Args:
+        bits, sparsity, bytes, mass: one of these, as in :class:`popc.Config`. ``sparsity=0`` reads
+            everything.
+
+    Raises:
+        ConfigError: not one of them is given, or a value is not allowed.
+    """
+    return _SetVariable(_budget, CallBudget(bits, sparsity, bytes, mass))
+
+
+def budget_of_call() -> CallBudget | None:
+    """What the call under way may read; None: what its Config says."""
+    return _budget.get()
 
 
 def named() -> Session | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class InputStatistics:
     _moments: dict[tuple[Hashable, str], Tensor] = field(default_factory=dict)
     _groups: dict[Hashable, InputGroupState] = field(default_factory=dict)
     _allocated: dict[Hashable, dict[Hashable, Tensor]] = field(default_factory=dict)
-    _fed: dict[Hashable, ThresholdInputs] = field(default_factory=dict)
+    _fed: dict[Hashable, ThresholdInputs] = field(default_factory=dict)  # what each owner last was
+    _by_budget: dict[tuple[Hashable, Budget], ThresholdInputs] = field(default_factory=dict)
 
     def copy(self) -> InputStatistics:
         """Tensors are shared: what is measured is replaced, never changed in place."""
@@ -97,6 +98,7 @@ class InputStatistics:
             self._groups[group.key] = group
             self.seen.update(group.weights)
         self._fed.clear()
+        self._by_budget.clear()
         self._allocated.clear()
 
     def histogram(self, key: Hashable, scope: str) -> Tensor | None:
@@ -123,33 +125,49 @@ class InputStatistics:
         None if that holds for each.
 
         Args:
-            owner: whoever asks; each owner's thresholds are kept until the next prefill.
+            owner: whoever asks; each owner's thresholds are kept until the next prefill, those of
+                each budget.
             batch: with ``scope="sequence"``, the batch size; thresholds of another do not fit.
         """
-        known = self._fed.get(owner)
+        known = self._by_budget.get((owner, budget))
         if known is not None and (batch is None or len(known.center) == batch):
+            self._fed[owner] = known
             return known
         thresholds = self._thresholds(scope, budget, batch)
         if not any(group.key in thresholds for group in groups):
             return None
         rows = len(next(iter(thresholds.values())))
         unknown = torch.full((rows,), READ_ALL)
-        group_centers = [
+        limits = torch.stack([thresholds.get(g.key, unknown) for g in groups]).to(like.device)
+        before = self._fed.get(owner)
+        if before is not None and len(before.center) == rows:
+            fed = replace(before, thresholds=limits)  # its center, and what weights make of it
+        else:
+            fed = ThresholdInputs(
+                groups=tuple(groups),
+                thresholds=limits,
+                center=self._centers(groups, thresholds.keys(), scope, rows, like),
+                missing=sum(group.key not in thresholds for group in groups),
+            )
+        self._fed[owner] = self._by_budget[owner, budget] = fed
+        return fed
+
+    def _centers(
+        self,
+        groups: Sequence[InputGroupState],
+        known: Collection[Hashable],
+        scope: str,
+        rows: int,
+        like: Tensor,
+    ) -> Tensor:
+        """Of those groups that are ``known``, and else 0, float32 ``[rows, ΣK]`` side by side."""
+        parts = [
             centers(self._moments[group.key, scope])
-            if group.key in thresholds
+            if group.key in known
             else torch.zeros(1, group.spec.width, device=like.device)
             for group in groups
         ]
-        fed = ThresholdInputs(
-            groups=tuple(groups),
-            thresholds=torch.stack([thresholds.get(g.key, unknown) for g in groups]).to(
-                like.device
-            ),
-            center=torch.cat([group_center.expand(rows, -1) for group_center in group_centers], 1),
-            missing=sum(group.key not in thresholds for group in groups),
-        )
-        self._fed[owner] = fed
-        return fed
+        return torch.cat([part.expand(rows, -1) for part in parts], 1)
 
     def _thresholds(self, scope: str, budget: Budget, batch: int | None) -> dict[Hashable, Tensor]:
         """Of all measured groups, float32 ``[S]`` on the CPU by their keys."""

@@ -70,9 +70,7 @@ GROUPS = ((0, False), (1, False), (2, True))
 
 def _graded() -> Iterator[Case]:
     turn = itertools.count()
-    for lead, planes, (groups, zero) in itertools.product(
-        ((1, 1), (3, 1), (2, 4)), (2, 1), GROUPS
-    ):
+    for lead, planes, (groups, zero) in itertools.product(((1, 1), (3, 1), (2, 4)), (2, 1), GROUPS):
         for _ in range(2):
             i = next(turn)
             outputs, inputs = SIZES[i % 5]

@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "channel_inputs.h"
 #include "dispatch.h"
 #include "gather.h"
 #include "sparse_gemv.h"
@@ -22,33 +23,7 @@
 namespace popc::threshold {
 namespace {
 
-// A slice `[offset:offset + width]` of a float32 row, of one for each sequence or one for all.
-class SequenceRows {
- public:
-  SequenceRows(
-      const MaybeTensor& values, int64_t offset, int64_t width, int64_t sequences,
-      const char* name)
-      : offset_(offset) {
-    if (!values) return;
-    TORCH_CHECK_VALUE(
-        values->scalar_type() == at::kFloat && values->dim() == 2 && offset >= 0 &&
-            offset + width <= values->size(1) &&
-            (values->size(0) == 1 || values->size(0) == sequences),
-        "popc::threshold_linear: ", name, " must be float32 [1 or B, ", offset + width,
-        " or more], not ", values->scalar_type(), " ", values->sizes());
-    values_ = values->contiguous();
-    if (values->size(0) > 1) stride_ = values->size(1);
-  }
-  // nullptr where there are no values.
-  const float* row(int64_t sequence) const {
-    return values_.defined() ? values_.const_data_ptr<float>() + sequence * stride_ + offset_
-                             : nullptr;
-  }
-
- private:
-  Tensor values_;
-  int64_t offset_ = 0, stride_ = 0;
-};
+constexpr const char* op_name = "popc::threshold_linear";
 
 // One token: out = x - center where |x - center| · norm > limit, else 0; of the channels that pass,
 // the bits of `skipped` are cleared. Branch-free, as about half of the branches would be
@@ -108,21 +83,6 @@ std::vector<int64_t> threshold_and_compact(
   return columns;
 }
 
-// What linears of one input share, and where their part of it begins.
-struct Shared {
-  const Tensor& x;
-  const Tensor& norm;
-  const Tensor& threshold;
-  const MaybeTensor& center;
-  const MaybeTensor& base;
-  int64_t group, channel, output;
-
-  int64_t inputs() const { return x.size(-1); }
-  int64_t tokens() const { return x.numel() / inputs(); }
-  int64_t sequences() const { return x.dim() > 1 ? x.size(0) : 1; }
-  int64_t limit_count() const { return threshold.dim() > 0 ? threshold.size(-1) : 1; }
-};
-
 struct Linear {
   Tensor weight;
   MaybeTensor bias;
@@ -132,38 +92,21 @@ struct Linear {
   int64_t outputs() const { return weight.size(out_dim); }
 };
 
-void check(const Shared& shared, const std::vector<Linear>& linears) {
+void check(const ChannelInputs& shared, const std::vector<Linear>& linears) {
   const Tensor& x = shared.x;
-  TORCH_CHECK_TYPE(
-      shared.norm.scalar_type() == at::kFloat && shared.threshold.scalar_type() == at::kFloat,
-      "popc::threshold_linear: norm and threshold must be float32");
+  check_thresholds(op_name, shared);
   for (const Linear& linear : linears) {
     TORCH_CHECK_VALUE(
         linear.weight.dim() == 2 && x.dim() >= 1 && (linear.out_dim == 0 || linear.out_dim == 1),
-        "popc::threshold_linear takes x [..., K] and weights of two dims, not ", x.sizes(), " and ",
+        op_name, " takes x [..., K] and weights of two dims, not ", x.sizes(), " and ",
         linear.weight.sizes());
-    const int64_t inputs = linear.weight.size(1 - linear.out_dim);
-    TORCH_CHECK_VALUE(
-        x.size(-1) == inputs && shared.channel >= 0 && shared.norm.dim() == 1 &&
-            shared.channel + inputs <= shared.norm.numel(),
-        "popc::threshold_linear: x has ", x.size(-1), " channels, norm ", shared.norm.sizes(),
-        " from ", shared.channel, " on, the weight ", inputs);
-    TORCH_CHECK_VALUE(
-        !linear.bias || (linear.bias->scalar_type() == x.scalar_type() &&
-                         linear.bias->numel() == linear.outputs()),
-        "popc::threshold_linear: the bias does not fit the weight");
+    check_inputs(op_name, shared, linear.weight.size(1 - linear.out_dim));
+    check_bias(op_name, shared, linear.bias, linear.outputs());
   }
-  const int64_t count = shared.limit_count();
-  const int64_t groups = shared.threshold.dim() > 1 ? shared.threshold.size(0) : 1;
-  TORCH_CHECK_VALUE(
-      shared.threshold.dim() <= 2 && (count == 1 || (x.dim() > 1 && count == x.size(0))) &&
-          shared.group >= 0 && shared.group < groups,
-      "popc::threshold_linear: thresholds ", shared.threshold.sizes(), " do not fit x ", x.sizes(),
-      " of group ", shared.group);
 }
 
 // For dtypes and layouts that sparse_gemv.h does not support.
-std::vector<Tensor> run_reference(const Shared& shared, const std::vector<Linear>& linears) {
+std::vector<Tensor> run_reference(const ChannelInputs& shared, const std::vector<Linear>& linears) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("popc::threshold_linear_reference", "")
@@ -183,7 +126,7 @@ std::vector<Tensor> run_reference(const Shared& shared, const std::vector<Linear
 // output-major, or there are too many tokens.
 template <typename T>
 std::vector<Tensor> run_axpy(
-    const Shared& shared, const Tensor& x, const std::vector<int64_t>& columns,
+    const ChannelInputs& shared, const Tensor& x, const std::vector<int64_t>& columns,
     const SequenceRows& bases, const std::vector<Linear>& linears) {
   const int64_t inputs = shared.inputs(), tokens = shared.tokens();
   const int64_t sequence_tokens = tokens / shared.sequences();
@@ -212,7 +155,7 @@ std::vector<Tensor> run_axpy(
 
 // Linear by linear over all of the thresholded x, where a list of columns would save no bytes.
 std::vector<Tensor> run_dense(
-    const Shared& shared, const Tensor& x, const std::vector<Linear>& linears) {
+    const ChannelInputs& shared, const Tensor& x, const std::vector<Linear>& linears) {
   std::vector<Tensor> results;
   for (const Linear& linear : linears) {
     results.push_back(gather_linear(
@@ -227,7 +170,7 @@ std::vector<Tensor> run_dense(
 }
 
 // Thresholds x once, then reads the passing columns of all weights together.
-std::vector<Tensor> run(const Shared& shared, std::vector<Linear> linears) {
+std::vector<Tensor> run(const ChannelInputs& shared, std::vector<Linear> linears) {
   check(shared, linears);
   int64_t outputs = 0;
   bool supported = shared.x.numel() > 0;
@@ -238,8 +181,9 @@ std::vector<Tensor> run(const Shared& shared, std::vector<Linear> linears) {
         supported && linear.weight.numel() > 0 && is_supported(shared.x, linear.weight);
   }
   const int64_t inputs = shared.inputs(), sequences = shared.sequences();
-  const SequenceRows centers(shared.center, shared.channel, inputs, sequences, "center");
-  const SequenceRows bases(shared.base, shared.output, outputs, sequences, "base");
+  const SequenceRows centers(
+      op_name, "center", shared.center, shared.channel, inputs, sequences);
+  const SequenceRows bases(op_name, "base", shared.base, shared.output, outputs, sequences);
   if (!supported) return run_reference(shared, linears);
   const Tensor x = shared.x.contiguous(), norms = shared.norm.contiguous();
   const Tensor limits = shared.threshold.contiguous();
@@ -261,7 +205,7 @@ Tensor threshold_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& norm,
     const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base,
     int64_t group, int64_t channel, int64_t output) {
-  const Shared shared{x, norm, threshold, center, base, group, channel, output};
+  const ChannelInputs shared{x, norm, threshold, center, base, group, channel, output};
   return run(shared, {{weight, bias, out_dim}}).front();
 }
 

@@ -103,6 +103,13 @@ C10_ALWAYS_INLINE void prefetch(const T* from) {
 #endif
 }
 
+// The same for `size` bytes.
+C10_ALWAYS_INLINE void prefetch_bytes(const uint8_t* from, int64_t size) {
+#if defined(__GNUC__) || defined(__clang__)
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, 2);
+#endif
+}
+
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
 // `pair_lanes` values of two rows as pairs (first[k], second[k]): those of even k, those of odd k.
 inline std::pair<__m512i, __m512i> interleave_rows(

@@ -1,0 +1,118 @@
+"""The policy of grades, on tensors alone: what its thresholds read of quantised weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import popc
+from popc import policies
+from popc.ops import measure_inputs, planes
+from popc.policies import Graded
+from popc.policies.allocation import READ_ALL, Budget, GroupSpec, HighPlane, allocate
+
+SHARE = 4.5 / 8.5
+
+
+def weights(outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Both readings of one quantised weight, float32 ``[N, K]``."""
+    make = torch.Generator().manual_seed(seed)
+    w = torch.randn(outputs, inputs, generator=make) * torch.rand(inputs, generator=make)
+    packed = planes.pack(w, 1, 2)
+    both, high = (
+        planes.unpack(packed, None, None, w.shape, 1, 2, torch.float32, bits) for bits in (8, 4)
+    )
+    return both, high
+
+
+class Group:
+    """A group of linears and its prompt ``[T, K]``."""
+
+    def __init__(self, outputs: int, inputs: int, seed: int, power: int, quantized: bool) -> None:
+        self.both, self.high = weights(outputs, inputs, seed)
+        self.x = torch.randn(400, inputs, generator=torch.Generator().manual_seed(-seed)) ** power
+        norm = self.both.norm(dim=0)
+        squares = (self.high - self.both).square().sum(0)
+        self.norm = self.low_norm = norm
+        high = None
+        if quantized:
+            high = HighPlane(SHARE, float(squares.sum() / norm.square().sum()))
+            self.norm, self.low_norm = Graded().scales(norm, squares / norm.square(), SHARE)
+        bits = 8.5 if quantized else 16
+        self.spec = GroupSpec(inputs, round(outputs * inputs * bits / 8), seed, high)
+        known = torch.zeros(1, 2 * inputs + 1, dtype=torch.float64)
+        self.histogram = measure_inputs(self.x[None], self.norm, None, known)[1]
+
+    def read(self, limit: Tensor) -> tuple[float, float]:
+        """The share of bytes that the prompt's tokens read, and the relative error of that."""
+        high = self.x.abs() * self.norm > limit
+        low = high & (self.x.abs() * self.low_norm > limit)
+        scores = (self.x * self.both.norm(dim=0)).double().square()
+        coarse = (self.high - self.both).square().sum(0) / self.both.square().sum(0)
+        cost = torch.where(high, torch.where(low, 0.0, scores * coarse), scores)
+        typical = scores.sum(-1).log().mean().exp()
+        share = SHARE if self.spec.high is not None else 1.0
+        read = share * high.float().mean() + (1 - share) * low.float().mean()
+        return float(read), float(cost.sum(-1).mean() / typical)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.6, 0.9])
+def test_groups_read_their_bytes_at_equal_error(share: float) -> None:
+    """Of any kind of weight: the third group is not quantised."""
+    groups = [Group(96, 64, 1, 1, True), Group(64, 128, 2, 3, True), Group(64, 128, 3, 1, False)]
+    specs = [group.spec for group in groups]
+    histograms = torch.cat([group.histogram for group in groups])
+    result = Graded().allocate(histograms, specs, Budget(share))
+    size = torch.tensor([float(spec.bytes) for spec in specs], dtype=torch.float64)
+    assert float(result.shares @ size / size.sum()) == pytest.approx(share, abs=1e-6)
+    for group, limit, expected in zip(groups, result.thresholds, result.shares, strict=True):
+        read, error = group.read(limit)
+        assert read == pytest.approx(float(expected), abs=0.02)
+        assert error == pytest.approx(result.error, rel=0.15)
+
+
+def test_a_mass_is_kept_at_fewer_bytes_than_without_grades() -> None:
+    group = Group(96, 64, 1, 1, True)
+    read = {}
+    for graded in (True, False):
+        budget = Budget(1.0, error=0.01, least=0.05)
+        result = allocate(group.histogram, [group.spec], budget, graded)
+        read[graded] = float(result.shares[0])
+        assert result.error == 0.01
+    assert group.read(Graded().allocate(group.histogram, [group.spec], budget).thresholds[0])[
+        1
+    ] == pytest.approx(0.01, rel=0.15)
+    assert read[True] < 0.8 * read[False]
+
+
+def test_everything_is_read_where_the_budget_is_all() -> None:
+    group = Group(32, 64, 1, 1, True)
+    for graded in (True, False):
+        result = allocate(group.histogram, [group.spec], Budget(1.0), graded)
+        assert result.thresholds.tolist() == [READ_ALL] and result.shares.tolist() == [1.0]
+
+
+@given(
+    st.floats(0, 100, width=32),
+    st.floats(0, 2, width=32),
+    st.floats(0.05, 0.95),
+    st.floats(0.01, 9),
+)
+def test_a_grade_is_the_cheapest(score: float, error: float, share: float, limit: float) -> None:
+    """Of nothing, one plane and both, by the error that is left and λ for each byte."""
+    norm = torch.tensor([score], dtype=torch.float64)
+    high, low = Graded().scales(norm, torch.tensor([error], dtype=torch.float64), share)
+    grade = 0 if high <= limit else 1 if low <= limit else 2
+    price = limit**2 / share  # of both planes, as limit² is that of the high one
+    costs = [score**2, error * score**2 + price * share, price]
+    assert costs[grade] <= min(costs) * (1 + 1e-9)
+
+
+def test_policies_that_know_no_grades_read_both_planes_or_none() -> None:
+    norm, error = torch.rand(8), torch.rand(8)
+    high, low = policies.get("threshold").scales(norm, error, SHARE)  # type: ignore[attr-defined]
+    assert torch.equal(high, norm) and torch.equal(low, norm)
+    assert isinstance(policies.get("graded"), popc.InputPolicy)
