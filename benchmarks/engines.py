@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from benchmarks.stored import Stored, stored_of
 from popc import sessions
 from popc.bench.models import build
 from popc.bench.rates import WARMING, Context
-from popc.bench.reads import channels_read, counting
+from popc.bench.reads import channels_read
 from popc.bench.settings import DTYPES, Settings
 from popc.errors import ConfigError
 from popc.tools.evaluate import decode_logits
@@ -127,20 +126,25 @@ class Torch:
 
     def __init__(self, spec: Spec, task: Task) -> None:
         self.spec, self.task = spec, task
-        self.model = build(Settings(model=task.model, dtype=spec.format, layers=task.layers))
-        self.forward = self._compiled()
-        self.short = Context(self.model.config, task.short, task.tokens, self.forward)
+        self.model, self.forward = self._compiled(self._built())
+        config = self.model.config
+        self.short = Context(config, task.short, task.tokens, self.forward)
         self.short.decode(self.forward, min(WARMING, task.tokens))
         # Later, so that the decode step is compiled for one size of cache.
-        self.long = Context(self.model.config, task.long, 1, self.forward)
+        self.long = Context(config, task.long, 1, self.forward)
         self.prefill()
 
-    def _compiled(self) -> Any:
+    def _built(self) -> Any:
+        task = self.task
+        return build(Settings(model=task.model, dtype=self.spec.format, layers=task.layers))
+
+    def _compiled(self, model: Any) -> tuple[Any, Callable[..., Any]]:
+        """The model to keep, and its compiled forward."""
         if self.spec.kind == TORCHAO:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            quantize_(self.model, Int8WeightOnlyConfig())
-        return torch.compile(self.model.forward)
+            quantize_(model, Int8WeightOnlyConfig())
+        return model, torch.compile(model.forward)
 
     def decode(self) -> float:
         """Seconds of the steps, after the short prompt."""
@@ -178,30 +182,26 @@ class Torch:
 class Popc(Torch):
     """A model compiled by popc; its scores are of real decode steps."""
 
-    def _compiled(self) -> Any:
-        self.compiled = popc.compile(self.model, **self.spec.options)
-        return self.compiled.forward
-
-    def stored(self) -> Stored:
-        """What the weights take, as popc has them."""
-        return stored_of(self.compiled)
+    def _compiled(self, model: Any) -> tuple[Any, Callable[..., Any]]:
+        compiled = popc.compile(model, **self.spec.options)
+        return compiled, compiled.forward
 
     def share_read(self) -> float:
         """As counted, over the same tokens."""
-        plan, config = self.compiled.popc_plan, self.compiled.popc_config
-        counter = popc.compile(self.model, counting(config))
-        steps = self.short.decode, counter.forward, self.task.tokens
-        reads = channels_read(plan, config, sessions.of_cache(self.short.cache), *steps)
-        return popc.analyze(self.model).read_share(config, reads, pruned=plan)
+        plan, counter = self._counter(codegen="eager")
+        task, config = self.task, counter.popc_config
+        context = Context(counter.config, task.short, task.tokens, counter.forward)
+        steps = context.decode, counter.forward, task.tokens
+        reads = channels_read(plan, config, sessions.of_cache(context.cache), *steps)
+        return plan.read_share(config, reads, pruned=counter.popc_plan)
 
     def logits(self, window: Tensor, prompt: int) -> Tensor:
         """Logits ``[T - prompt, V]`` of a window, decoded one by one."""
-        return decode_logits(self.compiled, window, prompt)[0]
+        return decode_logits(self.model, window, prompt)[0]
 
     def scores(self, windows: Tensor, prompt: int) -> tuple[Scores, float]:
         """Scores of decode steps, and what was read, as counted."""
-        config = dataclasses.replace(self.compiled.popc_config, count=True)
-        counter, plan = popc.compile(self.model, config), popc.analyze(self.model)
+        plan, counter = self._counter()
         reads: dict[Any, list[int]] = {}
 
         def logits(window: Tensor, prompt: int) -> Tensor:
@@ -211,7 +211,15 @@ class Popc(Torch):
             return decoded
 
         scores = Scores.of(windows, prompt, logits)
-        return scores, plan.read_share(config, reads, pruned=counter.popc_plan)
+        return scores, plan.read_share(counter.popc_config, reads, pruned=counter.popc_plan)
+
+    def _counter(self, **more: Any) -> tuple[popc.Plan, Any]:
+        """A plan of all linears, and a compiled model that counts what it reads: counting takes
+        time, so it is another one."""
+        model = self._built()
+        return popc.analyze(model), popc.compile(
+            model, **{**self.spec.options, "count": True, **more}
+        )
 
 
 def engine_of(spec: Spec, task: Task) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ FORMATS = {
 
 
 def llama_cpp() -> Any:
-    """The module of llama-cpp-python.
+    """The module of llama-cpp-python, which then says no more than errors.
 
     Raises:
         ModelError: it is not installed.
@@ -36,6 +37,7 @@ def llama_cpp() -> Any:
     except ImportError as error:
         hint = "pip install 'popc[peers]', which builds llama.cpp and takes some minutes"
         raise ModelError(f"llama-cpp-python can't be imported ({error}): {hint}") from error
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     return llama_cpp
 
 

@@ -264,7 +264,8 @@ def main() -> None:
     try:
         settings = PeerSettings(**{**given, "popc": tuple(given["popc"])})
         with _folder(folder) as files, console.status("starting") as status:
-            result = measure(settings, files, status.update)
+            progress = status.update if console.is_terminal else console.log
+            result = measure(settings, files, progress)
     except PopcError as error:
         raise SystemExit(f"error: {error}") from error
     console.print(table(result))

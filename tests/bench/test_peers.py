@@ -1,4 +1,4 @@
-"""Peers are measured alike: GGUF files hold the model, and windows are counted as popc eval does."""
+"""Peers are measured alike: files hold the model, and windows are counted as popc eval does."""
 
 from __future__ import annotations
 
