@@ -85,20 +85,20 @@ def test_weights_that_the_model_holds_transposed() -> None:
 class Left(nn.Module):
     """Weights that stay as they are: each of ``kept`` for another reason."""
 
-    kept = ("small", "half", "added", "table")
+    kept = ("small", "halved", "added", "table")
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(64, 64, bias=False)
         self.small = nn.Linear(64, 8, bias=False)
-        self.half = nn.Linear(64, 128, bias=False)
+        self.halved = nn.Linear(64, 128, bias=False)
         self.added = nn.Linear(64, 64, bias=False)
         self.table = nn.Parameter(torch.randn(64, 64))
         self.last = nn.Linear(64, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear(x) + self.small(x).sum(-1, keepdim=True)
-        x = x + nn.functional.linear(x, self.half.weight[:64])
+        x = x + nn.functional.linear(x, self.halved.weight[:64])
         x = self.added(x) + self.added.weight.sum() + self.table[: x.shape[-2]]
         return self.last(x)
 
@@ -153,10 +153,10 @@ def test_inplace_frees_the_model_s_weights() -> None:
 def test_what_fails_after_quantising_runs_dense(monkeypatch) -> None:
     monkeypatch.delenv("POPC_RAISE")
 
-    def fail(*_: object) -> None:
+    def fail(captured: object, work: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("popc.backend.plan_rewrite", fail)
+    monkeypatch.setattr("popc.passes.pipeline.PASSES", (fail,))
     model = tiny_llama(**WIDE)
     compiled = quantised(model)
     with torch.no_grad(), pytest.warns(popc.PopcWarning, match="runs dense"):
@@ -176,5 +176,6 @@ def test_copies_keep_their_planes() -> None:
 
 
 def test_torch_compile_has_no_model_to_give_weights_to() -> None:
-    with pytest.raises(popc.ConfigError, match="weights"):
+    failed = pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="weights='int8'")
+    with failed, torch.no_grad():
         torch.compile(tiny_llama(), backend="popc", options={"weights": "int8"})(IDS)
