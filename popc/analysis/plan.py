@@ -346,8 +346,7 @@ class Plan:
 
         Args:
             reads: what was counted, as ``session.inputs.reads`` holds it under
-                ``Config(count=True)``: the channels that groups of ``inputs`` read, step by step,
-                those read by their high planes alone as the share of bytes that these are.
+                ``Config(count=True)``: the channels that groups of ``inputs`` read, step by step.
                 Without it, what thresholds are for.
             pruned: the plan of a compiled model that has run, without what it found it must leave
                 dense.
@@ -362,11 +361,7 @@ class Plan:
         reads: Mapping[Any, Sequence[float]] | None = None,
         pruned: Plan | None = None,
     ) -> float:
-        """How many bits of each weight of all linears but the last a decode step reads on average.
-
-        Scales of quantised weights are counted. The arguments are those of :meth:`read_share`; a
-        plan of quantised weights is that of :func:`popc.analyze` for the compiled model.
-        """
+        """How many bits of each weight :meth:`read_share` comes to, scales counted."""
         from popc.planning.reads import read_bits
 
         return read_bits(self, config, reads, pruned)
