@@ -337,7 +337,7 @@ class Plan:
     def read_share(
         self,
         config: Config,
-        reads: Mapping[Any, Sequence[int]] | None = None,
+        reads: Mapping[Any, Sequence[float]] | None = None,
         pruned: Plan | None = None,
     ) -> float:
         """The share of the weight bytes of all linears but the last that a decode step reads.
@@ -346,7 +346,8 @@ class Plan:
 
         Args:
             reads: what was counted, as ``session.inputs.reads`` holds it under
-                ``Config(count=True)``: the channels that groups of ``inputs`` read, step by step.
+                ``Config(count=True)``: the channels that groups of ``inputs`` read, step by step,
+                those read by their high planes alone as the share of bytes that these are.
                 Without it, what thresholds are for.
             pruned: the plan of a compiled model that has run, without what it found it must leave
                 dense.
@@ -354,6 +355,21 @@ class Plan:
         from popc.planning.reads import read_share
 
         return read_share(self, config, reads, pruned)
+
+    def read_bits(
+        self,
+        config: Config,
+        reads: Mapping[Any, Sequence[float]] | None = None,
+        pruned: Plan | None = None,
+    ) -> float:
+        """How many bits of each weight of all linears but the last a decode step reads on average.
+
+        Scales of quantised weights are counted. The arguments are those of :meth:`read_share`; a
+        plan of quantised weights is that of :func:`popc.analyze` for the compiled model.
+        """
+        from popc.planning.reads import read_bits
+
+        return read_bits(self, config, reads, pruned)
 
     def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:
         """FLOPs and bytes read in a call, region by region and in all, dense and pruned.

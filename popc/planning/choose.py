@@ -112,8 +112,10 @@ def _cost_refusal(region: Region, config: Config) -> str | None:
 
 
 def _prunes_inputs(group: InputGroup, config: Config) -> bool:
-    if not config.prunes_inputs(group.kind) or config.input_budget.share >= 1:
+    if not config.prunes_inputs(group.kind):
         return False
+    if config.input_budget.share >= 1 and not group.is_quantized:
+        return False  # what is read by grade gives calls budgets of their own at no cost
     if config.scope == "batch" or len(shape(group.x)) == 3:
         return True
     rows = rows_of(group.x)
