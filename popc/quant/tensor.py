@@ -92,33 +92,36 @@ class QuantizedTensor(Tensor):
         stored = Stored(sizes, row_dim, planes, values.dtype, strides, transposed)
         return cls(ops.quantize(weight.detach(), row_dim, planes), None, None, stored)
 
-    def dequantize(self) -> Tensor:
-        """The values, as a plain tensor of this shape and dtype."""
-        return read(self.stored, self.packed, self.scale, self.zero)
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The values, as a plain tensor of this shape, and of this dtype or another."""
+        stored = self.stored
+        if output_dtype is not None:
+            stored = stored._replace(dtype=output_dtype)
+        return read(stored, *self.parts)
 
     @property
-    def inner(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``packed, scale, zero``."""
         return self.packed, self.scale, self.zero
 
     @property
     def data(self) -> Tensor:
         """The same tensor, detached. Only what is quantised can be assigned to it."""
-        return Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, QuantizedTensor):
             raise RuntimeError(f"plain values are assigned to the data of {_READ_ONLY}")
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.__init__(*value.inner, value.stored)  # type: ignore[misc]
+        self.__init__(*value.parts, value.stored)  # type: ignore[misc]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(f"an assignment to an index writes to {_READ_ONLY}")
 
     def share_memory_(self) -> QuantizedTensor:
         """Move what it holds to memory that processes share; it is shared on any device but CPU."""
-        for value in self.inner:
+        for value in self.parts:
             if value is not None:
                 value.share_memory_()
         return self
@@ -129,12 +132,12 @@ class QuantizedTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         is_parameter = isinstance(self, torch.nn.Parameter)
-        return _rebuild, (*self.inner, self.stored, is_parameter, self.requires_grad)
+        return _rebuild, (*self.parts, self.stored, is_parameter, self.requires_grad)
 
     def _stable_hash_for_caching(self) -> str:
         """Of all that code generated for it depends on; a hook of torch's caches of graphs."""
         kinds = [
-            None if value is None else (tuple(value.shape), value.dtype) for value in self.inner
+            None if value is None else (tuple(value.shape), value.dtype) for value in self.parts
         ]
         return repr((type(self).__name__, self.stored, kinds, self.device, self.requires_grad))
 
@@ -235,7 +238,7 @@ def read(stored: Stored, packed: Tensor, scale: Tensor | None, zero: Tensor | No
 
 
 def _map(tensor: QuantizedTensor, function: Callable[[Tensor], Tensor], **changed: Any) -> Any:
-    packed, scale, zero = (None if value is None else function(value) for value in tensor.inner)
+    packed, scale, zero = (None if value is None else function(value) for value in tensor.parts)
     assert packed is not None
     return type(tensor)(packed, scale, zero, tensor.stored._replace(**changed))
 
@@ -274,10 +277,11 @@ def _clone(
 def _copy(func: Any, tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Of what is quantised alike into what is quantised, as loading a state dict does."""
     if not isinstance(tensor, QuantizedTensor):
-        return func(tensor, _strided(source), non_blocking)
+        plain = _strided(source) if isinstance(source, QuantizedTensor) else source
+        return tensor.copy_(plain, non_blocking)
     if not isinstance(source, QuantizedTensor) or _format(tensor) != _format(source):
         raise RuntimeError(f"{func} of values that are not quantised alike writes to {_READ_ONLY}")
-    inner = zip(tensor.inner, source.inner, strict=True)
+    inner = zip(tensor.parts, source.parts, strict=True)
     for old, new in inner:
         if old is not None and new is not None:
             old.copy_(new, non_blocking)
@@ -286,7 +290,7 @@ def _copy(func: Any, tensor: Tensor, source: Tensor, non_blocking: bool = False)
 
 def _format(tensor: QuantizedTensor) -> tuple[Any, ...]:
     """All that two tensors have in common of which the planes can be exchanged."""
-    shapes = [None if value is None else value.shape for value in tensor.inner]
+    shapes = [None if value is None else value.shape for value in tensor.parts]
     stored = tensor.stored
     return stored.sizes, stored.row_dim, stored.planes, stored.transposed, shapes
 

@@ -132,6 +132,7 @@ def test_casts_read_the_same_integers(format: tuple, dtype: torch.dtype) -> None
         if format[2]:  # else the bfloat16 model's own scales are of other values
             assert same(cast, exact.to(dtype))
         assert cast.packed.dtype == torch.uint8
+    assert torch.equal(quantised(*format).dequantize(output_dtype=dtype), exact.to(dtype))
     assert same(quantised(*format).to(dtype), exact.to(dtype))
     assert quantised().to(torch.float32, copy=True).packed is not None
 
