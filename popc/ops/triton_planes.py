@@ -27,7 +27,7 @@ from popc.ops.triton_gather import BLOCK_M, DTYPES, available
 
 # More are worth writing the weight's values for, once.
 MOST_TOKENS = 16
-_ALL = 1 << 30  # inputs that share scales where all do: a multiple of every block
+ALL = 1 << 30  # inputs that share scales where all do: a multiple of every block
 _PROGRAMS = 512
 _MIN_BLOCK_N = 128
 VALUES_BLOCK = {"BLOCK_R": 8, "BLOCK_V": 256}  # of a weight, which a program dequantises
@@ -192,7 +192,7 @@ def _format(
     """The constants of a weight's format."""
     groups = 1 if scale is None else scale.shape[0]
     offset = (fmt.ZERO if scale is None else fmt.GROUP_ZERO)[planes]
-    group = _ALL if groups == 1 else _cdiv(inputs, groups)
+    group = ALL if groups == 1 else _cdiv(inputs, groups)
     return {"GROUP": group, "PLANES": planes, "ZERO": offset, "UNIT": unit}
 
 
@@ -273,9 +273,24 @@ if available():
         output: int = 0,
     ) -> Tensor:
         """``popc::graded_linears`` of one linear in Triton."""
-        weight = packed, scale, zero, outputs, planes, bias
-        grades = norm, low_norm, threshold, center, base, group, channel, output
-        return launch_graded(wrap_triton(by_input), x, *weight, *grades)
+        return launch_graded(
+            wrap_triton(by_input),
+            x,
+            packed,
+            scale,
+            zero,
+            outputs,
+            planes,
+            bias,
+            norm,
+            low_norm,
+            threshold,
+            center,
+            base,
+            group,
+            channel,
+            output,
+        )
 
     @triton_op("popc::triton_quantized_linear", mutates_args=())
     def triton_quantized_linear(
@@ -289,5 +304,16 @@ if available():
         planes: int,
     ) -> Tensor:
         """``popc::quantized_linear`` in Triton."""
-        kernels = map(wrap_triton, (by_input, by_output, values_kernel))
-        return launch_quantized(*kernels, x, packed, scale, zero, bias, outputs, row_dim, planes)
+        return launch_quantized(
+            wrap_triton(by_input),
+            wrap_triton(by_output),
+            wrap_triton(values_kernel),
+            x,
+            packed,
+            scale,
+            zero,
+            bias,
+            outputs,
+            row_dim,
+            planes,
+        )
