@@ -96,7 +96,7 @@ def unpack(
         rows = ((u - ZERO[planes]) * steps).to(dtype)
     else:
         inputs = sizes[-1]
-        by_input = [_for_inputs(value, inputs) for value in (scale, zero) if value is not None]
+        by_input = [for_inputs(value, inputs) for value in (scale, zero) if value is not None]
         if row_dim == 0:
             by_input = [value.mT for value in by_input]
         offset = by_input[1] if zero is not None else GROUP_ZERO[planes]
@@ -104,7 +104,7 @@ def unpack(
     return rows.mT if row_dim == 1 else rows
 
 
-def _for_inputs(value: Tensor, inputs: int) -> Tensor:
+def for_inputs(value: Tensor, inputs: int) -> Tensor:
     """``[..., G, N]`` as ``[..., K, N]``."""
     return value.repeat_interleave(-(-inputs // value.shape[-2]), -2)[..., :inputs, :]
 
