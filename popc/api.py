@@ -19,6 +19,7 @@ from popc.compiled_model import Compiled, dense
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, ModelError
 from popc.passes.region_binding import input_positions
+from popc.quant import torchao
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -66,6 +67,9 @@ def compile(
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"popc.compile takes an nn.Module, not {type(model).__name__}")
+    quantized = any(map(torchao.is_quantized, model.parameters()))
+    if quantized and config is None and "policy" not in options:
+        options["policy"] = "graded"  # the usual one of quantised weights
     config = Config.of(config, options)
     _check_calibration(config, calibration)
     if inplace and config.weights is None:

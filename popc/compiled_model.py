@@ -22,11 +22,11 @@ from popc.analysis.plan import Plan
 from popc.backend import popc_backend
 from popc.config import CallBudget, Config
 from popc.errors import ConfigError, ModelError, PopcWarning
-from popc.quant import FreedWeight
 from popc.runtime.caches import in_session
 from popc.runtime.compiled_graph import CompiledGraph
 from popc.runtime.guards import PromptGuards
 from popc.runtime.mirror import Mirror, modules_of, replace
+from popc.runtime.own_weights import OwnWeights
 
 Model = TypeVar("Model", bound=nn.Module)
 _BUDGET = frozenset(field.name for field in fields(CallBudget))
@@ -47,11 +47,11 @@ class Compiled:
         plan: of all graphs compiled so far.
         base: what was measured on the calibration text; None without one.
         calls: how many calls there were.
+        weights: which the compiled model has, and the model has not.
     """
 
     def __init__(self, model: nn.Module, config: Config, inplace: bool = False) -> None:
         self.config, self.plan = config, Plan()
-        self._inplace = inplace
         self.base: sessions.Session | None = None
         self.calls = 0
         self.is_own_trace = compat.traces_for(self)
@@ -62,6 +62,8 @@ class Compiled:
         if self.model is model:
             kind = type(model).__name__
             raise ModelError(f"popc.compile can't compile a {kind}: it is no plain Python module")
+        self.weights = OwnWeights(self._mirror, inplace)
+        self.weights.convert()
         self.forwards = [_Forward(self, part) for part in _parts(self.model)]
         for forward in self.forwards:
             replace(forward.module, self._attributes(forward))
@@ -90,17 +92,6 @@ class Compiled:
         if not self._warned and not plan.regions and not plan.inputs and plan.skipped:
             self._warned = True
             warnings.warn(_NOTHING_PRUNED, PopcWarning, stacklevel=6)  # whoever called the model
-
-    def replace_parameter(self, parameter: torch.Tensor, other: torch.Tensor) -> bool:
-        """Give the compiled model ``other`` in the place of a parameter; False if it has no such.
-
-        With ``inplace`` the original loses it.
-        """
-        if not self._mirror.replace_parameter(parameter, other):
-            return False
-        if self._inplace:
-            self._mirror.free_parameter(parameter, FreedWeight.of(parameter))
-        return True
 
     def measure(self, calibration: Iterable[Any]) -> None:
         """Run the batches of the calibration text through the model, dense."""
@@ -256,7 +247,7 @@ def _backend_for(shared: Compiled, guards: PromptGuards | None) -> Callable[...,
             config=shared.config,
             on_plan=shared.plan.extend,
             has_calibration=True,
-            replace_parameter=shared.replace_parameter,
+            replace_parameter=shared.weights.replace,
         )
         if guards is not None:
             decodes = isinstance(compiled, CompiledGraph) and compiled.decodes

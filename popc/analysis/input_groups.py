@@ -55,6 +55,12 @@ class InputGroup:
         return (self.width, tuple(linear.outputs for linear in self.linears))
 
     @cached_property
+    def is_quantized(self) -> bool:
+        """Whether all its weights are quantised and stored channel-major: read by grade."""
+        weights = [linear.weight for linear in self.linears]
+        return all(weight.is_quantized and weight.node.args[4] == 1 for weight in weights)
+
+    @cached_property
     def record(self) -> InputRecord:
         """The group as plain data."""
         linears = tuple(map(record_of, self.linears))

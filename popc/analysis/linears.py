@@ -145,6 +145,12 @@ class Linear:
         """Number of output channels."""
         return int(shape(self.weight.node)[self.weight.out_dim])
 
+    @property
+    def has_flat_rows(self) -> bool:
+        """Whether its rows can be laid out as ``[S, K]`` without a transpose."""
+        stacked = self.experts is not None and self.experts.form == "batch"
+        return not stacked or (self.x_dim == 2 and len(shape(self.x)) == 3)
+
 
 @dataclass(frozen=True)
 class _Form:

@@ -173,7 +173,7 @@ def _prefilled(
 
 def _reads(
     owner: nn.Module, config: Config, plan: Plan, session: sessions.Session, x: Tensor
-) -> Mapping[Hashable, Sequence[int]]:
+) -> Mapping[Hashable, Sequence[float]]:
     """The channels that decode steps of ``x [B, 1, D]`` read, by the key of their group.
 
     Raises:

@@ -19,7 +19,7 @@ def counting(config: Config) -> Config:
 
 def channels_read(
     plan: Plan, config: Config, session: Session | None, decode: Callable[..., Any], *args: Any
-) -> Mapping[Hashable, Sequence[int]]:
+) -> Mapping[Hashable, Sequence[float]]:
     """The channels that each group of inputs reads, step by step, by its key.
 
     Several sequences read what any of them needs. Empty where no inputs are pruned.

@@ -242,7 +242,7 @@ def step_bytes(
     config: Config | None,
     batch: int,
     cached: int = 0,
-    reads: Mapping[Hashable, Sequence[int]] | None = None,
+    reads: Mapping[Hashable, Sequence[float]] | None = None,
 ) -> Bytes:
     """What a decode step reads of ``module``; dense without ``config``.
 

@@ -14,6 +14,12 @@ from torch import Tensor
 from popc.ops import triton_gather, triton_planes
 from popc.ops.attend import attend
 from popc.ops.gather import gather_experts, gather_linear
+from popc.ops.gather_quantized import (
+    count_expert_grades,
+    gather_quantized,
+    graded_experts,
+    quantized_experts,
+)
 from popc.ops.mask import additive_mask
 from popc.ops.measure import centers, measure_inputs, sum_squares
 from popc.ops.quantized import (
@@ -32,13 +38,17 @@ __all__ = [
     "attend",
     "centers",
     "count_active_channels",
+    "count_expert_grades",
     "count_grades",
     "dequantize",
     "gather_experts",
     "gather_linear",
+    "gather_quantized",
+    "graded_experts",
     "graded_linears",
     "measure_inputs",
     "quantize",
+    "quantized_experts",
     "quantized_linear",
     "select_kernel",
     "select_units",
@@ -73,6 +83,7 @@ def select_kernel(op: Any, x: Tensor, weight: Tensor) -> Any:
 _NAMES = (
     *("gather_linear", "gather_experts", "threshold_linear", "threshold_linears"),
     *("graded_linears", "quantized_linear", "triton_graded_linear", "triton_quantized_linear"),
+    *("gather_quantized", "quantized_experts", "graded_experts"),
     *("triton_gather_linear", "triton_gather_experts", "triton_threshold_linear"),
 )
 # What passes put in the place of linears; the first argument of each is x.

@@ -43,7 +43,7 @@ gather_linear = torch.ops.popc.gather_linear.default
 gather_experts = torch.ops.popc.gather_experts.default
 
 
-def _gather_linear(
+def gather_from(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -51,13 +51,14 @@ def _gather_linear(
     columns: Tensor | None,
     out_dim: int,
 ) -> Tensor:
+    """The reference of ``popc::gather_linear``."""
     for index in (rows, columns):
         if index is not None and index.dim() == 2:
             if not x.shape[0]:
                 return x.new_zeros(*x.shape[:-1], weight.shape[out_dim])
             return torch.stack(
                 [
-                    _gather_linear(x[b], weight, bias, _at(rows, b), _at(columns, b), out_dim)
+                    gather_from(x[b], weight, bias, at_item(rows, b), at_item(columns, b), out_dim)
                     for b in range(x.shape[0])
                 ]
             )
@@ -74,7 +75,8 @@ def _gather_linear(
     return y.new_zeros((*y.shape[:-1], weight.shape[out_dim])).index_copy_(-1, rows, y)
 
 
-def _at(index: Tensor | None, b: int) -> Tensor | None:
+def at_item(index: Tensor | None, b: int) -> Tensor | None:
+    """The list of one item, where each has its own."""
     return index if index is None or index.dim() == 1 else index[b]
 
 
@@ -89,7 +91,7 @@ def _gather_experts(
 ) -> Tensor:
     whole = full.tolist()
     y = [
-        _gather_linear(
+        gather_from(
             x[s],
             weight[e],
             None,
@@ -102,8 +104,8 @@ def _gather_experts(
     return torch.stack(y) if y else x.new_zeros((0, weight.shape[1 + out_dim]))
 
 
-torch.library.impl("popc::gather_linear", "CompositeExplicitAutograd", _gather_linear)
-torch.library.impl("popc::gather_linear_reference", "CompositeExplicitAutograd", _gather_linear)
+torch.library.impl("popc::gather_linear", "CompositeExplicitAutograd", gather_from)
+torch.library.impl("popc::gather_linear_reference", "CompositeExplicitAutograd", gather_from)
 torch.library.impl("popc::gather_experts", "CompositeExplicitAutograd", _gather_experts)
 
 

@@ -29,7 +29,7 @@ from popc.quant import QuantizedTensor
 
 SMALLEST = 32  # of inputs and outputs: below, scales and the last block cost more than is saved
 PLANES = {"int8": 2, "int4": 1}
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Puts a tensor in the place of a parameter, wherever the model holds it; False if it holds it
 # nowhere.
@@ -117,9 +117,12 @@ def _refusal(captured: Captured, parameter: fx.Node, uses: _Uses) -> str | None:
         return "its weight is on the meta device, or offloaded"
     if type(real) is not torch.nn.Parameter:
         return f"its weight is a {type(real).__name__}"
-    if any(linear.experts is not None for linear in uses.linears) or real.dim() != 2:
-        return "its weight is a stack of experts, or no matrix"
-    if min(real.shape) < SMALLEST:
+    stacked = any(linear.experts is not None for linear in uses.linears)
+    if real.dim() != 2 + stacked:
+        return "its weight is no matrix, nor a stack of experts"
+    if not all(linear.has_flat_rows for linear in uses.linears):
+        return "its experts' rows do not stand one after the other"
+    if min(real.shape[-2:]) < SMALLEST:
         return f"its weight has a side of less than {SMALLEST}"
     if any(map(routes, uses.linears)):
         return "what it computes decides a choice"
@@ -132,7 +135,7 @@ def _refusal(captured: Captured, parameter: fx.Node, uses: _Uses) -> str | None:
 
 
 def _quantized(real: Tensor, uses: _Uses, row_dim: int, planes: int) -> QuantizedTensor:
-    transposed = any(linear.weight.out_dim == 1 for linear in uses.linears)
+    transposed = any(linear.weight.out_dim == real.dim() - 1 for linear in uses.linears)
     weight = QuantizedTensor.of(real.detach(), row_dim, planes, transposed=transposed)
     return torch.nn.Parameter(weight, requires_grad=False)  # type: ignore[return-value]
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from popc.analysis.capture import Captured, identity
 from popc.analysis.findings import Region
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
 from popc.analysis.plan import InputRecord, RegionRecord, with_parameters
+from popc.passes.stored_weights import StoredWeight, high_plane, squared_norms
 from popc.policies import Counts, InputPolicy, UnitPolicy
 from popc.policies.allocation import GroupSpec
 from popc.sessions.inputs import InputGroupState
@@ -62,15 +64,22 @@ class RegionBinding:
 
 @dataclass(frozen=True, eq=False)
 class InputGroupBinding:
-    """Linears that share an input, and at which inputs of the graph their weights are."""
+    """Linears that share an input, and at which inputs of the graph their weights are.
+
+    ``stored``: how those are that are read by grade; nothing where they aren't.
+    """
 
     group: InputGroup
     weights: tuple[int, ...]
+    stored: tuple[StoredWeight, ...] = ()
 
     @classmethod
     def of(cls, group: InputGroup, captured: Captured) -> InputGroupBinding:
         """``group`` of the graph ``captured``."""
-        return cls(group, input_positions(group.linears, captured))
+        by_grade = group.linears if group.is_quantized else ()
+        positions = _positions(captured)
+        stored = tuple(StoredWeight.of(linear, positions) for linear in by_grade)
+        return cls(group, input_positions(group.linears, captured), stored)
 
     def named(self, args: Sequence[Any]) -> InputRecord:
         """The group as it is for the parameters among ``args``."""
@@ -78,22 +87,40 @@ class InputGroupBinding:
 
     def state(self, args: Sequence[Any], policy: InputPolicy) -> InputGroupState:
         """What sessions must know of it."""
-        group = self.group
-        spec = GroupSpec(group.width, group.record.weight_bytes, group.alike)
+        group, high = self.group, None
+        if self.stored:
+            high = high_plane(self.stored, args, *squared_norms(self.stored, args))
+        spec = GroupSpec(group.width, group.record.weight_bytes, group.alike, high)
         return InputGroupState(self.named(args).key, spec, policy)
 
-    def scale(self, args: Sequence[Any], policy: InputPolicy) -> torch.Tensor:
-        """What scores are scaled with, float32 ``[K]``: of ``‖W[:, c]‖`` over all the linears."""
-        pairs = weights_of(self.group.linears, self.weights, args)
-        squares = [norm_of(linear, weight).square() for linear, weight in pairs]
-        return policy.scale(torch.stack(squares).sum(0).sqrt().float())
+    def scales(self, args: Sequence[Any], policy: InputPolicy) -> tuple[torch.Tensor, torch.Tensor]:
+        """What scores are scaled with, of high planes and of low ones, float32 ``[K]`` each.
+
+        Where weights are not read by grade, the first is the scale, and the second means nothing.
+        """
+        if self.stored:
+            norm, error = squared_norms(self.stored, args)
+            high = high_plane(self.stored, args, norm, error)
+            if high is not None:
+                relative = torch.where(norm > 0, error / norm, 0.0)
+                return policy.scales(norm.sqrt(), relative, high.share)
+        else:
+            pairs = weights_of(self.group.linears, self.weights, args)
+            squares = [norm_of(linear, weight).square() for linear, weight in pairs]
+            norm = torch.stack(squares).sum(0)
+        scale = policy.scale(norm.sqrt().float())
+        return scale, scale
 
 
 def input_positions(linears: Sequence[Linear], captured: Captured) -> tuple[int, ...]:
     """At which of the graph's inputs the weights of ``linears`` are."""
-    placeholders = captured.gm.graph.find_nodes(op="placeholder")
-    position = {node: i for i, node in enumerate(placeholders)}
+    position = _positions(captured)
     return tuple(position[linear.weight.parameter] for linear in linears)
+
+
+def _positions(captured: Captured) -> dict[fx.Node, int]:
+    placeholders = captured.gm.graph.find_nodes(op="placeholder")
+    return {node: i for i, node in enumerate(placeholders)}
 
 
 def weights_of(

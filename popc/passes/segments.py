@@ -1,4 +1,7 @@
-"""``popc_scale``: what the scores of all input groups of a graph are scaled with, side by side."""
+"""``popc_scale``: what the scores of all input groups of a graph are scaled with, side by side.
+
+Where weights are quantised, that is for their high planes; ``popc_low_scale`` is for the low ones.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,21 @@ from popc.sessions.inputs import InputGroupState
 
 @dataclass(frozen=True, eq=False)
 class InputState(State):
-    """Input groups, and ``popc_scale`` for the parameters of one layer, or of one model."""
+    """Input groups, and both scales for the parameters of one layer, or of one model."""
 
     owners: Sequence[InputGroupState]
     scale: Tensor
+    low_scale: Tensor
 
 
-def add_scale(captured: Captured, groups: Sequence[InputGroup]) -> fx.Node:
+def add_scale(
+    captured: Captured, groups: Sequence[InputGroup], name: str = "popc_scale"
+) -> fx.Node:
     """A new input, float32 ``[ΣK]``, group by group."""
     with captured.fake_mode:
         device = groups[0].x.meta["val"].device
         scale = torch.empty(sum(group.width for group in groups), device=device)
-    return add_input(captured, "popc_scale", scale)
+    return add_input(captured, name, scale)
 
 
 def segment_offsets(groups: Sequence[InputGroup]) -> list[tuple[int, int]]:
@@ -47,4 +53,5 @@ def input_state(
     """The groups and their scales for the parameters among ``args``."""
     pairs = list(zip(owners, policies, strict=True))
     states = [owner.state(args, policy) for owner, policy in pairs]
-    return InputState(states, torch.cat([owner.scale(args, policy) for owner, policy in pairs]))
+    scales = zip(*(owner.scales(args, policy) for owner, policy in pairs), strict=True)
+    return InputState(states, *map(torch.cat, scales))

@@ -4,13 +4,15 @@ Dense:  ``y = x Wᵀ``.
 Pruned: ``y = threshold_linear(x, W, norm, threshold, center, base)``, ``base = center Wᵀ``.
 A channel that is not read is taken to be its center: see :mod:`popc.ops.measure`. The choice is
 made within the op, where x is at hand; C++ kernels make it once for all linears that read x.
+Of quantised weights, stored channel-major, the op is ``graded_linears``: it also chooses how many
+bits of a channel are read.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +23,15 @@ from popc.analysis.input_groups import InputGroup
 from popc.analysis.linears import Linear
 from popc.analysis.mutation import writes_first
 from popc.analysis.propagation import shape
-from popc.ops import count_active_channels, select_kernel, threshold_linear, threshold_linears
+from popc.ops import (
+    count_active_channels,
+    count_grades,
+    graded_linears,
+    quantized_linear,
+    select_kernel,
+    threshold_linear,
+    threshold_linears,
+)
 from popc.passes.base import UNCHANGED, Binding, Call, PassResult
 from popc.passes.builder import GraphBuilder, add_input, append_output, finish
 from popc.passes.region_binding import InputGroupBinding, weights_of
@@ -53,6 +63,7 @@ class _Thresholds(Binding[InputState]):
         self.policies = [config.input_policy(group.kind) for group in work.pruned_inputs]
         self.scope, self.budgets = config.scope, work.budgets
         self.outputs = int(config.count)
+        self.by_grade = any(group.is_quantized for group in work.pruned_inputs)
 
     def state(self, args: Sequence[Any]) -> InputState:
         return input_state(self.owners, self.policies, args)
@@ -68,7 +79,8 @@ class _Thresholds(Binding[InputState]):
             call.warn_dense(f"{fed.missing} of {len(fed.groups)} inputs of linears")
         if fed.base is None:
             fed.base = self._base(call.args, state.scale, fed.center)
-        return state.scale, fed.thresholds, fed.center, fed.base
+        low = [state.low_scale] if self.by_grade else []
+        return state.scale, *low, fed.thresholds, fed.center, fed.base
 
     def absorb(self, call: Call, state: InputState, outputs: Sequence[Tensor]) -> None:
         for read in outputs:
@@ -79,29 +91,44 @@ class _Thresholds(Binding[InputState]):
         parts = []
         offsets = segment_offsets([owner.group for owner in self.owners])
         for owner, (start, stop) in zip(self.owners, offsets, strict=True):
-            norm = scale[start:stop]
-            for linear, weight in weights_of(owner.group.linears, owner.weights, args):
-                x = center[:, start:stop].to(weight.dtype)
-                op = select_kernel(threshold_linear, x, weight)
-                y = op(x, weight, None, norm, norm.new_zeros(1), linear.weight.out_dim)
-                parts.append(y.float())
+            x = center[:, start:stop]
+            like = owner.group.x.meta["val"].dtype
+            for stored in owner.stored:
+                weight = *stored.held(args), None, stored.outputs, 1, stored.planes
+                wide = x.to(torch.promote_types(like, x.dtype))
+                parts.append(quantized_linear(wide, *weight).float())
+            if not owner.stored:
+                parts += _of_centers(owner, args, x, scale[start:stop])
         return torch.cat(parts, 1)
+
+
+def _of_centers(
+    owner: InputGroupBinding, args: Sequence[Any], center: Tensor, norm: Tensor
+) -> Iterator[Tensor]:
+    for linear, weight in weights_of(owner.group.linears, owner.weights, args):
+        x = center.to(weight.dtype)
+        op = select_kernel(threshold_linear, x, weight)
+        yield op(x, weight, None, norm, norm.new_zeros(1), linear.weight.out_dim).float()
 
 
 def rewrite_linears(
     captured: Captured, groups: Sequence[InputGroup], scope: str, counting: bool
 ) -> None:
-    """Rewrite the linears of ``groups``; the graph gains four inputs.
+    """Rewrite the linears of ``groups``; the graph gains these inputs.
 
     - ``popc_scale`` float32 ``[ΣK]``: ``‖W[:, c]‖`` over the linears of a group, group by group.
+    - ``popc_low_scale`` likewise, of low planes, if a group's weights are quantised.
     - ``popc_threshold`` float32 ``[G, S]``; S is 1, or B for ``scope="sequence"``.
     - ``popc_center`` float32 ``[S, ΣK]``, group by group.
     - ``popc_base`` float32 ``[S, ΣN]``: what the linears make of it, one after the other.
 
-    With ``counting`` it also gains an output, int64 ``[G]``: how many channels each group reads.
+    With ``counting`` it also gains an output, int64 ``[G]``: how many channels each group reads; if
+    a group's weights are quantised, int64 ``[G, 2]``: of how many it reads high and low planes.
     """
     graph = captured.gm.graph
+    by_grade = any(group.is_quantized for group in groups)
     norms = add_scale(captured, groups)
+    low_norms = add_scale(captured, groups, "popc_low_scale") if by_grade else None
     lead = 1 if scope == "batch" else shape(groups[0].x)[0]
     with captured.fake_mode:
         thresholds = torch.empty((len(groups), lead), device=groups[0].x.meta["val"].device)
@@ -111,7 +138,7 @@ def rewrite_linears(
     thresholds_in = add_input(captured, "popc_threshold", thresholds)
     center_in = add_input(captured, "popc_center", centers)
     base_in = add_input(captured, "popc_base", bases)
-    fed = norms, thresholds_in, center_in, base_in
+    fed = _Fed(norms, low_norms, thresholds_in, center_in, base_in)
     position = {node: i for i, node in enumerate(graph.nodes)}
     writes = [i for node, i in position.items() if writes_first(node)]
     done = 0
@@ -120,31 +147,75 @@ def rewrite_linears(
         if counting:
             with graph.inserting_before(group.linears[0].node):
                 builder = GraphBuilder(captured, group.linears[0].node)
-                read.append(builder.call(count_active_channels, group.x, *fed[:3], i, start))
+                read.append(_count(builder, group, fed, i, start))
         for linears in _joinable(group, position, writes):
             with graph.inserting_before(linears[0].node):
                 builder = GraphBuilder(captured, linears[0].node)
-                _rewrite_group(builder, group.x, linears, fed, (i, start, done))
+                rewrite = _read_by_grade if group.is_quantized else _rewrite_group
+                rewrite(builder, group.x, linears, fed, (i, start, done))
             done += sum(linear.outputs for linear in linears)
     if counting:
         append_output(captured, aten.stack.default, read)
     finish(captured)
 
 
+class _Fed(NamedTuple):
+    """The inputs of :func:`rewrite_linears`, of all groups."""
+
+    norm: fx.Node
+    low_norm: fx.Node | None
+    threshold: fx.Node
+    center: fx.Node
+    base: fx.Node
+
+
+def _count(
+    builder: GraphBuilder, group: InputGroup, fed: _Fed, number: int, channel: int
+) -> fx.Node:
+    """What a group reads; of the shape that all groups of the graph have."""
+    if group.is_quantized:
+        scales = fed.norm, fed.low_norm
+        return builder.call(
+            count_grades, group.x, *scales, fed.threshold, fed.center, number, channel
+        )
+    where = fed.norm, fed.threshold, fed.center, number, channel
+    count = builder.call(count_active_channels, group.x, *where)
+    return count if fed.low_norm is None else builder.call(aten.stack.default, [count, count])
+
+
+def _read_by_grade(
+    builder: GraphBuilder,
+    x: fx.Node,
+    linears: Sequence[Linear],
+    fed: _Fed,
+    offsets: tuple[int, int, int],
+) -> None:
+    """As :func:`_rewrite_group`, of quantised weights."""
+    stored = [linear.weight.node.args for linear in linears]
+    packed, scales, zeros = ([args[i] for args in stored] for i in range(3))
+    outputs = [linear.outputs for linear in linears]
+    planes = [args[5] for args in stored]
+    biases = [linear.bias for linear in linears]
+    weights = packed, scales, zeros, outputs, planes, biases
+    results = builder.call(graded_linears, x, *weights, *fed, *offsets)
+    for i, linear in enumerate(linears):
+        builder.change(linear.node, operator.getitem, results, i)
+
+
 def _rewrite_group(
     builder: GraphBuilder,
     x: fx.Node,
     linears: Sequence[Linear],
-    fed: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
+    fed: _Fed,
     offsets: tuple[int, int, int],
 ) -> None:
     """``linears`` become one op, which stands where the first of them is.
 
     Args:
-        fed: norms, thresholds, centers and bases of all groups.
-        offsets: where the group's part of them begins: its number, first channel and first output.
+        offsets: where the group's part of ``fed`` begins: its number, first channel and first
+            output.
     """
-    norm, threshold, center, base = fed
+    norm, _, threshold, center, base = fed
     if len(linears) == 1:
         (linear,) = linears
         weight = linear.weight
@@ -174,16 +245,15 @@ def _joinable(
         position: of each node in the graph; kept true for those that are brought elsewhere.
         writes: the positions at which something is written.
     """
-    x = group.x.meta["val"]
-    if (
-        select_kernel(threshold_linear, x, group.linears[0].weight.node.meta["val"])
-        != threshold_linear
-    ):
-        return [[linear] for linear in group.linears]
+    if not group.is_quantized:
+        x, weight = group.x.meta["val"], group.linears[0].weight.node.meta["val"]
+        if select_kernel(threshold_linear, x, weight) != threshold_linear:
+            return [[linear] for linear in group.linears]
     joined = [[group.linears[0]]]
     for linear in group.linears[1:]:
         first = joined[-1][0].node
-        read = [*linear.weight.path, *([] if linear.bias is None else [linear.bias])]
+        path = () if group.is_quantized else linear.weight.path  # planes are the graph's inputs
+        read = [*path, *([] if linear.bias is None else [linear.bias])]
         late = [node for node in read if position[node] > position[first]]
         written = any(position[first] <= write < position[linear.node] for write in writes)
         if written or any(node not in linear.weight.path for node in late):

@@ -9,7 +9,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from popc.analysis.capture import Captured
 from popc.analysis.findings import Findings, Region
 from popc.analysis.input_groups import InputGroup
-from popc.analysis.linears import Linear
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import rows_of
 from popc.config import Config
@@ -76,7 +75,9 @@ def prunable(region: Region, config: Config) -> bool:
     if not config.prunes_units(region):
         return False
     if region.experts and (
-        region.one_pass or config.scope == "sequence" or not all(map(_can_flatten, region.linears))
+        region.one_pass
+        or config.scope == "sequence"
+        or not all(linear.has_flat_rows for linear in region.linears)
     ):
         return False
     if config.scope == "sequence" and any(c.x is not region.hidden for c in region.consumers):
@@ -86,15 +87,6 @@ def prunable(region: Region, config: Config) -> bool:
         if region.one_pass or rows is None or not rows.is_plain:
             return False
     return _active(region, config) < region.units
-
-
-def _can_flatten(linear: Linear) -> bool:
-    """Whether the rows of the linear can be laid out as ``[S, K]`` without a transpose."""
-    return (
-        linear.experts is None
-        or linear.experts.form != "batch"
-        or (linear.x_dim == 2 and len(shape(linear.x)) == 3)
-    )
 
 
 def _policy_refusal(region: Region, config: Config) -> str | None:
@@ -112,8 +104,10 @@ def _cost_refusal(region: Region, config: Config) -> str | None:
 
 
 def _prunes_inputs(group: InputGroup, config: Config) -> bool:
-    if not config.prunes_inputs(group.kind) or config.input_budget.share >= 1:
+    if not config.prunes_inputs(group.kind):
         return False
+    if config.input_budget.share >= 1 and not group.is_quantized:
+        return False  # what is read by grade gives calls budgets of their own at no cost
     if config.scope == "batch" or len(shape(group.x)) == 3:
         return True
     rows = rows_of(group.x)

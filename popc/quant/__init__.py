@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from popc.quant import torchao
 from popc.quant.freed import FreedWeight
 from popc.quant.tensor import QuantizedTensor, Stored, dequantized, read
 
-__all__ = ["FreedWeight", "QuantizedTensor", "Stored", "dequantized", "read"]
+__all__ = ["FreedWeight", "QuantizedTensor", "Stored", "dequantized", "read", "torchao"]

@@ -108,7 +108,8 @@ class Mirror:
                 if names:
                     self._snapshots[number] = module, _snapshot(_attributes_of(module))
             # Whoever else holds the parameter finds it empty: memory goes back now.
-            parameter.data = parameter.data.new_empty(0)
+            if type(parameter) is nn.Parameter:
+                parameter.data = parameter.data.new_empty(0)
 
     def _copy_tree(self, model: nn.Module) -> nn.Module:
         new = []

@@ -49,11 +49,12 @@ class InputStatistics:
 
     Attributes:
         seen: the weights of all groups that were measured.
-        reads: under ``Config(count=True)``, the channels that each group read, step by step.
+        reads: under ``Config(count=True)``, the channels that each group read, step by step; one
+            whose high plane alone was read counts as the share of its bytes that that is.
     """
 
     seen: set[Hashable] = field(default_factory=set)
-    reads: dict[Hashable, list[int]] = field(default_factory=dict)
+    reads: dict[Hashable, list[float]] = field(default_factory=dict)
     _histograms: dict[tuple[Hashable, str], Tensor] = field(default_factory=dict)
     _moments: dict[tuple[Hashable, str], Tensor] = field(default_factory=dict)
     _groups: dict[Hashable, InputGroupState] = field(default_factory=dict)
@@ -212,6 +213,18 @@ class InputStatistics:
         return by_key
 
     def count(self, groups: Sequence[InputGroupState], read: Tensor) -> None:
-        """Note how many channels ``[G]`` a decode step read."""
-        for group, channels in zip(groups, read.tolist(), strict=True):
-            self.reads.setdefault(group.key, []).append(channels)
+        """Note what a decode step read.
+
+        Args:
+            read: of how many channels, int64 ``[G]``; or ``[G, 2]``, the high and the low planes.
+        """
+        for group, counted in zip(groups, read.tolist(), strict=True):
+            self.reads.setdefault(group.key, []).append(_channels(group.spec, counted))
+
+
+def _channels(spec: GroupSpec, counted: int | Sequence[int]) -> float:
+    """How many channels take as many bytes as what was read."""
+    if isinstance(counted, int):
+        return counted
+    high, low = counted
+    return high if spec.high is None else low + spec.high.share * (high - low)

@@ -18,7 +18,8 @@ from popc.analysis.plan import Plan
 from popc.compat import cache_keyword
 from popc.config import Config
 from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
-from popc.testing.oracle import MaskedAnywhere, MaskedInputs
+from popc.testing.masked_inputs import MaskedInputs
+from popc.testing.oracle import MaskedAnywhere
 
 _SEEDS = st.integers(0, 2**16)
 LONGEST = 40  # tokens; a generation that is longer is left alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ from popc.analysis.linears import as_linear
 from popc.analysis.propagation import shape
 from popc.analysis.rules.traits import Trait, has
 from popc.passes.base import PassResult
-from popc.passes.builder import GraphBuilder, finish
+from popc.passes.builder import GraphBuilder, finish, replace
+from popc.passes.experts import expert_of_rows, flat_input, shaped_output
 from popc.planning.rewrite_plan import RewritePlan
 
 aten = torch.ops.aten
+_GATHERS = "gather_linear", "triton_gather_linear"
+_GATHERS_OF_EXPERTS = "gather_experts", "triton_gather_experts"
 
 
 def use_quantized_kernels(captured: Captured, work: RewritePlan) -> PassResult:
     """Let linears multiply by planes, and lookups dequantise no more than the rows they pick."""
+    changes = _change_linear, _change_experts, _change_gather, _change_lookup
     count = 0
     if captured.quantized:
         for node in list(captured.gm.graph.nodes):
-            if node.op == "call_function" and (
-                _change_linear(captured, node) or _change_lookup(captured, node)
-            ):
-                count += 1
+            if node.op == "call_function":
+                count += any(change(captured, node) for change in changes)
     if count:
         finish(captured)
     return PassResult(count)
@@ -39,12 +42,60 @@ def _change_linear(captured: Captured, node: fx.Node) -> bool:
         return False
     if linear.y_dim != len(shape(node)) - 1 or linear.x_dim != len(shape(linear.x)) - 1:
         return False
-    packed, scale, zero, sizes, row_dim, planes = linear.weight.node.args[:6]
-    operands = (linear.x, packed, scale, zero, linear.bias)
+    held, shape_of_rows = _stored(linear.weight.node)
     builder = GraphBuilder(captured, node)
     with captured.gm.graph.inserting_before(node):
-        builder.change(node, ops.quantized_linear, *operands, sizes[0], row_dim, planes)  # type: ignore[index]
+        builder.change(node, ops.quantized_linear, linear.x, *held, linear.bias, *shape_of_rows)
     return True
+
+
+def _change_experts(captured: Captured, node: fx.Node) -> bool:
+    linear = as_linear(node, captured)
+    if linear is None or linear.experts is None or not linear.weight.is_quantized:
+        return False
+    if not linear.has_flat_rows:
+        return False
+    held, shape_of_rows = _stored(linear.weight.node)
+    builder = GraphBuilder(captured, node)
+    with captured.gm.graph.inserting_before(node):
+        x, expert = flat_input(builder, linear), expert_of_rows(builder, linear)
+        lists = None, None, None
+        y = builder.call(ops.quantized_experts, x, *held, expert, *lists, *shape_of_rows)
+        replace(node, shaped_output(builder, linear, y))
+    return True
+
+
+def _change_gather(captured: Captured, node: fx.Node) -> bool:
+    """What reads lists of channels, as passes before this one have put it into the graph."""
+    name = _name_of(node)
+    if name not in (*_GATHERS, *_GATHERS_OF_EXPERTS):
+        return False
+    x, weight, *others, out_dim = node.args
+    assert isinstance(weight, fx.Node)
+    if weight.target is not ops.dequantize or out_dim != 0:
+        return False
+    op = ops.gather_quantized if name in _GATHERS else ops.quantized_experts
+    held, shape_of_rows = _stored(weight)
+    builder = GraphBuilder(captured, node)
+    with captured.gm.graph.inserting_before(node):
+        builder.change(node, op, x, *held, *others, *shape_of_rows)
+    return True
+
+
+def _name_of(node: fx.Node) -> str:
+    """The name of one of popc's ops."""
+    return (
+        getattr(node.target, "_opname", "")
+        if getattr(node.target, "namespace", "") == "popc"
+        else ""
+    )
+
+
+def _stored(weight: fx.Node) -> tuple[Sequence[Any], tuple[Any, Any, Any]]:
+    """Planes, scales and zeros of what is dequantised; and its outputs, row dim and planes."""
+    packed, scale, zero, sizes, row_dim, planes = weight.args[:6]
+    *_, outputs, _ = sizes  # type: ignore[misc, union-attr]
+    return (packed, scale, zero), (outputs, row_dim, planes)
 
 
 def _change_lookup(captured: Captured, node: fx.Node) -> bool:
