@@ -1,10 +1,9 @@
 """``python -m tests.cuda_check``: whether popc is right on a CUDA device.
 
 ``benchmarks/cuda.sh`` begins with it: the Triton kernels on all their cases, those on quantised
-weights too; a small llama against
-the oracle of ``popc.testing``; and its decode steps as CUDA graphs against the same without. Exits
-with 1 if something fails. With ``--device cpu`` all but the kernels is tried, on popc's other
-kernels.
+weights too; a small llama against the oracle of ``popc.testing``; and its decode steps as CUDA
+graphs against the same without. Exits with 1 if something fails. With ``--device cpu`` all but the
+kernels is tried, on popc's other kernels.
 """
 
 from __future__ import annotations
