@@ -10,6 +10,7 @@ popc="${POPC:-.venv/bin/popc}"
 results=benchmarks/results
 
 "${PYTHON:-.venv/bin/python}" -m tests.cuda_check
+"${PYTHON:-.venv/bin/python}" benchmarks/cuda_planes.py --out $results/planes-cuda.json
 
 "$popc" bench --ffn --device cuda --hidden 4096 --channels 14336 --tokens 200 --rounds 15 \
     --out $results/ffn-cuda.json --plot $results/ffn-cuda.png "$@"

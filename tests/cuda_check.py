@@ -1,9 +1,9 @@
 """``python -m tests.cuda_check``: whether popc is right on a CUDA device.
 
-``benchmarks/cuda.sh`` begins with it: the Triton kernels on all their cases; a small llama against
-the oracle of ``popc.testing``; and its decode steps as CUDA graphs against the same without. Exits
-with 1 if something fails. With ``--device cpu`` all but the kernels is tried, on popc's other
-kernels.
+``benchmarks/cuda.sh`` begins with it: the Triton kernels on all their cases, those on quantised
+weights too; a small llama against the oracle of ``popc.testing``; and its decode steps as CUDA
+graphs against the same without. Exits with 1 if something fails. With ``--device cpu`` all but the
+kernels is tried, on popc's other kernels.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def small_llama(device: str) -> Any:
     return tiny_llama(hidden_size=256, intermediate_size=704, vocab_size=1024).to(device)
 
 
-def kernels() -> str:
+def kernels(cases: str) -> str:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.triton_cases"],
+        [sys.executable, "-m", f"tests.helpers.{cases}"],
         capture_output=True,
         text=True,
         check=True,
@@ -74,7 +74,8 @@ def recorded(policy: str, device: str) -> str:
 
 def checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     if device == "cuda":
-        yield "kernels", kernels
+        yield "kernels", lambda: kernels("triton_cases")
+        yield "kernels on quantised weights", lambda: kernels("triton_plane_cases")
     for policy in POLICIES:
         yield f"oracle, {policy}", lambda policy=policy: oracle(policy, device)
         yield f"CUDA graphs, {policy}", lambda policy=policy: recorded(policy, device)

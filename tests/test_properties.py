@@ -352,8 +352,16 @@ def machine(policy: str, scope: str = "batch"):
     return testing.session_machine(spec.make(), spec.vocabulary, config)
 
 
+def quantized_machine(scope: str = "batch"):
+    spec = Transformer(width=32, layers=(Layer(block=testing.MLP(channels=40, gated=False)),))
+    config = popc.Config(**{**HALF, "sparsity": 0.4}, weights="int8", scope=scope)
+    made = testing.session_machine(spec.make(), spec.vocabulary, config)
+    assert made.readings  # some linears are read by grade
+    return made
+
+
 def cases(policy: str, scope: str = "batch"):
-    made = machine(policy, scope).TestCase
+    made = (quantized_machine(scope) if policy == "graded" else machine(policy, scope)).TestCase
     made.settings = settings(examples(6, 400), stateful_step_count=12)
     return made
 
@@ -362,6 +370,8 @@ TestPopSessions = cases("pop")
 TestContractionSessions = cases("threshold")
 TestPopSessionsBySequence = cases("pop", "sequence")
 TestContractionSessionsBySequence = cases("threshold", "sequence")
+TestGradedSessions = cases("graded")
+TestGradedSessionsBySequence = cases("graded", "sequence")
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])

@@ -358,6 +358,17 @@ class Plan:
 
         return read_share(self, config, reads, pruned)
 
+    def read_bits(
+        self,
+        config: Config,
+        reads: Mapping[Any, Sequence[float]] | None = None,
+        pruned: Plan | None = None,
+    ) -> float:
+        """How many bits of each weight :meth:`read_share` comes to, scales counted."""
+        from popc.planning.reads import read_bits
+
+        return read_bits(self, config, reads, pruned)
+
     def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:
         """FLOPs and bytes read in a call, region by region and in all, dense and pruned.
 

@@ -122,6 +122,21 @@ def copy_bandwidth(device: str = "cpu", rounds: int = 9) -> Spread:
     return Spread.of(rates)
 
 
+def read_bandwidth(device: str = "cpu", rounds: int = 9) -> Spread:
+    """Bytes per second of reading a large tensor, with as many threads as torch uses."""
+    count = max(COPIED, 4 * last_level_cache()) // 4
+    source = torch.ones(count, dtype=torch.float32, device=device)
+    rates = []
+    for number in range(rounds + 1):
+        wait(source.device)
+        start = time.perf_counter()
+        source.max()
+        wait(source.device)
+        if number:  # the first starts threads
+            rates.append(source.nbytes / (time.perf_counter() - start))
+    return Spread.of(rates)
+
+
 def _cpuinfo() -> dict[str, str]:
     """The first processor's fields in /proc/cpuinfo; empty where there is none."""
     try:

@@ -1,7 +1,7 @@
 """The ops that popc's passes put into a graph; importing this module registers them.
 
 Each has a plain ATen reference, which serves every device; ``popc.ops.native`` brings kernels for
-CPUs, and ``popc.ops.triton_gather`` for CUDA.
+CPUs, ``popc.ops.triton_gather`` and ``popc.ops.triton_planes`` for CUDA.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popc.ops import triton_gather
+from popc.ops import triton_gather, triton_planes
 from popc.ops.attend import attend
 from popc.ops.gather import gather_experts, gather_linear
 from popc.ops.gather_quantized import (
@@ -61,21 +61,28 @@ __all__ = [
 def select_kernel(op: Any, x: Tensor, weight: Tensor) -> Any:
     """One of the products above, as it is best put into a graph for these tensors.
 
-    On CUDA a Triton op, which Inductor sees through; C++ kernels answer to the op's own name.
+    On CUDA a Triton op, which Inductor sees through; C++ kernels answer to the op's own name. For
+    ``graded_linears`` it is an op of one linear, which takes a tensor wherever that takes a list.
+
+    Args:
+        weight: as the op takes it: of a quantised one the packed rows.
     """
-    if not triton_gather.serves(x, weight):
+    module = triton_planes if op in (graded_linears, quantized_linear) else triton_gather
+    if not module.serves(x, weight):
         return op
     ops = torch.ops.popc
     return {
-        gather_linear: ops.triton_gather_linear.default,
-        gather_experts: ops.triton_gather_experts.default,
-        threshold_linear: ops.triton_threshold_linear.default,
-    }[op]
+        gather_linear: ops.triton_gather_linear,
+        gather_experts: ops.triton_gather_experts,
+        threshold_linear: ops.triton_threshold_linear,
+        graded_linears: ops.triton_graded_linear,
+        quantized_linear: ops.triton_quantized_linear,
+    }[op].default
 
 
 _NAMES = (
     *("gather_linear", "gather_experts", "threshold_linear", "threshold_linears"),
-    *("graded_linears", "quantized_linear"),
+    *("graded_linears", "quantized_linear", "triton_graded_linear", "triton_quantized_linear"),
     *("gather_quantized", "quantized_experts", "graded_experts"),
     *("triton_gather_linear", "triton_gather_experts", "triton_threshold_linear"),
 )

@@ -46,7 +46,12 @@ def row_bytes(length: int, planes: int, scales: bool = True) -> int:
 
 
 def pack(w: Tensor, row_dim: int, planes: int) -> Tensor:
-    """``w [..., N, K]`` quantised: uint8 ``[..., rows, row_bytes]``. The op ``popc::quantize``."""
+    """``w [..., N, K]`` quantised: uint8 ``[..., rows, row_bytes]``. The op ``popc::quantize``.
+
+    With two planes the integers are those of torchao's ``quantize_affine``, symmetric, from -127 to
+    127, in blocks of 32, given the same scales. The scales differ from those of its
+    ``choose_qparams_affine``: they are rounded up to bfloat16, by less than 1/128.
+    """
     rows = (w.mT if row_dim == 1 else w).float()
     length = rows.shape[-1]
     padded = torch.nn.functional.pad(rows, (0, blocks_of(length) * BLOCK - length))

@@ -19,6 +19,7 @@ from triton.compiler import (  # type: ignore[import-not-found,import-untyped,un
 from triton.compiler import compile as compile_kernel
 
 from popc.ops import triton_planes
+from popc.ops.planes import GROUP_ZERO, ZERO
 from popc.ops.triton_gather import BLOCK_M
 from popc.ops.triton_kernels import gather_columns, gather_kernel, gather_rows
 from popc.ops.triton_plane_kernels import by_input, by_output, values_kernel
@@ -89,8 +90,9 @@ def _planes_source(
     """The kernel as a model calls it, whose sizes are multiples of 512."""
     apart, graded = form == "apart", form == "graded"
     names = kernel.arg_names
-    fixed = {"GROUP": 128 if apart else 1 << 30, "PLANES": planes, "UNIT": 16, "SPLITS": 8}
-    fixed |= {"ZERO": 128.0 if planes == 2 else 8.0 if apart else 7.5, **constants}
+    fixed: dict[str, Any] = {"PLANES": planes, "UNIT": 16, "SPLITS": 8, **constants}
+    fixed["ZERO"] = (GROUP_ZERO if apart else ZERO)[planes]
+    fixed["GROUP"] = 128 if apart else triton_planes.ALL
     absent = [] if apart else ["scale", "zero"]
     absent += [] if graded else ["norm", "low_norm", "threshold", "center", "base"]
     fixed |= dict.fromkeys(absent)

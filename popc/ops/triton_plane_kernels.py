@@ -37,7 +37,7 @@ def _nibbles(words, mask, WORD: tl.constexpr):
     """float32 ``[R, W, 2·WORD]`` of words ``[R, W]``; 0 where they are masked."""
     word = tl.load(words, mask=mask, other=0).to(tl.int32)
     shift = 4 * tl.arange(0, 2 * WORD)
-    nibble = (word[:, :, None] >> shift[None, None, :]) & 15
+    nibble = (tl.reshape(word, (word.shape[0], word.shape[1], 1)) >> shift[None, None, :]) & 15
     # The float 2^23 + n ends in n's bits: integers are converted at a fraction of this rate.
     return (nibble | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
@@ -75,7 +75,8 @@ def _tile(weight, where, form, GRADED: tl.constexpr):
         words += 2 * blocks // UNIT * (UNIT // WORD)
         steps = packed.to(tl.pointer_type(tl.bfloat16))
         steps += row.to(tl.int64) * (row_units * (UNIT // 2)) + at // (16 // WORD)
-        step = tl.load(steps, mask=high[:, None] & in_row, other=0.0).to(tl.float32)[:, :, None]
+        step = tl.load(steps, mask=high[:, None] & in_row, other=0.0).to(tl.float32)
+        step = tl.reshape(step, (step.shape[0], step.shape[1], 1))
     else:
         step = _group_values(scale, group, output, inputs, outputs, GROUP, WORD)
     offset = form[2]
@@ -102,12 +103,21 @@ def _limit(threshold, at, mask):
 
 
 @triton.jit
+def _any(flags):
+    """In which columns of ``[M, K]`` a flag is set."""
+    if flags.shape[0] == 1:
+        return tl.reshape(flags, (flags.shape[1],))
+    else:
+        return tl.max(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit
 def _graded(x, norm, low_norm, limit, center, channel, mask):
     """x of channels ``[1, K]``, ``[M, K]``, and the same for low planes: 0 where none is read.
 
     Then of which channels ``[K]`` a plane is read, and of which the low one too.
     """
-    known = tl.max(mask.to(tl.int32), 0) > 0
+    known = _any(mask)
     v = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
     if norm is None:
         return v, v, known, known
@@ -120,8 +130,7 @@ def _graded(x, norm, low_norm, limit, center, channel, mask):
         v = tl.where(unread, 0.0, v)
         unread = size * tl.load(low_norm + channel, mask=known[None, :], other=0.0) <= limit
         low_v = tl.where(unread, 0.0, v)
-        high, low = (v != 0).to(tl.int32), (low_v != 0).to(tl.int32)
-        return v, low_v, tl.max(high, 0) > 0, tl.max(low, 0) > 0
+        return v, low_v, _any(v != 0), _any(low_v != 0)
 
 
 @triton.jit
@@ -154,9 +163,10 @@ def _store(y, total, bias, base, token, output, split, tokens, outputs):
     in_n = (output < outputs)[None, :]
     mask = (token < tokens)[:, None] & in_n
     if bias is not None:
-        total += tl.load(bias + output[None, :], mask=in_n & (split == 0), other=0.0).to(tl.float32)
+        b = tl.load(bias + output[None, :], mask=in_n, other=0.0).to(tl.float32)
+        total += tl.where(split == 0, b, 0.0)
     if base is not None:
-        total += tl.load(base + output[None, :], mask=mask & (split == 0), other=0.0)
+        total += tl.where(split == 0, tl.load(base + output[None, :], mask=mask, other=0.0), 0.0)
     row = (tl.cast(split, tl.int64) * tokens + token)[:, None] * outputs
     tl.store(y + row + output[None, :], total.to(y.dtype.element_ty), mask=mask)
 
@@ -211,8 +221,8 @@ def by_input_kernel(
         channel = start + tl.arange(0, BLOCK_K)
         mask = in_m & (channel < inputs)[None, :]
         v, low_v, high, low = _graded(x, norm, low_norm, limit, center, channel[None, :], mask)
-        group = start // GROUP if GROUP % BLOCK_K == 0 else (channel // GROUP)[:, None]
-        where = channel[:, None], at, group, output[None, :], high, low
+        grouped = channel[:, None] if GROUP % BLOCK_K else start + tl.zeros((1, 1), tl.int32)
+        where = channel[:, None], at, grouped // GROUP, output[None, :], high, low
         step, value, more = _tile(weight, where, (GROUP, PLANES, ZERO, UNIT), norm is not None)
         total = _accumulate(total, v, step, value, x.dtype.element_ty)
         if PLANES == 2 and norm is not None:
@@ -259,8 +269,8 @@ def by_output_kernel(
         mask = (token < tokens)[:, None] & (input_ < inputs)[None, :]
         v = tl.load(x + input_[None, :], mask=mask, other=0.0)
         at = (start // (2 * WORD) + tl.arange(0, W))[None, :]
-        group = start // GROUP if GROUP % BLOCK_K == 0 else (input_ // GROUP)[None, :]
-        where = output[:, None], at, group, output[:, None], in_n, in_n
+        grouped = input_[None, :] if GROUP % BLOCK_K else start + tl.zeros((1, 1), tl.int32)
+        where = output[:, None], at, grouped // GROUP, output[:, None], in_n, in_n
         step, value, _ = _tile(weight, where, (GROUP, PLANES, ZERO, UNIT), False)
         if BLOCK_M == 1:
             total += (tl.reshape(v.to(tl.float32), (1, W, 2 * WORD)) * step) * value

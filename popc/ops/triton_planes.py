@@ -27,7 +27,7 @@ from popc.ops.triton_gather import BLOCK_M, DTYPES, available
 
 # More are worth writing the weight's values for, once.
 MOST_TOKENS = 16
-_ALL = 1 << 30  # inputs that share scales where all do: a multiple of every block
+ALL = 1 << 30  # inputs that share scales where all do: a multiple of every block
 _PROGRAMS = 512
 _MIN_BLOCK_N = 128
 VALUES_BLOCK = {"BLOCK_R": 8, "BLOCK_V": 256}  # of a weight, which a program dequantises
@@ -93,7 +93,7 @@ def launch_quantized(
         return _launch_by_input(input_kernel, x, packed, scale, zero, outputs, planes, bias)
     rows = _token_rows(x)
     tokens, inputs = rows.shape
-    packed, unit = _aligned(packed, inputs, planes, scale, (outputs, inputs), row_dim)
+    packed, unit = _aligned(packed, scale, zero, (outputs, inputs), row_dim, planes, bias)
     y = x.new_empty((tokens, outputs))
     if tokens > 0:
         block = 1 if tokens == 1 else BLOCK_M
@@ -119,7 +119,7 @@ def launch_values(
     """The weight of these ``sizes``, ``[N, K]``, by a kernel that is ready to launch."""
     outputs, inputs = sizes
     rows, length = (inputs, outputs) if row_dim == 1 else (outputs, inputs)
-    packed, unit = _aligned(packed, length, planes, scale, sizes, row_dim)
+    packed, unit = _aligned(packed, scale, zero, sizes, row_dim, planes)
     y = packed.new_empty((rows, length), dtype=dtype)
     grid = _cdiv(rows, VALUES_BLOCK["BLOCK_R"]), _cdiv(length, VALUES_BLOCK["BLOCK_V"])
     kernel[grid](
@@ -148,7 +148,7 @@ def _launch_by_input(
 ) -> Tensor:
     rows = _token_rows(x)
     tokens, inputs = rows.shape
-    packed, unit = _aligned(packed, outputs, planes, scale, (outputs, inputs), 1)
+    packed, unit = _aligned(packed, scale, zero, (outputs, inputs), 1, planes, bias)
     splits = _splits(outputs, inputs, tokens)
     y = x.new_empty((splits, tokens, outputs), dtype=x.dtype if splits == 1 else torch.float32)
     if tokens > 0:
@@ -192,37 +192,41 @@ def _format(
     """The constants of a weight's format."""
     groups = 1 if scale is None else scale.shape[0]
     offset = (fmt.ZERO if scale is None else fmt.GROUP_ZERO)[planes]
-    group = _ALL if groups == 1 else _cdiv(inputs, groups)
+    group = ALL if groups == 1 else _cdiv(inputs, groups)
     return {"GROUP": group, "PLANES": planes, "ZERO": offset, "UNIT": unit}
 
 
 def _aligned(
     packed: Tensor,
-    length: int,
-    planes: int,
     scale: Tensor | None,
+    zero: Tensor | None,
     sizes: tuple[int, int],
     row_dim: int,
+    planes: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """The rows, of ``length`` values, and the bytes to which each of their parts is aligned.
+    """The rows of a weight ``[N, K]``, and the bytes to which the parts of each are aligned.
 
     Raises:
-        ValueError: the rows are not those of such a weight, or ``scale`` is not.
+        ValueError: they, or what goes with them, are not those of such a weight.
     """
     outputs, inputs = sizes
+    length = sizes[1 - row_dim]
     expected = sizes[row_dim], fmt.row_bytes(length, planes, scale is None)
     if tuple(packed.shape) != expected:
-        raise ValueError(f"rows {tuple(packed.shape)}, for {sizes} they are {expected}")
+        raise ValueError(f"rows {tuple(packed.shape)}: for a weight {sizes} they are {expected}")
     if scale is not None and (scale.shape[1] != outputs or not 1 <= scale.shape[0] <= inputs):
         raise ValueError(f"scale {tuple(scale.shape)} for a weight {sizes}")
+    if zero is not None and (scale is None or zero.shape != scale.shape):
+        raise ValueError(f"zero {tuple(zero.shape)} is not like scale")
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias {tuple(bias.shape)} for a weight {sizes}")
     head = fmt.SCALE_BYTES * fmt.blocks_of(length) if scale is None else 0
-    for unit in (16, 8, 4, 2):
-        starts = packed.stride(0), packed.storage_offset(), head
-        if packed.stride(1) == 1 and not any(start % unit for start in starts):
-            return packed, unit
-    return _aligned(
-        packed.clone(memory_format=torch.contiguous_format), length, planes, scale, sizes, row_dim
-    )
+    starts = packed.stride(0), packed.storage_offset(), head
+    if packed.stride(1) != 1 or any(start % 2 for start in starts):
+        packed = packed.clone(memory_format=torch.contiguous_format)
+        starts = packed.stride(0), 0, head
+    return packed, next(unit for unit in (16, 8, 4, 2) if not any(n % unit for n in starts))
 
 
 def _token_rows(x: Tensor) -> Tensor:
@@ -269,9 +273,24 @@ if available():
         output: int = 0,
     ) -> Tensor:
         """``popc::graded_linears`` of one linear in Triton."""
-        weight = packed, scale, zero, outputs, planes, bias
-        grades = norm, low_norm, threshold, center, base, group, channel, output
-        return launch_graded(wrap_triton(by_input), x, *weight, *grades)
+        return launch_graded(
+            wrap_triton(by_input),
+            x,
+            packed,
+            scale,
+            zero,
+            outputs,
+            planes,
+            bias,
+            norm,
+            low_norm,
+            threshold,
+            center,
+            base,
+            group,
+            channel,
+            output,
+        )
 
     @triton_op("popc::triton_quantized_linear", mutates_args=())
     def triton_quantized_linear(
@@ -285,5 +304,16 @@ if available():
         planes: int,
     ) -> Tensor:
         """``popc::quantized_linear`` in Triton."""
-        kernels = map(wrap_triton, (by_input, by_output, values_kernel))
-        return launch_quantized(*kernels, x, packed, scale, zero, bias, outputs, row_dim, planes)
+        return launch_quantized(
+            wrap_triton(by_input),
+            wrap_triton(by_output),
+            wrap_triton(values_kernel),
+            x,
+            packed,
+            scale,
+            zero,
+            bias,
+            outputs,
+            row_dim,
+            planes,
+        )

@@ -29,7 +29,7 @@ from popc.quant import QuantizedTensor
 
 SMALLEST = 32  # of inputs and outputs: below, scales and the last block cost more than is saved
 PLANES = {"int8": 2, "int4": 1}
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Puts a tensor in the place of a parameter, wherever the model holds it; False if it holds it
 # nowhere.

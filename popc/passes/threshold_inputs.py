@@ -95,9 +95,11 @@ class _Thresholds(Binding[InputState]):
         offsets = segment_offsets([owner.group for owner in self.owners])
         for owner, (start, stop) in zip(self.owners, offsets, strict=True):
             x = center[:, start:stop]
+            like = owner.group.x.meta["val"].dtype
             for stored in () if owner.group.experts else owner.stored:
                 weight = *stored.held(args), None, stored.outputs, 1, stored.planes
-                parts.append(quantized_linear(x, *weight))
+                wide = x.to(torch.promote_types(like, x.dtype))
+                parts.append(quantized_linear(wide, *weight).float())
             if not owner.stored:
                 parts += _of_centers(owner, args, x, scale[start:stop])
         return torch.cat([center.new_zeros(len(center), 0), *parts], 1)

@@ -68,10 +68,22 @@ def read_share(
     return read / dense if dense else 1.0
 
 
+def read_bits(
+    plan: Plan,
+    config: Config,
+    reads: Mapping[Any, Sequence[float]] | None = None,
+    pruned: Plan | None = None,
+) -> float:
+    """See :meth:`popc.Plan.read_bits`."""
+    parameters, total = body_size(plan)
+    return 8 * read_share(plan, config, reads, pruned) * total / max(1, parameters)
+
+
 def share_read(
     group: InputRecord, config: Config, reads: Mapping[Any, Sequence[float]] | None = None
 ) -> float:
-    """The share of a group's channels that a step reads, if its inputs are pruned.
+    """The share of a group's channels that a step reads, if its inputs are pruned; of its bytes, if
+    it reads them by grade.
 
     ``reads`` is as in :meth:`popc.Plan.read_share`.
     """

@@ -132,6 +132,7 @@ class InputStatistics:
         """
         known = self._by_budget.get((owner, budget))
         if known is not None and (batch is None or len(known.center) == batch):
+            self._fed.pop(owner, None)  # to the end: what was fed last is what counts
             self._fed[owner] = known
             return known
         thresholds = self._thresholds(scope, budget, batch)
@@ -140,7 +141,7 @@ class InputStatistics:
         rows = len(next(iter(thresholds.values())))
         unknown = torch.full((rows,), READ_ALL)
         limits = torch.stack([thresholds.get(g.key, unknown) for g in groups]).to(like.device)
-        before = self._fed.get(owner)
+        before = self._fed.pop(owner, None)
         if before is not None and len(before.center) == rows:
             fed = replace(before, thresholds=limits)  # its center, and what weights make of it
         else:

@@ -18,10 +18,13 @@ from popc.analysis.plan import InputRecord, Plan, RegionRecord
 from popc.compat import pytree
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
+from popc.ops import dequantize
 from popc.planning.budget_solver import resolve
 from popc.runtime import interpreter
+from popc.testing.dequantized import Dequantized
 from popc.testing.feed import Feed, result
-from popc.testing.oracle import MaskedAnywhere, MaskedInputs, covers
+from popc.testing.masked_inputs import MaskedInputs
+from popc.testing.oracle import MaskedAnywhere, covers
 from popc.testing.products import Observer, Uses
 
 # Choices nearer than this are decided by the rounding of float32, in which scores are compared.
@@ -70,7 +73,7 @@ def assert_equivalent(
     token each follow, the dense model's most likely ones. (Where it takes values, not ids, a
     token is its last output, if that is as wide.) The oracle runs eagerly and makes POP's choices
     by itself, those of other policies of units by their methods; for policies of inputs it takes
-    popc's thresholds.
+    popc's thresholds. Quantised weights are to it what they are read as, each channel at its grade.
 
     Args:
         model: yours; it is not changed.
@@ -119,8 +122,12 @@ class _Check:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.tokens: list[Tensor] = []
         self._draw_tokens(steps)
+        self.traced = self.analyzed(model)
+
+    def analyzed(self, model: nn.Module) -> Plan:
+        """What :func:`popc.analyze` finds in it."""
         torch.compiler.reset()
-        self.traced = popc.analyze(model, *feed.first(feed.new_cache()))
+        return popc.analyze(model, *self.feed.first(self.feed.new_cache()))
 
     @torch.no_grad()
     def calls(self, call: Callable[..., Any], begin: Callable[[int], None]) -> list[Tensor]:
@@ -162,19 +169,43 @@ class _Check:
         session = sessions.of_cache(self.cache) if self.feed.cache else None
         return compiled, outputs, session
 
+    def dequantized(self, compiled: nn.Module) -> tuple[Dequantized, Plan]:
+        """The oracle's model, and what :func:`popc.analyze` finds in it."""
+        own = Dequantized(self.model, compiled)
+        return own, self.traced if own.model is self.model else self.analyzed(own.model)
+
     @contextlib.contextmanager
     def oracle(
-        self, plan: Plan, session: sessions.Session | None, observer: Observer | None = None
+        self,
+        own: Dequantized,
+        traced: Plan,
+        whole: Plan,
+        session: sessions.Session | None,
+        observer: Observer | None = None,
     ) -> Iterator[tuple[MaskedAnywhere, MaskedInputs, Callable[[int], None]]]:
-        """Both oracles, active, and a function that begins a call of theirs."""
-        config = resolve(self.config, self.parameters, plan)
+        """Both oracles, active, and a function that begins a call of theirs.
+
+        Args:
+            own, traced: of :meth:`dequantized`.
+            whole: the plan of the compiled model.
+        """
+        config = resolve(self.config, self.parameters, whole)
         measured = session.units.regions if session is not None else {}
-        regions = [r for r in plan.regions if r.key in measured or _is_pruned_at_once(r, config)]
-        traced, kept = self.traced, Plan(regions=regions)
-        units = MaskedAnywhere(self.model, kept, config, observer, traced)
+        regions = [r for r in whole.regions if r.key in measured or _is_pruned_at_once(r, config)]
+        kept = own.plan(Plan(regions=regions), traced)
+        units = MaskedAnywhere(own.model, kept, config, observer, traced)
         state = (sessions.Session() if session is None else session).inputs
+        plan = own.plan(Plan(inputs=whole.inputs), traced)
+        by_grade = {group.key: own.read_by_grade(group) for group in plan.inputs}
         inputs = MaskedInputs(
-            self.model, plan, state.thresholds, state.centers, config, observer, traced
+            own.model,
+            plan,
+            own.by_key(state.thresholds),
+            own.by_key(state.centers),
+            config,
+            observer,
+            traced,
+            {key: readings for key, readings in by_grade.items() if readings},
         )
 
         def begin(number: int) -> None:
@@ -187,8 +218,9 @@ class _Check:
 
     def run(self, allowed: float) -> tuple[Equivalence, list[str]]:
         compiled, outputs, session = self.pruned()
-        with self.oracle(compiled.popc_plan, session) as (units, inputs, begin):
-            expected = self.calls(self.model, begin)
+        own, traced = self.dequantized(compiled)
+        with self.oracle(own, traced, compiled.popc_plan, session) as (units, inputs, begin):
+            expected = self.calls(own.model, begin)
         errors = [relative(a, b) for a, b in zip(outputs, expected, strict=True)]
         margin, masked = min(units.margin, inputs.margin), units.masked + inputs.masked
         faults = [
@@ -206,8 +238,11 @@ class _Check:
         expected: list[dict[Hashable, Tensor]] = []
         torch.compiler.reset()
         compiled: Any = popc.compile(self.model, self.config, codegen="eager")
-        owners: list[RegionRecord | InputRecord] = [*self.traced.regions, *self.traced.inputs]
-        watcher = _Products(Uses(self.model, owners, self.traced), seen)
+        if self.config.weights is not None:
+            self.calls(compiled, lambda number: None)  # it quantises them
+        own, traced = self.dequantized(compiled)
+        owners: list[RegionRecord | InputRecord] = [*traced.regions, *traced.inputs]
+        watcher = _Products(Uses(own.model, owners, traced), own.plain, seen)
         with interpreter.watching(watcher.see):
             self.calls(compiled, watcher.begin)
         session = sessions.of_cache(self.cache) if self.feed.cache else None
@@ -215,13 +250,13 @@ class _Check:
         def observe(key: Hashable, out: Tensor) -> None:
             expected[-1].setdefault(key, out.detach().clone())
 
-        with self.oracle(compiled.popc_plan, session, observe) as (_, _, begin):
+        with self.oracle(own, traced, compiled.popc_plan, session, observe) as (_, _, begin):
 
             def started(number: int) -> None:
                 expected.append({})
                 begin(number)
 
-            self.calls(self.model, started)
+            self.calls(own.model, started)
         by_key: dict[Hashable, RegionRecord | InputRecord] = {owner.key: owner for owner in owners}
         for number, (ours, theirs) in enumerate(zip(seen, expected, strict=True)):
             for key, out in theirs.items():
@@ -237,16 +272,23 @@ class _Check:
 
 
 class _Products:
-    """Outputs of an interpreted graph's ops on the weights of regions and inputs."""
+    """Outputs of an interpreted graph's ops on the weights of regions and inputs.
 
-    def __init__(self, uses: Uses, seen: list[dict[Hashable, Tensor]]) -> None:
-        self.uses, self.seen = uses, seen
+    ``plain``: those that ``uses`` knows for quantised ones, by the address of their planes.
+    """
+
+    def __init__(
+        self, uses: Uses, plain: Mapping[int, Tensor], seen: list[dict[Hashable, Tensor]]
+    ) -> None:
+        self.uses, self.plain, self.seen = uses, plain, seen
 
     def begin(self, number: int) -> None:
         self.seen.append({})
         self.uses.begin()
 
     def see(self, node: fx.Node, args: Sequence[Any], value: Any) -> None:
+        if node.target is dequantize:
+            return
         several = [arg for arg in args if isinstance(arg, list | tuple)]
         if isinstance(value, list | tuple):  # an op on several weights has an output for each
             weights = next((arg for arg in several if len(arg) == len(value)), ())
@@ -258,7 +300,7 @@ class _Products:
                 continue
             is_view = weight.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
             if out.is_floating_point() and not is_view:
-                for owner, number in self.uses.of(weight):
+                for owner, number in self.uses.of(self.plain.get(weight.data_ptr(), weight)):
                     self.seen[-1].setdefault((owner.key, number), out.detach().clone())
 
 

@@ -1,8 +1,8 @@
-"""The oracle: the model as it is, eager, with h of inactive units, or inputs, set to zero.
+"""The oracle: the model as it is, eager, with h of inactive units set to zero.
 
 Written from the papers' text. It intercepts every product that consumes a region, whatever
-op the model uses for it, and takes from popc only which products these are, which columns make up a
-unit, and the thresholds of policies of inputs.
+op the model uses for it, and takes from popc only which products these are, and which columns make
+up a unit. Of policies of inputs: :mod:`popc.testing.masked_inputs`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _ByPartition(Watched):
         mask = _by_column(self.partition[owner.key], owner, x)
         if owner.experts:
             return x * mask[experts_of(x, selector)].view(x.shape)
-        return x * (mask if mask.dim() == 1 else _spread(mask, x))
+        return x * (mask if mask.dim() == 1 else spread(mask, x))
 
 
 def _by_column(active: Tensor, region: RegionRecord, x: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ def _by_column(active: Tensor, region: RegionRecord, x: Tensor) -> Tensor:
     return mask
 
 
-def _spread(mask: Tensor, x: Tensor) -> Tensor:
-    """``[S, K]`` for each row of x, ``[..., K]``."""
+def spread(mask: Tensor, x: Tensor) -> Tensor:
+    """``mask [S, K]`` for each row of x, ``[..., K]``."""
     if len(mask) == 1:
         return mask[0]
     return mask.repeat_interleave(x.numel() // mask.numel(), 0).view(x.shape)
@@ -196,7 +196,7 @@ class MaskedAnywhere(Watched):
             if living is not None:
                 energy = energy * living
             self.squares[key] = self.squares.get(key, 0) + energy
-            return None if living is None else _spread(_by_column(living, region, x), x)
+            return None if living is None else spread(_by_column(living, region, x), x)
         if key not in self.squares and not region.one_pass:
             return None
         total = energy if region.one_pass else self.squares[key]
@@ -205,7 +205,7 @@ class MaskedAnywhere(Watched):
             lives = [self._live(region, s, total[s], norm) for s in range(len(energy))]
             self.living[key] = torch.stack(lives)
         self.active[key] = torch.stack(each)
-        return _spread(_by_column(self.active[key], region, x), x)
+        return spread(_by_column(self.active[key], region, x), x)
 
     def _policy(self, region: RegionRecord) -> UnitPolicy | None:
         """The region's policy; None where it is POP."""
@@ -308,51 +308,3 @@ class MaskedAnywhere(Watched):
         if 0 < cut < len(ranked) and ranked[cut - 1] > ranked[cut]:
             gap = (ranked[cut - 1] - ranked[cut]) / ranked[cut - 1].abs()
             self.margin = min(self.margin, float(gap))
-
-
-class MaskedInputs(Watched):
-    """Policies of inputs, with known thresholds: in one-token calls each linear's input is masked.
-
-    Args:
-        plan, traced: see :class:`MaskedAnywhere`.
-        thresholds: float32 ``[S]`` by the key of the linears' input: what scores
-            ``|x_c - center_c| · scale_c`` must exceed for a channel to be read.
-        centers: float32 ``[S, K]``, likewise: what others are taken to be.
-        config: whose policies say what ``‖W[:, c]‖`` scales scores with.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        thresholds: Mapping[Hashable, Tensor],
-        centers: Mapping[Hashable, Tensor],
-        config: Config,
-        observer: Observer | None = None,
-        traced: Plan | None = None,
-    ) -> None:
-        groups = [group for group in plan.inputs if group.key in thresholds]
-        super().__init__(model, groups, traced or plan, observer)
-        for group in groups:
-            policy = config.input_policy(group.kind)
-            self.norms[group.key] = policy.scale(self.norms[group.key])
-        self.thresholds, self.centers = thresholds, centers
-        self.margin = float("inf")
-        self.masked = 0
-        self.decoding = False
-
-    def treat(self, owner: Any, number: int, x: Tensor, selector: Any) -> Tensor:
-        """``x`` with the inputs that a decode step leaves out set to their means."""
-        if not self.decoding:
-            return x
-        limits = self.thresholds[owner.key].double()
-        center = _spread(self.centers[owner.key].to(x.dtype), x)
-        moved = x.detach().double() - _spread(self.centers[owner.key], x)
-        score = moved.abs() * self.norms[owner.key]
-        limit = limits.repeat_interleave(x.numel() // x.shape[-1] // len(limits))
-        limit = limit.view(*x.shape[:-1], 1)
-        gap = ((score - limit).abs() / limit.clamp(min=1e-30)).min()
-        self.margin = min(self.margin, float(gap))
-        kept = (score > limit) | score.isnan()
-        self.masked += int((~kept).sum())
-        return torch.where(kept, x, center)

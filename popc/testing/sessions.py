@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,13 @@ from popc import sessions
 from popc.analysis.plan import Plan
 from popc.compat import cache_keyword
 from popc.config import Config
+from popc.testing.dequantized import Dequantized, Readings
 from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
-from popc.testing.oracle import MaskedAnywhere, MaskedInputs
+from popc.testing.masked_inputs import MaskedInputs
+from popc.testing.oracle import MaskedAnywhere
 
 _SEEDS = st.integers(0, 2**16)
+_BUDGETS = st.sampled_from([None, 0.0, 0.3, 0.8])
 LONGEST = 40  # tokens; a generation that is longer is left alone
 MOST = 6  # sequences, likewise
 
@@ -44,16 +49,17 @@ class _Sessions(RuleBasedStateMachine):
     """The machine of :func:`session_machine`, whose subclass sets what is under test.
 
     Attributes:
-        model, compiled: dense, and compiled with ``config``.
-        plan: of ``model``.
+        own: what the compiled model reads, as a dense one; ``compiled`` with ``config``.
+        plan: of ``own``; ``readings`` of its groups of inputs that are read by grade.
         keyword: the argument of ``forward`` that takes a cache.
         tolerance: relative to an output's largest value.
     """
 
-    model: nn.Module
+    own: Dequantized
     compiled: Any
     config: Config
     plan: Plan
+    readings: dict[Hashable, Sequence[Readings]]
     keyword: str
     vocabulary: int
     tolerance: float
@@ -62,15 +68,15 @@ class _Sessions(RuleBasedStateMachine):
     @rule(target=generations, batch=st.integers(1, 3), length=st.integers(2, 6), seed=_SEEDS)
     def start(self, batch: int, length: int, seed: int) -> Generation:
         """A prompt in a new cache."""
-        units = MaskedAnywhere(self.model, self.plan, self.config)
+        units = MaskedAnywhere(self.own.model, self.plan, self.config)
         begun = Generation(DynamicCache(), DynamicCache(), units, batch)
         self.call(begun, length, seed)
         return begun
 
-    @rule(generation=generations, seed=_SEEDS)
-    def decode(self, generation: Generation, seed: int) -> None:
-        """One token more."""
-        self.call(generation, 1, seed)
+    @rule(generation=generations, seed=_SEEDS, sparsity=_BUDGETS)
+    def decode(self, generation: Generation, seed: int, sparsity: float | None = None) -> None:
+        """One token more; by thresholds, at a sparsity of its own."""
+        self.call(generation, 1, seed, sparsity)
 
     @rule(generation=generations, length=st.integers(2, 4), seed=_SEEDS)
     def turn(self, generation: Generation, length: int, seed: int) -> None:
@@ -122,23 +128,31 @@ class _Sessions(RuleBasedStateMachine):
         """Whether rows may move: it is known which sequence each belongs to."""
         return self.config.scope == "batch" or generation.batch == 1
 
-    def call(self, generation: Generation, length: int, seed: int) -> None:
+    def call(
+        self, generation: Generation, length: int, seed: int, sparsity: float | None = None
+    ) -> None:
         """The next tokens, random, by both models; their outputs compared."""
         if generation.length + length > LONGEST:
             return
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(1, self.vocabulary, (generation.batch, length), generator=generator)
-        got = self.run(self.compiled, generation.cache, ids)
+        config = self.config
+        by_thresholds = config.prunes_inputs("mlp")
+        own_budget = sparsity is not None and by_thresholds
+        with self.compiled.budget(sparsity=sparsity) if own_budget else nullcontext():
+            got = self.run(self.compiled, generation.cache, ids)
         session = sessions.of_cache(generation.cache) or sessions.Session()
-        limits, config = session.inputs.thresholds, self.config
+        limits = self.own.by_key(session.inputs.thresholds)
         # A prompt came before, so what is decoded is pruned.
-        assert length > 1 or limits or not (config.prunes_inputs("mlp") and config.sparsity > 0)
-        inputs = MaskedInputs(self.model, self.plan, limits, session.inputs.centers, config)
+        assert length > 1 or limits or not (by_thresholds and config.sparsity > 0)
+        centers = self.own.by_key(session.inputs.centers)
+        model = self.own.model
+        inputs = MaskedInputs(model, self.plan, limits, centers, config, readings=self.readings)
         inputs.decoding = length == 1
         generation.units.begin(length > 1, batch=generation.batch)
         with generation.units, inputs:
-            expected = self.run(self.model, generation.dense_cache, ids)
-        near = generation.units.margin < ROUNDING
+            expected = self.run(model, generation.dense_cache, ids)
+        near = min(generation.units.margin, inputs.margin) < ROUNDING
         assert near or relative(got, expected) <= self.tolerance
 
     @torch.no_grad()
@@ -157,19 +171,28 @@ def session_machine(
 
     Args:
         model: causal, with ``forward(input_ids, <cache>, use_cache)``, in float64 for clear-cut
-            choices. It is compiled once, and shares its weights with the compiled model.
-        config: ``policy`` ``"pop"`` or ``"threshold"``. Under ``scope="sequence"`` only caches of
-            one sequence are repeated, reordered and cropped: rows of others can't be traced to
-            sequences.
+            choices. It is compiled once, and shares its weights with the compiled model, where
+            ``config.weights`` is None.
+        config: ``policy`` ``"pop"``, ``"threshold"`` or ``"graded"``. Under ``scope="sequence"``
+            only caches of one sequence are repeated, reordered and cropped: rows of others can't be
+            traced to sequences.
         tolerance: relative to an output's largest value.
     """
     dtype = next(model.parameters()).dtype
     example = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    compiled = popc.compile(model, config)
+    if config.weights is not None:
+        with torch.no_grad():
+            compiled(**example)  # its weights are quantised now
+    own = Dequantized(model, compiled)
+    plan = popc.analyze(own.model, (), example)
+    by_grade = {group.key: own.read_by_grade(group) for group in plan.inputs}
     under_test = {
-        "model": model,
-        "compiled": popc.compile(model, config),
+        "own": own,
+        "compiled": compiled,
         "config": config,
-        "plan": popc.analyze(model, (), example),
+        "plan": plan,
+        "readings": {key: readings for key, readings in by_grade.items() if readings},
         "keyword": cache_keyword(model.forward),
         "vocabulary": vocabulary,
         "tolerance": tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.float32]),

@@ -63,17 +63,10 @@ def evaluate(
         ids = window[None]
         expected = window[prompt:]
         dense = model(ids, use_cache=False).logits[0, prompt - 1 : -1].float()
-        cache = {cache_keyword(model.forward): DynamicCache()}
-        out = compiled(ids[:, :prompt], **cache, use_cache=True)
-        rows = [out.logits[0, -1]]
-        for at in range(prompt, len(window) - 1):
-            out = compiled(ids[:, at : at + 1], **cache, use_cache=True)
-            rows.append(out.logits[0, -1])
-        logits = torch.stack(rows).float()
+        logits, session = decode_logits(compiled, window, prompt)
         loss += float(cross_entropy(logits, expected, reduction="sum"))
         dense_loss += float(cross_entropy(dense, expected, reduction="sum"))
         same += int((logits.argmax(-1) == dense.argmax(-1)).sum())
-        session = sessions.of_cache(next(iter(cache.values())))
         for key, steps in session.inputs.reads.items() if session is not None else ():
             reads.setdefault(key, []).extend(steps)
         progress()
@@ -91,3 +84,26 @@ def evaluate(
         prompt,
         continuation,
     )
+
+
+@torch.no_grad()
+def decode_logits(
+    compiled: Any, window: Tensor, prompt: int
+) -> tuple[Tensor, sessions.Session | None]:
+    """Logits of a window's tokens after the prompt, decoded one by one, and popc's session.
+
+    Args:
+        compiled: as from :func:`popc.compile`.
+        window: int64 ``[T]``; ``prompt`` tokens of it are prefilled, ``1 <= prompt < T``.
+
+    Returns:
+        float32 ``[T - prompt, V]``: row i predicts token ``prompt + i``.
+    """
+    ids = window[None]
+    cache = {cache_keyword(getattr(compiled, "forward", compiled)): DynamicCache()}
+    out = compiled(ids[:, :prompt], **cache, use_cache=True)
+    rows = [out.logits[0, -1]]
+    for at in range(prompt, len(window) - 1):
+        out = compiled(ids[:, at : at + 1], **cache, use_cache=True)
+        rows.append(out.logits[0, -1])
+    return torch.stack(rows).float(), sessions.of_cache(next(iter(cache.values())))

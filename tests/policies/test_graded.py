@@ -1,4 +1,4 @@
-"""The policy of grades, on tensors alone: what its thresholds read of quantised weights."""
+"""The policy of grades: what its thresholds read of quantised weights, on tensors and in models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import popc
 from popc import policies
 from popc.ops import measure_inputs, planes
+from popc.passes.region_binding import InputGroupBinding
 from popc.policies import Graded
 from popc.policies.allocation import READ_ALL, Budget, GroupSpec, HighPlane, allocate
+from popc.testing import EquivalenceError, assert_equivalent
+from tests.helpers.models import tiny_llama
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 SHARE = 4.5 / 8.5
 
@@ -116,3 +122,48 @@ def test_policies_that_know_no_grades_read_both_planes_or_none() -> None:
     high, low = policies.get("threshold").scales(norm, error, SHARE)  # type: ignore[attr-defined]
     assert torch.equal(high, norm) and torch.equal(low, norm)
     assert isinstance(policies.get("graded"), popc.InputPolicy)
+
+
+def tokens(batch: int = 2) -> Tensor:
+    return torch.randint(96, (batch, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codegen": "inductor"},
+        {"scope": "sequence"},
+        {"policy": "threshold"},
+        {"weights": "int4", "bits": 3.0},
+        {"bits": 8.5},
+        {"targets": ("mlp",), "bits": 6.0},
+    ],
+    ids=str,
+)
+def test_a_model_is_the_oracle(options: dict[str, object]) -> None:
+    defaults = {"weights": "int8", "bits": 4.5, "codegen": "eager"}
+    result = assert_equivalent(tiny_llama(), tokens(), **{**defaults, **options})
+    assert result.plan.inputs
+    assert (result.masked > 0) == (options.get("bits") != 8.5)
+
+
+def test_transposed_weights_are_the_oracle() -> None:
+    """As GPT-2 has them."""
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    options = {"weights": "int8", "bits": 4.5, "codegen": "eager"}
+    result = assert_equivalent(model, tokens(1), **options)
+    assert result.masked and {group.kind for group in result.plan.inputs} == {"attention", "mlp"}
+
+
+def test_the_first_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low planes that are never read, where some should be."""
+    scales = InputGroupBinding.scales
+
+    def wrong(self: InputGroupBinding, args: object, policy: object) -> tuple[Tensor, Tensor]:
+        high, low = scales(self, args, policy)
+        return high, low * 0 if self.group.width == 160 else low
+
+    monkeypatch.setattr(InputGroupBinding, "scales", wrong)
+    with pytest.raises(EquivalenceError, match=r"first that differs, in call 1: .*layers\.0\.mlp"):
+        assert_equivalent(tiny_llama(), tokens(), weights="int8", bits=6.0, codegen="eager")

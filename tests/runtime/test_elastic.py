@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import popc
 from popc import sessions
+from popc.testing.dequantized import Dequantized
 from tests.helpers.generation import prompt, step
 from tests.helpers.models import tiny_llama
 from tests.helpers.oracle import relative
@@ -178,3 +179,30 @@ def test_graphs_that_leave_nothing_out_have_no_budget() -> None:
     compiled, _ = elastic(bits=32)
     with pytest.raises(popc.ConfigError, match="nothing does"):
         compiled.budget(bits=10)
+
+
+def bits_read(compiled: torch.nn.Module, cache: DynamicCache) -> float:
+    """Of each weight, by the last step."""
+    reads = sessions.of_cache(cache).inputs.reads
+    plan = popc.analyze(compiled)
+    return plan.read_bits(
+        compiled.popc_config, {key: steps[-1:] for key, steps in reads.items()}, compiled.popc_plan
+    )
+
+
+def test_one_set_of_quantised_weights_serves_all_budgets() -> None:
+    """From everything down to a few bits, though it was compiled to leave nothing out."""
+    compiled, cache = elastic(weights="int8", sparsity=0)
+    dense, plain = Dequantized(tiny_llama(), compiled).model, DynamicCache()
+    step(dense, plain, prompt(0))
+    expected = next_step(dense, plain)
+    assert relative(next_step(compiled, cache), expected) < 1e-3
+    assert bits_read(compiled, cache) == pytest.approx(8.5)
+    errors = []
+    for bits in (7.0, 5.0, 3.0):
+        with compiled.budget(bits=bits):
+            errors.append(relative(next_step(compiled, cache), expected))
+        assert bits_read(compiled, cache) == pytest.approx(bits, abs=0.3)
+    assert 1e-3 < errors[0] < errors[1] < errors[2]
+    with compiled.budget(bits=8.5):
+        assert relative(next_step(compiled, cache), expected) < 1e-3

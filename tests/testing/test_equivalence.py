@@ -60,13 +60,13 @@ def test_a_wrong_choice_is_named(monkeypatch) -> None:
 
 def test_a_wrong_threshold_is_named(monkeypatch) -> None:
     """One linear's norms are another's."""
-    right = region_binding.InputGroupBinding.scale
+    right = region_binding.InputGroupBinding.scales
 
     def wrong(self, args, policy):
-        norm = right(self, args, policy)
-        return norm.flip(0) if self.group.width == 16 else norm
+        norm, low_norm = right(self, args, policy)
+        return (norm.flip(0) if self.group.width == 16 else norm), low_norm
 
-    monkeypatch.setattr(region_binding.InputGroupBinding, "scale", wrong)
+    monkeypatch.setattr(region_binding.InputGroupBinding, "scales", wrong)
     with pytest.raises(EquivalenceError, match=r"layers\.1\.block"):
         check(policy="threshold")
 

@@ -57,6 +57,9 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+// Not inlined, a lambda would keep the caller's registers in memory.
+#define POPC_INLINE __attribute__((always_inline))
+
 // Nibble n becomes the bfloat16 base + n, by bits alone, next to that of the other row of the pair:
 // 32 products an instruction. Factors are bfloat16; where they are split, two parts of it.
 template <bool split>
@@ -68,28 +71,28 @@ struct PairKernel {
     return tokens * pairs * parts * round_up(blocks, factor_blocks) * sizeof(uint32_t);
   }
 
-  static __m512 scaled(const uint8_t* scales, __mmask16 mask, float factor) {
+  POPC_INLINE static __m512 scaled(const uint8_t* scales, __mmask16 mask, float factor) {
     const __m256i bits = _mm256_maskz_loadu_epi16(mask, scales);
     const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     return factor == 0.0f ? _mm512_setzero_ps() : _mm512_mul_ps(scale, _mm512_set1_ps(factor));
   }
 
   // Two rows' values as pairs of bfloat16.
-  static __m512i pairs_of(__m512 first, __m512 second) {
+  POPC_INLINE static __m512i pairs_of(__m512 first, __m512 second) {
     const __m512i order = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
         19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
   }
-  static __m512 first_of(__m512i pairs) {
+  POPC_INLINE static __m512 first_of(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   }
-  static __m512 second_of(__m512i pairs) {
+  POPC_INLINE static __m512 second_of(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
   }
 
   // The factors of one pair for one token, block by block; adds to its corrections.
-  static void make_factors(
+  POPC_INLINE static void make_factors(
       const NibbleRow* rows, const RowFactor* factors, int64_t blocks, uint32_t* to,
       int64_t part_stride, float* corrections) {
     for (int64_t k = 0; k < blocks; k += factor_blocks) {
@@ -114,18 +117,28 @@ struct PairKernel {
     }
   }
 
-  // Four blocks' factors, each in the lanes of its block.
-  static __m512bh lane_factors(const uint32_t* factors) {
-    const __m512i lanes_of_blocks =
-        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m512 four =
-        _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(factors)));
-    return (__m512bh)_mm512_permutevar_ps(four, lanes_of_blocks);
-  }
+  // The factors of a chunk's blocks, each in the lanes of its block.
+  struct LaneFactors {
+    __m512bh part[parts];
+
+    POPC_INLINE LaneFactors(const uint32_t* factors, int64_t part_stride) {
+      const __m512i block_of_lane =
+          _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+      unroll<parts>([&](auto i) POPC_INLINE {
+        const float* from = reinterpret_cast<const float*>(factors + i * part_stride);
+        const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+        part[i] = (__m512bh)_mm512_permutevar_ps(four, block_of_lane);
+      });
+    }
+    POPC_INLINE __m512 multiply(__m512 sum, __m512bh nibbles) const {
+      unroll<parts>([&](auto i) POPC_INLINE { sum = _mm512_dpbf16_ps(sum, nibbles, part[i]); });
+      return sum;
+    }
+  };
 
   // The nibbles of position J in either half of dwords.
   template <int J>
-  static __m512bh expand(__m512i halves) {
+  POPC_INLINE static __m512bh expand(__m512i halves) {
     constexpr int shift = 4 * J - (split ? 3 : 0);
     if constexpr (shift < 0) {
       halves = _mm512_slli_epi32(halves, -shift);
@@ -138,11 +151,11 @@ struct PairKernel {
   }
 
   // The low halves of two registers' dwords side by side, and the high ones.
-  static __m512i low_halves(__m512i a, __m512i b) {
+  POPC_INLINE static __m512i low_halves(__m512i a, __m512i b) {
     const __m512i mask = _mm512_set1_epi32(0xffff);
     return _mm512_ternarylogic_epi32(a, mask, _mm512_slli_epi32(b, 16), 0xea);
   }
-  static __m512i high_halves(__m512i a, __m512i b) {
+  POPC_INLINE static __m512i high_halves(__m512i a, __m512i b) {
     const __m512i mask = _mm512_set1_epi32(0xffff0000);
     return _mm512_ternarylogic_epi32(b, mask, _mm512_srli_epi32(a, 16), 0xea);
   }
@@ -174,54 +187,50 @@ struct PairKernel {
   }
 
   template <int N, int R>
-  C10_ALWAYS_INLINE static void add_chunk(
+  POPC_INLINE static void add_chunk(
       const PairBlock<R>& block, const PairBlock<R>& next, int64_t k, __mmask16 mask,
       const uint32_t* factors, int64_t factor_stride, PlaneSums sums) {
     const int64_t offset = plane_bytes * k, part_stride = N * R * factor_stride;
     float* to = sums.values + k * block_values;
-    const auto load = [&](int row) {
+    const auto load = [&](int row) POPC_INLINE {
       __builtin_prefetch(next.rows[row].plane + offset, 0, 2);
       return _mm512_maskz_loadu_epi32(mask, block.rows[row].plane + offset);
     };
-    const auto multiply = [&](__m512 sum, __m512bh nibbles, int64_t pair) {
-      unroll<parts>([&](auto part) {
-        const uint32_t* from = factors + part * part_stride + pair * factor_stride + k;
-        sum = _mm512_dpbf16_ps(sum, nibbles, lane_factors(from));
-      });
-      return sum;
-    };
     if constexpr (N == 1) {
       __m512 sum[dword_nibbles];
-      unroll<dword_nibbles>([&](auto j) { sum[j] = _mm512_loadu_ps(to + j * chunk_lanes); });
-      unroll<R>([&](auto p) {
+      unroll<dword_nibbles>([&](auto j) POPC_INLINE { sum[j] = _mm512_loadu_ps(to + j * chunk_lanes); });
+      unroll<R>([&](auto p) POPC_INLINE {
+        const LaneFactors own(factors + p * factor_stride + k, part_stride);
         const __m512i a = load(2 * p), b = load(2 * p + 1);
         const __m512i low = low_halves(a, b), high = high_halves(a, b);
-        unroll<4>([&](auto j) {
-          sum[j] = multiply(sum[j], expand<j>(low), p);
-          sum[j + 4] = multiply(sum[j + 4], expand<j>(high), p);
+        unroll<4>([&](auto j) POPC_INLINE {
+          sum[j] = own.multiply(sum[j], expand<j>(low));
+          sum[j + 4] = own.multiply(sum[j + 4], expand<j>(high));
         });
       });
-      unroll<dword_nibbles>([&](auto j) { _mm512_storeu_ps(to + j * chunk_lanes, sum[j]); });
+      unroll<dword_nibbles>([&](auto j) POPC_INLINE { _mm512_storeu_ps(to + j * chunk_lanes, sum[j]); });
     } else {
       __m512i a[R], b[R];
-      unroll<R>([&](auto p) {
+      unroll<R>([&](auto p) POPC_INLINE {
         a[p] = load(2 * p);
         b[p] = load(2 * p + 1);
       });
-      unroll<2>([&](auto half) {
+      unroll<2>([&](auto half) POPC_INLINE {
         __m512bh nibbles[R][4];
-        unroll<R>([&](auto p) {
+        unroll<R>([&](auto p) POPC_INLINE {
           const __m512i halves = half ? high_halves(a[p], b[p]) : low_halves(a[p], b[p]);
-          unroll<4>([&](auto j) { nibbles[p][j] = expand<j>(halves); });
+          unroll<4>([&](auto j) POPC_INLINE { nibbles[p][j] = expand<j>(halves); });
         });
+#pragma GCC unroll 1
         for (int n = 0; n < N; ++n) {
           float* token = to + n * sums.value_stride + half * 4 * chunk_lanes;
           __m512 sum[4];
-          unroll<4>([&](auto j) { sum[j] = _mm512_loadu_ps(token + j * chunk_lanes); });
-          unroll<R>([&](auto p) {
-            unroll<4>([&](auto j) { sum[j] = multiply(sum[j], nibbles[p][j], n * R + p); });
+          unroll<4>([&](auto j) POPC_INLINE { sum[j] = _mm512_loadu_ps(token + j * chunk_lanes); });
+          unroll<R>([&](auto p) POPC_INLINE {
+            const LaneFactors own(factors + (n * R + p) * factor_stride + k, part_stride);
+            unroll<4>([&](auto j) POPC_INLINE { sum[j] = own.multiply(sum[j], nibbles[p][j]); });
           });
-          unroll<4>([&](auto j) { _mm512_storeu_ps(token + j * chunk_lanes, sum[j]); });
+          unroll<4>([&](auto j) POPC_INLINE { _mm512_storeu_ps(token + j * chunk_lanes, sum[j]); });
         }
       });
     }

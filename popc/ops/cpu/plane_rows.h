@@ -32,8 +32,8 @@ struct PlaneRows {
   bool has_low() const { return low != nullptr; }
   // The integer that stands for zero; where scales are apart, unless they say otherwise.
   float zero() const {
-    if (has_low()) return constants::zero;
-    return scales ? constants::plane_zero : constants::plane_group_zero;
+    if (has_low()) return static_cast<float>(constants::zero);
+    return static_cast<float>(scales ? constants::plane_zero : constants::plane_group_zero);
   }
   // The bytes that a reading of all its planes takes.
   int64_t row_bytes() const {

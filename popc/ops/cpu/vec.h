@@ -81,7 +81,7 @@ inline void widen(const T* from, float* to, int64_t n) {
 
 // f(0), ..., f(N - 1), unrolled, so that arrays of accumulators stay in registers.
 template <int N, typename F>
-inline void unroll(const F& f) {
+C10_ALWAYS_INLINE void unroll(const F& f) {
   c10::ForcedUnroll<N>{}(f);
 }
 
