@@ -66,7 +66,8 @@ class Config:
             ``"pop"``: the paper's; ``"griffin"``: fixed by the prompt; ``"staged"``: channels by
             their gate, ``"staged_pruned"`` without the tenth that matters least to the prompt;
             ``"wanda_sp"``, ``"flap"``: fixed by a calibration text; ``"dense"``: nothing is
-            pruned. Under the first two, experts and encoders are pruned by ``"pop"``.
+            pruned. Under the first two, experts and encoders are pruned by ``"pop"``, but experts
+            with quantised weights by the policy itself.
         targets: what to prune: ``"mlp"``, ``"attention"``, ``"experts"``; by policies of
             inputs alone also ``"other"`` linears, and ``"head"``, the last ones. None: the policy's
             usual ones, or the kinds that ``policy`` names.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,7 +26,8 @@ class Readings:
     """A weight that can be read by grade.
 
     Attributes:
-        coarse: what reading the high plane alone adds to it, ``[N, K]``; zeros without a low plane.
+        coarse: what reading the high plane alone adds to it, ``[N, K]``, or ``[E, N, K]``; zeros
+            without a low plane.
         bytes: of all planes and scales; ``low_bytes`` of the low plane.
     """
 
@@ -38,8 +40,9 @@ class Readings:
         """Those of a weight that is stored channel-major."""
         stored, held = weight.stored, (weight.packed, weight.scale, weight.zero)
         both, high = (dequantize(*held, *stored[:4], bits) for bits in (8, 4))
-        outputs, inputs = stored.sizes
-        low = inputs * PLANE_BYTES * blocks_of(outputs) if stored.planes == 2 else 0
+        *lead, outputs, inputs = stored.sizes
+        rows = math.prod((*lead, inputs))
+        low = rows * PLANE_BYTES * blocks_of(outputs) if stored.planes == 2 else 0
         return cls(high - both, sum(part.nbytes for part in held if part is not None), low)
 
 
@@ -70,10 +73,28 @@ class Dequantized:
                 self.plain[at] = nn.Parameter(weight.dequantize(), requires_grad=False)
                 number = identity(self.plain[at])
                 self._identities[identity(weight.packed)] = number
-                if weight.stored.row_dim == 1 and len(weight.stored.sizes) == 2:
+                if weight.stored.row_dim == 1:
                     self.readings[number,] = Readings.of(weight)
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, self.plain[at])
+
+    def traced(self, found: Plan, plan: Plan) -> Plan:
+        """``found``, of :attr:`model`, with inputs of experts as ``plan`` has them.
+
+        They are not found where weights are plain, but the linears are.
+        """
+        linears = {linear.weight: linear for owner in found.inputs for linear in owner.linears}
+        for region in found.regions:
+            producers = (producer.linear for producer in region.producers)
+            linears |= {linear.weight: linear for linear in (*producers, *region.consumers)}
+        known = {group.key for group in found.inputs}
+        added = []
+        for group in plan.inputs:
+            key: Any = self._key(group.key)
+            if key not in known:
+                own = tuple(linears[weight] for weight in key[0])
+                added.append(replace(group, key=key, linears=own))
+        return replace(found, inputs=[*found.inputs, *added])
 
     def plan(self, plan: Plan, traced: Plan) -> Plan:
         """``plan``, of the compiled model, for :attr:`model`, of which ``traced`` is."""
@@ -112,8 +133,8 @@ def squared_errors(readings: Sequence[Readings], norm: Tensor) -> tuple[Tensor, 
     """κ² of the channels that linears share, float64 ``[K]``, and what part high planes are.
 
     Args:
-        norm: ``‖W[:, c]‖`` over all of them, float64 ``[K]``.
+        norm: ``‖W[:, c]‖`` over all of them, float64 ``[K]``; of experts all are ``[E, K]``.
     """
-    error = torch.stack([one.coarse.double().square().sum(0) for one in readings]).sum(0)
+    error = torch.stack([one.coarse.double().square().sum(-2) for one in readings]).sum(0)
     low, both = sum(one.low_bytes for one in readings), sum(one.bytes for one in readings)
     return torch.where(norm > 0, error / norm.square(), 0.0), 1 - low / both

@@ -172,7 +172,9 @@ class _Check:
     def dequantized(self, compiled: nn.Module) -> tuple[Dequantized, Plan]:
         """The oracle's model, and what :func:`popc.analyze` finds in it."""
         own = Dequantized(self.model, compiled)
-        return own, self.traced if own.model is self.model else self.analyzed(own.model)
+        if own.model is self.model:
+            return own, self.traced
+        return own, own.traced(self.analyzed(own.model), compiled.popc_plan)
 
     @contextlib.contextmanager
     def oracle(

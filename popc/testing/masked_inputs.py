@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from popc.analysis.plan import Plan
 from popc.config import Config
 from popc.testing.dequantized import Readings, squared_errors
-from popc.testing.oracle import spread
-from popc.testing.products import Observer, Watched
+from popc.testing.oracle import experts_of, spread
+from popc.testing.products import Observer, Watched, linears_of
 
 
 class MaskedInputs(Watched):
@@ -68,17 +68,24 @@ class MaskedInputs(Watched):
         """``x`` with the inputs that a decode step leaves out set to their means."""
         if not self.decoding:
             return x
-        limits = self.thresholds[owner.key].double()
-        center = spread(self.centers[owner.key].to(x.dtype), x)
-        moved = x.detach().double() - spread(self.centers[owner.key], x)
+        limits, scales = self.thresholds[owner.key].double(), self.scales[owner.key]
+        known = self.centers.get(owner.key, limits.new_zeros(1, x.shape[-1]))  # experts have none
+        center, moved = spread(known.to(x.dtype), x), x.detach().double() - spread(known, x)
         limit = limits.repeat_interleave(x.numel() // x.shape[-1] // len(limits))
         limit = limit.view(*x.shape[:-1], 1)
-        high, low = (self._exceeds(moved.abs() * s, limit) for s in self.scales[owner.key])
+        expert = experts_of(x, selector) if linears_of(owner)[0].experts else None
+        if expert is not None:
+            scales = tuple(scale[expert].view(x.shape) for scale in scales)
+        high, low = (self._exceeds(moved.abs() * scale, limit) for scale in scales)
         self.masked += int((~(high & low)).sum())
         if owner.key in self.readings:
             coarse = self.readings[owner.key][number].coarse.double()
-            added = torch.where(high & ~low, moved, 0.0) @ coarse.mT
-            self._coarse[owner.key, number] = added
+            by_high = torch.where(high & ~low, moved, 0.0)
+            self._coarse[owner.key, number] = (
+                by_high @ coarse.mT
+                if expert is None
+                else torch.einsum("sk,snk->sn", by_high.view(len(expert), -1), coarse[expert])
+            )
         return torch.where(high, x, center)
 
     def _exceeds(self, score: Tensor, limit: Tensor) -> Tensor:

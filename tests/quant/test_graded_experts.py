@@ -13,9 +13,16 @@ from transformers import DynamicCache
 import popc
 from popc import ops, sessions
 from popc.quant import QuantizedTensor
+from popc.testing import assert_equivalent
 from tests.helpers.generation import prompt, step
 from tests.helpers.oracle import relative
-from tests.helpers.quantized import counted_ops, tiny_mixtral, tiny_qwen_moe, with_values_of
+from tests.helpers.quantized import (
+    counted_ops,
+    tiny_gpt_oss,
+    tiny_mixtral,
+    tiny_qwen_moe,
+    with_values_of,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -162,3 +169,11 @@ def test_padding_is_not_measured() -> None:
         found.append(sessions.of_cache(cache).inputs.thresholds)
     for key, threshold in found[0].items():
         torch.testing.assert_close(threshold, found[1][key], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_qwen_moe, tiny_gpt_oss])
+def test_equivalent_to_the_oracle(make: Callable[..., nn.Module]) -> None:
+    """With attention read by grade beside the experts, which GPT-OSS has biases for."""
+    options = {**OPTIONS, "targets": ("experts", "attention"), "dtype": torch.float32}
+    result = assert_equivalent(make(), prompt(length=24), bits=5.0, **options)
+    assert result.decided and result.masked
