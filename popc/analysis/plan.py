@@ -326,8 +326,7 @@ class Plan:
             "breaks": list(self.breaks),
         }
 
-    # What is made of a plan stands beside it, above this module: these lead there.
-
+    # What is made of a plan stands above this module: these lead there.
     def decode_share(self, config: Config) -> float:
         """The share of the pruned linears' weight bytes that a decode step reads.
 
@@ -354,9 +353,9 @@ class Plan:
             pruned: the plan of a compiled model that has run, without what it found it must leave
                 dense.
         """
-        from popc.planning.reads import read_share
+        from popc.planning import reads as of
 
-        return read_share(self, config, reads, pruned)
+        return of.read_share(self, config, reads, pruned)
 
     def read_bits(
         self,
@@ -365,9 +364,9 @@ class Plan:
         pruned: Plan | None = None,
     ) -> float:
         """How many bits of each weight :meth:`read_share` comes to, scales counted."""
-        from popc.planning.reads import read_bits
+        from popc.planning import reads as of
 
-        return read_bits(self, config, reads, pruned)
+        return of.read_bits(self, config, reads, pruned)
 
     def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:
         """FLOPs and bytes read in a call, region by region and in all, dense and pruned.
