@@ -193,7 +193,7 @@ class KeptGuards:
         return [
             keep
             and not (entry.guard_type == _HELD and place.path in weights)
-            and not _is_within(place.path, weights)
+            and not _leads_through(place.path, weights)
             for keep, place, entry in zip(kept, places, entries, strict=True)
         ]
 
@@ -201,6 +201,6 @@ class KeptGuards:
 _HELD = "TENSOR_SUBCLASS_METADATA_MATCH"
 
 
-def _is_within(path: tuple[str, ...], weights: set[tuple[str, ...]]) -> bool:
+def _leads_through(path: tuple[str, ...], weights: set[tuple[str, ...]]) -> bool:
     """Whether it leads through one of ``weights`` to something that this holds."""
     return any(path[:length] in weights for length in range(1, len(path)))
