@@ -32,14 +32,6 @@ struct ChannelReads {
   int64_t count;
 };
 
-// Scales that stand outside of rows, float32 [groups, outputs], each for `inputs` neighbouring
-// channels; none where `scale` is nullptr. A zero of nullptr is that of the rows.
-struct ScaleGroups {
-  const float* scale = nullptr;
-  const float* zero = nullptr;
-  int64_t inputs = 0;
-};
-
 // Turns entries into pairs of rows, R at a time. An entry that reads one plane waits for another.
 template <int N, int R>
 class PairReader {

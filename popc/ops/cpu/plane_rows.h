@@ -50,6 +50,43 @@ struct PlaneRows {
   }
 };
 
+// Scales that stand outside of rows, float32 [groups, outputs], each for `inputs` neighbouring
+// channels; none where `scale` is nullptr. A zero of nullptr is that of the rows.
+struct ScaleGroups {
+  const float* scale = nullptr;
+  const float* zero = nullptr;
+  int64_t inputs = 0, outputs = 0;
+};
+
+// The same as tensors, checked and contiguous.
+class ScaleTensors {
+ public:
+  ScaleTensors(
+      const char* op, const MaybeTensor& scale, const MaybeTensor& zero, int64_t outputs,
+      int64_t inputs) {
+    TORCH_CHECK_VALUE(scale || !zero, op, ": a weight with scales in its rows has no zero");
+    if (!scale) return;
+    for (const Tensor& given : {*scale, zero.value_or(*scale)}) {
+      TORCH_CHECK_VALUE(
+          given.scalar_type() == at::kFloat && given.dim() == 2 && given.size(0) > 0 &&
+              given.size(0) <= std::max<int64_t>(inputs, 1) && given.size(1) == outputs &&
+              given.sizes() == scale->sizes(),
+          op, ": scale and zero must be float32 [groups, ", outputs, "], not ",
+          given.scalar_type(), " ", given.sizes());
+    }
+    scale_ = scale->contiguous();
+    if (zero) zero_ = zero->contiguous();
+    groups_ = {
+        scale_.const_data_ptr<float>(), zero ? zero_.const_data_ptr<float>() : nullptr,
+        (inputs + scale->size(0) - 1) / scale->size(0), outputs};
+  }
+  const ScaleGroups& groups() const { return groups_; }
+
+ private:
+  Tensor scale_, zero_;
+  ScaleGroups groups_;
+};
+
 // `packed` [count, row bytes] as rows of `length` values; its rows must be contiguous.
 inline PlaneRows plane_rows(
     const char* op, const Tensor& packed, int64_t count, int64_t length, int64_t planes,
