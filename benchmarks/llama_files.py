@@ -27,7 +27,7 @@ FORMATS = {
 
 
 def llama_cpp() -> Any:
-    """The module of llama-cpp-python, which then says no more than errors.
+    """The module of llama-cpp-python, which then prints nothing: what fails is raised.
 
     Raises:
         ModelError: it is not installed.
@@ -37,7 +37,7 @@ def llama_cpp() -> Any:
     except ImportError as error:
         hint = "pip install 'popc[peers]', which builds llama.cpp and takes some minutes"
         raise ModelError(f"llama-cpp-python can't be imported ({error}): {hint}") from error
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
     return llama_cpp
 
 

@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.peers` measured: as data, as JSON, and as a table."""
+"""What :mod:`benchmarks.peers` measured: as data, as JSON, and as tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from benchmarks.workers import Worker
@@ -148,36 +149,36 @@ def _version(package: str) -> str | None:
         return None
 
 
-def table(result: PeerResult) -> Table:
-    """A row for each engine."""
+def show(result: PeerResult) -> RenderableType:
+    """A table of speed, a row for each engine; with windows, one of quality too."""
     settings, bandwidth = result.settings, result.read_bandwidth.median / 1e9
     where = f"{result.machine.cpu}, {settings['threads']} threads, {bandwidth:.1f} GB/s read"
-    made = Table(title=f"{result.model.name}, {where}", box=box.SIMPLE_HEAD, show_edge=False)
-    quality = result.perplexity is not None
     prompt = f"prompt of {settings['prompt']}, ms"
-    headings = ["", "tokens/s (low – high)", "bits read", "of read", prompt, "MB added"]
-    if quality:
-        headings += ["bits, on text", "perplexity", "over float32", "same top-1"]
-        made.caption = f"float32: perplexity {result.perplexity:.2f}, {settings['windows']} windows"
-    for heading in headings:
-        made.add_column(heading, justify="right" if heading else "left")
+    headings = ("", "tokens/s (low – high)", "bits read", "of read", prompt, "MB added")
+    speed = _table(f"{result.model.name}, {where}", headings)
     for peer in result.peers:
-        made.add_row(*_cells(peer))
+        rate = peer.tokens_per_s
+        speed.add_row(
+            peer.name,
+            f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
+            f"{peer.bits:.2f}",
+            f"{peer.of_bandwidth:.0%}",
+            f"{1e3 * peer.prefill.median:.0f}",
+            f"{(peer.memory - peer.empty) / 1e6:.0f}",
+        )
+    if result.perplexity is None:
+        return speed
+    title = f"{settings['windows']} windows of text, perplexity {result.perplexity:.2f} in float32"
+    quality = _table(title, ("", "bits read", "perplexity", "over float32", "same top-1"))
+    for peer in result.peers:
+        if (found := peer.quality) is not None:
+            cells = f"{found.bits:.2f}", f"{found.perplexity:.2f}", f"{found.over_dense:+.1%}"
+            quality.add_row(peer.name, *cells, f"{found.agreement:.3f}")
+    return Group(speed, quality)
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    made = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in headings:
+        made.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     return made
-
-
-def _cells(peer: Peer) -> list[str]:
-    rate = peer.tokens_per_s
-    cells = [
-        peer.name,
-        f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
-        f"{peer.bits:.2f}",
-        f"{peer.of_bandwidth:.0%}",
-        f"{1e3 * peer.prefill.median:.0f}",
-        f"{(peer.memory - peer.empty) / 1e6:.0f}",
-    ]
-    if peer.quality is not None:
-        found = peer.quality
-        cells += [f"{found.bits:.2f}", f"{found.perplexity:.2f}", f"{found.over_dense:+.1%}"]
-        cells.append(f"{found.agreement:.3f}")
-    return cells

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.engines import DENSE, LLAMA, TORCHAO, Spec, Task
 from benchmarks.llama_files import FORMATS, quantize, write_f16
-from benchmarks.peer_results import Peer, PeerResult, Quality, table
+from benchmarks.peer_results import Peer, PeerResult, Quality, show
 from benchmarks.scores import Scores
 from benchmarks.workers import Worker
 from popc.bench.decode import random_prompt
@@ -168,7 +168,8 @@ def measure(settings: PeerSettings, folder: Path, progress: Progress) -> PeerRes
             progress(f"starting {spec.name}")
             workers[spec.name] = Worker(spec, task)
             if spec.kind == LLAMA and spec.format == "F16":
-                check_logits(workers[spec.name], task, reference)
+                error = check_logits(workers[spec.name], task, reference)
+                progress(f"logits of F16 differ from float32's by {error:.2g} of their norm")
         seconds, bandwidth = _rounds(workers, "decode", settings, progress)
         prefills, _ = _rounds(workers, "prefill", settings, progress)
         peers = []
@@ -186,8 +187,11 @@ def measure(settings: PeerSettings, folder: Path, progress: Progress) -> PeerRes
     return PeerResult.of(where, reference.model, settings, bandwidth, perplexity, peers)
 
 
-def check_logits(worker: Worker, task: Task, reference: Reference) -> None:
-    """That an engine has the model's weights, each in its place.
+def check_logits(worker: Worker, task: Task, reference: Reference) -> float:
+    """See that an engine has the model's weights, each in its place.
+
+    Returns:
+        The error of its logits, as a share of their norm.
 
     Raises:
         ModelError: its logits after the short prompt's tokens are not those of float32.
@@ -199,6 +203,7 @@ def check_logits(worker: Worker, task: Task, reference: Reference) -> None:
             f"logits of {worker.name} differ from those of float32 by {error:.2g} of their norm; "
             "if its file is of another model, remove it"
         )
+    return error
 
 
 def _rounds(
@@ -257,7 +262,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures."""
+    """Measure, print tables, and write the figures."""
     given = vars(parsed())
     out, folder = given.pop("out"), given.pop("gguf")
     console = Console()
@@ -268,7 +273,7 @@ def main() -> None:
             result = measure(settings, files, progress)
     except PopcError as error:
         raise SystemExit(f"error: {error}") from error
-    console.print(table(result))
+    console.print(show(result))
     if out is not None:
         result.write(out)
 

@@ -69,6 +69,12 @@ class Region:
         return experts.count if experts is not None else 0
 
     @property
+    def by_grade(self) -> bool:
+        """Whether it has experts, each of which can read its inputs by grade."""
+        stored = (linear.weight.has_channel_planes for linear in self.linears)
+        return bool(self.experts) and not self.one_pass and all(stored)
+
+    @property
     def linears(self) -> list[Linear]:
         """Those that write its channels, then those that contract them."""
         return [*(producer.linear for producer in self.producers), *self.consumers]
@@ -105,6 +111,7 @@ class Region:
             key=self.key,
             source=self.source,
             one_pass=self.one_pass,
+            by_grade=self.by_grade,
             late=late,
             input_channels=sum({linear.x: linear.inputs for linear in self.linears}.values()),
             experts_met=experts_met(self),

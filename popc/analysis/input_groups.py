@@ -28,11 +28,11 @@ class InputGroup:
     """The linears that contract one value.
 
     Attributes:
-        kind: ``"mlp"`` or ``"attention"``, after the region that they produce or consume;
-            ``"head"`` where no other linear comes after in the model; else ``"other"``.
+        kind: ``"mlp"``, ``"attention"`` or ``"experts"``, after the region that they produce or
+            consume; ``"head"`` where no other linear comes after in the model; else ``"other"``.
         name: where in the model, for people.
-        x: what they read, ``[..., K]``.
-        linears: those that read it; each has one weight for all rows.
+        x: what they read, ``[..., K]``; of experts in the form that the model has.
+        linears: those that read it; each has one weight for all rows, or a stack of experts.
         key: the same in every graph that they are part of.
         alike: the same for groups of the same sizes, as those of other layers that do the same.
     """
@@ -50,15 +50,25 @@ class InputGroup:
         return self.linears[0].inputs
 
     @property
+    def experts(self) -> int:
+        """E, the number of experts whose weights are stacked; 0 in other groups."""
+        experts = self.linears[0].experts
+        return 0 if experts is None else experts.count
+
+    @property
+    def scale_count(self) -> int:
+        """How many scores have a scale of their own: each channel, of each expert."""
+        return self.width * max(1, self.experts)
+
+    @property
     def alike(self) -> tuple[Any, ...]:
         """Equal for groups whose linears have the same sizes: its inputs, and outputs of each."""
-        return (self.width, tuple(linear.outputs for linear in self.linears))
+        return (self.width, tuple(linear.outputs for linear in self.linears), self.experts)
 
     @cached_property
     def is_quantized(self) -> bool:
         """Whether all its weights are quantised and stored channel-major: read by grade."""
-        weights = [linear.weight for linear in self.linears]
-        return all(weight.is_quantized and weight.node.args[4] == 1 for weight in weights)
+        return all(linear.weight.has_channel_planes for linear in self.linears)
 
     @cached_property
     def record(self) -> InputRecord:
@@ -70,8 +80,9 @@ class InputGroup:
 def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[InputGroup]:
     """Every plain linear of a graph, grouped by what it reads, in graph order.
 
-    Left out are experts' linears, which have an input for each expert, linears that route, and
-    those of regions that run in one pass.
+    Left out are linears that route, those of regions that run in one pass, and experts' linears,
+    which have an input for each expert: but for those of quantised weights, of which each expert
+    reads by grade.
     """
     kinds: dict[fx.Node, str] = {}
     once: set[fx.Node] = set()
@@ -82,23 +93,30 @@ def find_input_groups(captured: Captured, regions: Sequence[Region]) -> list[Inp
                 once.add(linear.node)
     linears = all_linears(captured)
     last = last_linears(captured, linears)
-    groups: dict[tuple[fx.Node, str], list[Linear]] = {}
+    groups: dict[tuple[fx.Node, str, fx.Node | None], list[Linear]] = {}
     for linear in linears:
-        rank = len(shape(linear.x))
-        plain = linear.experts is None and linear.x_dim == rank - 1 == linear.y_dim
-        if not plain or linear.node in once or routes(linear):
+        if not _can_leave_inputs(linear) or linear.node in once or routes(linear):
             continue
-        default = "head" if linear.node in last else "other"
-        groups.setdefault((linear.x, kinds.get(linear.node, default)), []).append(linear)
+        default, selector = "head" if linear.node in last else "other", None
+        if linear.experts is not None:
+            default, selector = "experts", linear.experts.selector
+        kind = kinds.get(linear.node, default)
+        groups.setdefault((linear.x, kind, selector), []).append(linear)
     uses = uses_of_weights(linears)
     input_groups = []
-    for (x, kind), members in groups.items():
+    for (x, kind, _), members in groups.items():
         identities = tuple(linear.weight.identity for linear in members)
         name = common([where(linear.node) for linear in members])
         key = (identities, uses[members[0].node])
         source = source_of(members[0].node)
         input_groups.append(InputGroup(kind, name, x, tuple(members), key, source))
     return input_groups
+
+
+def _can_leave_inputs(linear: Linear) -> bool:
+    if linear.experts is not None:
+        return linear.weight.has_channel_planes and linear.has_flat_rows
+    return linear.x_dim == len(shape(linear.x)) - 1 == linear.y_dim
 
 
 def last_linears(captured: Captured, linears: Sequence[Linear]) -> set[fx.Node]:

@@ -82,6 +82,11 @@ class Weight:
         return self.node.target is dequantize
 
     @property
+    def has_channel_planes(self) -> bool:
+        """Whether it is quantised and stored channel-major, so that it can be read by grade."""
+        return self.is_quantized and self.node.args[4] == 1
+
+    @property
     def element_bytes(self) -> float:
         """Bytes of one element; of a quantised weight its scales count too."""
         if self.path and self.path[0].target is dequantize:

@@ -109,6 +109,8 @@ class RegionRecord:
             that contract it, which use of them in the graph it is, and its first column.
         source: file and line in the model's code.
         one_pass: whether it surely runs in one forward pass, as in encoders.
+        by_grade: whether it has experts with quantised weights, each of which can read its inputs
+            by grade; its linears then are among those of :attr:`Plan.inputs`.
         late: the number of the producer that comes after a gate: of it only the channels are needed
             that the gate lets through. None without a gate.
         input_channels: of all values that its linears read, each counted once.
@@ -127,6 +129,7 @@ class RegionRecord:
     key: tuple[Any, ...]
     source: str = ""
     one_pass: bool = False
+    by_grade: bool = False
     late: int | None = None
     input_channels: int = 0
     experts_met: int = 1
@@ -183,10 +186,10 @@ class InputRecord:
     """The linears that contract one value.
 
     Attributes:
-        kind: ``"mlp"`` or ``"attention"``, after the region that they produce or consume;
-            ``"head"`` where no other linear comes after in the model; else ``"other"``.
+        kind: ``"mlp"``, ``"attention"`` or ``"experts"``, after the region that they produce or
+            consume; ``"head"`` where no other linear comes after in the model; else ``"other"``.
         name: where in the model, for people.
-        linears: those that read the value; each has one weight for all rows.
+        linears: those that read the value; each has one weight for all rows, or a stack of experts.
         key: the same in every graph that they are part of.
         source: file and line in the model's code.
     """
@@ -210,7 +213,7 @@ class InputRecord:
     @property
     def parameters(self) -> int:
         """How many weights the linears have."""
-        return sum(linear.inputs * linear.outputs for linear in self.linears)
+        return sum(n.inputs * n.outputs * max(1, n.experts) for n in self.linears)
 
     def to_dict(self) -> dict[str, Any]:
         """See :meth:`Plan.to_dict`."""
@@ -323,8 +326,7 @@ class Plan:
             "breaks": list(self.breaks),
         }
 
-    # What is made of a plan stands beside it, above this module: these lead there.
-
+    # What is made of a plan stands above this module: these lead there.
     def decode_share(self, config: Config) -> float:
         """The share of the pruned linears' weight bytes that a decode step reads.
 
@@ -351,9 +353,9 @@ class Plan:
             pruned: the plan of a compiled model that has run, without what it found it must leave
                 dense.
         """
-        from popc.planning.reads import read_share
+        from popc.planning import reads as of
 
-        return read_share(self, config, reads, pruned)
+        return of.read_share(self, config, reads, pruned)
 
     def read_bits(
         self,
@@ -362,9 +364,9 @@ class Plan:
         pruned: Plan | None = None,
     ) -> float:
         """How many bits of each weight :meth:`read_share` comes to, scales counted."""
-        from popc.planning.reads import read_bits
+        from popc.planning import reads as of
 
-        return read_bits(self, config, reads, pruned)
+        return of.read_bits(self, config, reads, pruned)
 
     def cost(self, B: int = 1, T: int = 1, S: int = 1024, config: Config | None = None) -> PlanCost:
         """FLOPs and bytes read in a call, region by region and in all, dense and pruned.

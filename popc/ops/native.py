@@ -36,13 +36,17 @@ _CONSTANTS = {
     "zero": planes.ZERO[2],
     "plane_zero": planes.ZERO[1],
     "plane_group_zero": planes.GROUP_ZERO[1],
+    "clips": planes.CLIPS,
 }
 
 
 def constants() -> str:
     """The text of ``constants.h``, which is generated."""
-    types = {int: "int64_t", float: "double"}
-    lines = [f"constexpr {types[type(v)]} {name} = {v!r};" for name, v in _CONSTANTS.items()]
+    types = {int: "int64_t {}", float: "double {}", tuple: "double {}[]"}
+    lines = []
+    for name, value in _CONSTANTS.items():
+        text = "{%s}" % ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+        lines.append(f"constexpr {types[type(value)].format(name)} = {text};")
     body = "\n".join(lines)
     return f"#pragma once\n#include <cstdint>\nnamespace popc::constants {{\n{body}\n}}\n"
 

@@ -34,22 +34,21 @@ from popc.ops.threshold import centered_by, group_parts, is_counted, to_rows
 _WEIGHT = "Tensor packed, Tensor? scale, Tensor? zero"
 _STRIDES = (torch.Tag.needs_fixed_stride_order,)
 torch.library.define("popc::quantize", "(Tensor w, int row_dim, int planes) -> Tensor")
-torch.library.define(
-    "popc::dequantize",
-    f"({_WEIGHT}, SymInt[] sizes, int row_dim, int planes, ScalarType dtype, int bits=8) -> Tensor",
-    tags=_STRIDES,
+_DEQUANTIZE = (
+    f"({_WEIGHT}, SymInt[] sizes, int row_dim, int planes, ScalarType dtype, int bits=8) -> Tensor"
 )
-torch.library.define(
-    "popc::quantized_linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, int outputs, int row_dim, int planes) -> Tensor",
-    tags=_STRIDES,
-)
+torch.library.define("popc::dequantize", _DEQUANTIZE, tags=_STRIDES)
+_LINEAR = f"(Tensor x, {_WEIGHT}, Tensor? bias, int outputs, int row_dim, int planes) -> Tensor"
+torch.library.define("popc::quantized_linear", _LINEAR, tags=_STRIDES)
 _GRADED = (
     "(Tensor x, Tensor[] packed, Tensor?[] scales, Tensor?[] zeros, int[] outputs, int[] planes, "
     "Tensor?[] biases, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None, "
     "Tensor? base=None, int group=0, int channel=0, int output=0) -> Tensor[]"
 )
 torch.library.define("popc::graded_linears", _GRADED, tags=_STRIDES)
+# The same in plain ATen, for kernels that fall back on it.
+torch.library.define("popc::dequantize_reference", _DEQUANTIZE)
+torch.library.define("popc::quantized_linear_reference", _LINEAR)
 torch.library.define("popc::graded_linears_reference", _GRADED)
 torch.library.define(
     "popc::count_grades",
@@ -160,10 +159,10 @@ def _impl(name: str, function: Any) -> None:
 
 
 _impl("quantize", fmt.pack)
-_impl("dequantize", fmt.unpack)
-_impl("quantized_linear", _quantized_linear)
-_impl("graded_linears", _graded_linears)
-_impl("graded_linears_reference", _graded_linears)
+for _suffix in ("", "_reference"):
+    _impl(f"dequantize{_suffix}", fmt.unpack)
+    _impl(f"quantized_linear{_suffix}", _quantized_linear)
+    _impl(f"graded_linears{_suffix}", _graded_linears)
 _impl("count_grades", _count_grades)
 
 

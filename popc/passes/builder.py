@@ -103,9 +103,14 @@ def append_output(captured: Captured, target: Any, *args: Any) -> None:
     """A new last output: ``target(*args)``."""
     output = captured.gm.graph.output_node()
     with captured.gm.graph.inserting_before(output):
-        added = GraphBuilder(captured, output).call(target, *args)
+        append_outputs(captured, GraphBuilder(captured, output).call(target, *args))
+
+
+def append_outputs(captured: Captured, *added: fx.Node) -> None:
+    """Values of the graph as new last outputs."""
+    output = captured.gm.graph.output_node()
     (values,) = output.args
-    output.args = ((*values, added),)  # type: ignore[misc]
+    output.args = ((*values, *added),)  # type: ignore[misc]
 
 
 def finish(captured: Captured) -> None:

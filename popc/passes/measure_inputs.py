@@ -18,7 +18,8 @@ from popc.analysis.input_groups import InputGroup
 from popc.analysis.propagation import shape
 from popc.analysis.tokens import Mask, rows_of
 from popc.passes.base import UNCHANGED, Binding, Call, PassResult
-from popc.passes.builder import GraphBuilder, add_input, append_output, finish
+from popc.passes.builder import GraphBuilder, add_input, append_outputs, finish
+from popc.passes.experts import expert_of_rows, flat_input
 from popc.passes.padding import valid_rows_node
 from popc.passes.region_binding import InputGroupBinding
 from popc.passes.segments import InputState, add_scale, input_state, segment_offsets
@@ -85,16 +86,57 @@ def append_statistics(captured: Captured, groups: Sequence[InputGroup], scope: s
         with graph.inserting_before(output):
             builder = GraphBuilder(captured, group.x)
             norm = builder.call(aten.slice.Tensor, norms, 0, start, stop)
-            sizes = _by_sequence(builder, group.x, scope)
-            rows = builder.call(aten.reshape.default, group.x, [*sizes, group.width])
-            if valid is not None:
-                valid = builder.call(aten.reshape.default, valid, sizes)
             known = builder.call(aten.slice.Tensor, before_in, 1, done, done + 2 * group.width + 1)
             done += 2 * group.width + 1
-            measured = builder.call(ops.measure_inputs, rows, norm, valid, known)
-        for i in range(2):
-            append_output(captured, operator.getitem, measured, i)
+            measure = _measure_experts if group.experts else _measure
+            append_outputs(captured, *measure(builder, group, norm, valid, known, scope))
     finish(captured)
+
+
+def _measure(
+    builder: GraphBuilder,
+    group: InputGroup,
+    norm: fx.Node,
+    valid: fx.Node | None,
+    known: fx.Node,
+    scope: str,
+) -> tuple[fx.Node, fx.Node]:
+    """The group's moments and histogram."""
+    sizes = _by_sequence(builder, group.x, scope)
+    rows = builder.call(aten.reshape.default, group.x, [*sizes, group.width])
+    if valid is not None:
+        valid = builder.call(aten.reshape.default, valid, sizes)
+    measured = builder.call(ops.measure_inputs, rows, norm, valid, known)
+    moments, histogram = (builder.call(operator.getitem, measured, i) for i in range(2))
+    return moments, histogram
+
+
+def _measure_experts(
+    builder: GraphBuilder,
+    group: InputGroup,
+    norm: fx.Node,
+    valid: fx.Node | None,
+    known: fx.Node,
+    scope: str,
+) -> tuple[fx.Node, fx.Node]:
+    """The same, of rows that each have their expert's scale: of their moments the count alone.
+
+    Without the others there are no centers. Each row is a sequence of its own, as the scores are
+    those of no order.
+    """
+    linear, width = group.linears[0], group.width
+    x = builder.call(aten.to.dtype, flat_input(builder, linear), torch.float32)
+    by_expert = builder.call(aten.view.default, norm, [group.experts, width])
+    scale = builder.call(aten.index.Tensor, by_expert, [expert_of_rows(builder, linear)])
+    scaled = builder.call(aten.unsqueeze.default, builder.call(aten.mul.Tensor, x, scale), 1)
+    ones = builder.call(aten.new_ones.default, norm, [width])
+    if valid is not None:
+        valid = builder.call(aten.reshape.default, valid, [-1, 1])
+    measured = builder.call(ops.measure_inputs, scaled, ones, valid, known)
+    moments, histogram = (builder.call(operator.getitem, measured, i) for i in range(2))
+    count = builder.call(aten.slice.Tensor, moments, 1, 2 * width, 2 * width + 1)
+    none = builder.call(aten.new_zeros.default, moments, [1, 2 * width])
+    return builder.call(aten.cat.default, [none, count], 1), histogram
 
 
 def _sequences(x: fx.Node) -> Any:

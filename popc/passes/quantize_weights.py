@@ -103,7 +103,8 @@ def _read_by_output(captured: Captured, linears: Sequence[Linear], config: Confi
     """Linears whose output channels are chosen, or for which nothing is: the last ones."""
     nodes = last_linears(captured, linears)
     for region in find_regions(captured).regions:
-        if config.prunes_units(region):
+        by_grade = region.experts and config.prunes_inputs(region.kind) and not region.one_pass
+        if config.prunes_units(region) and not by_grade:
             nodes.update(producer.linear.node for producer in region.producers)
     return nodes
 

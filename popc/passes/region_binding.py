@@ -90,11 +90,14 @@ class InputGroupBinding:
         group, high = self.group, None
         if self.stored:
             high = high_plane(self.stored, args, *squared_norms(self.stored, args))
-        spec = GroupSpec(group.width, group.record.weight_bytes, group.alike, high)
+        sizes = group.width, group.record.weight_bytes
+        spec = GroupSpec(*sizes, group.alike, high, has_centers=not group.experts)
         return InputGroupState(self.named(args).key, spec, policy)
 
     def scales(self, args: Sequence[Any], policy: InputPolicy) -> tuple[torch.Tensor, torch.Tensor]:
         """What scores are scaled with, of high planes and of low ones, float32 ``[K]`` each.
+
+        Of experts they are ``[E · K]``, expert by expert.
 
         Where weights are not read by grade, the first is the scale, and the second means nothing.
         """

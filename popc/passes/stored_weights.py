@@ -23,25 +23,28 @@ Held = tuple[Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight ``[N, K]`` in planes, a row for each input channel.
+    """A weight ``[N, K]`` in planes, a row for each input channel; or a stack ``[E, N, K]``.
 
     Attributes:
         positions: which inputs of the graph its planes, scales and zeros are; None for scales and
             zeros where rows hold the scales.
         planes: 2 of 8 bits, 1 of 4.
+        experts: E, 0 where weights are not stacked.
     """
 
     positions: tuple[int, int | None, int | None]
     outputs: int
     inputs: int
     planes: int
+    experts: int = 0
 
     @classmethod
     def of(cls, linear: Linear, position: Mapping[fx.Node, int]) -> StoredWeight:
         """The weight of ``linear``; ``position`` is of each placeholder of the graph."""
         packed, scale, zero, _, _, planes = linear.weight.node.args[:6]
         at = [None if node is None else position[node] for node in (packed, scale, zero)]  # type: ignore[index]
-        return cls(tuple(at), linear.outputs, linear.inputs, planes)  # type: ignore[arg-type]
+        experts = 0 if linear.experts is None else linear.experts.count
+        return cls(tuple(at), linear.outputs, linear.inputs, planes, experts)  # type: ignore[arg-type]
 
     def held(self, args: Sequence[Any]) -> Held:
         """Its planes, scales and zeros among the graph's inputs."""
@@ -53,13 +56,15 @@ class StoredWeight:
         """What reading so many of its planes takes, scales included."""
         _, *apart = self.held(args)
         rows = row_bytes(self.outputs, planes, scales=apart[0] is None)
-        return self.inputs * rows + sum(value.nbytes for value in apart if value is not None)
+        return max(1, self.experts) * self.inputs * rows + sum(
+            value.nbytes for value in apart if value is not None
+        )
 
 
 def squared_norms(weights: Sequence[StoredWeight], args: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """``‖W[:, c]‖²`` and ``‖W4[:, c] - W[:, c]‖²`` over all ``weights``, float32 ``[K]`` each.
 
-    W4 is what their high planes alone are read as.
+    W4 is what their high planes alone are read as. Of experts they are ``[E · K]``.
     """
     squares = [_squares(weight, weight.held(args)) for weight in weights]
     norm, error = (torch.stack(parts).sum(0) for parts in zip(*squares, strict=True))
@@ -91,9 +96,21 @@ def _squares(weight: StoredWeight, held: Held) -> tuple[Tensor, Tensor]:
     writes = compat.writes_to(packed)
     known = _known.get(packed)
     if known is None or known[0] != writes:
-        known = _known[packed] = (writes, _computed(weight, held))
+        known = _known[packed] = (writes, _of_experts(weight, held))
     squares: tuple[Tensor, Tensor] = known[1]
     return squares
+
+
+def _of_experts(weight: StoredWeight, held: Held) -> tuple[Tensor, Tensor]:
+    """One after the other: what is dequantised at once is no more than one weight."""
+    if not weight.experts:
+        return _computed(weight, held)
+    parts = [
+        tuple(None if part is None else part[e] for part in held) for e in range(weight.experts)
+    ]
+    squares = [_computed(weight, part) for part in parts]
+    norm, error = (torch.cat(part) for part in zip(*squares, strict=True))
+    return norm, error
 
 
 def _computed(weight: StoredWeight, held: Held) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ from popc.analysis.mutation import writes_first
 from popc.analysis.propagation import shape
 from popc.ops import (
     count_active_channels,
+    count_expert_grades,
     count_grades,
+    graded_experts,
     graded_linears,
     quantized_linear,
     select_kernel,
@@ -33,7 +35,8 @@ from popc.ops import (
     threshold_linears,
 )
 from popc.passes.base import UNCHANGED, Binding, Call, PassResult
-from popc.passes.builder import GraphBuilder, add_input, append_output, finish
+from popc.passes.builder import GraphBuilder, add_input, append_output, finish, replace
+from popc.passes.experts import expert_of_rows, flat_input, shaped_output
 from popc.passes.region_binding import InputGroupBinding, weights_of
 from popc.passes.segments import InputState, add_scale, input_state, segment_offsets
 from popc.planning.rewrite_plan import RewritePlan
@@ -93,13 +96,13 @@ class _Thresholds(Binding[InputState]):
         for owner, (start, stop) in zip(self.owners, offsets, strict=True):
             x = center[:, start:stop]
             like = owner.group.x.meta["val"].dtype
-            for stored in owner.stored:
+            for stored in () if owner.group.experts else owner.stored:
                 weight = *stored.held(args), None, stored.outputs, 1, stored.planes
                 wide = x.to(torch.promote_types(like, x.dtype))
                 parts.append(quantized_linear(wide, *weight).float())
             if not owner.stored:
                 parts += _of_centers(owner, args, x, scale[start:stop])
-        return torch.cat(parts, 1)
+        return torch.cat([center.new_zeros(len(center), 0), *parts], 1)
 
 
 def _of_centers(
@@ -116,10 +119,11 @@ def rewrite_linears(
 ) -> None:
     """Rewrite the linears of ``groups``; the graph gains these inputs.
 
-    - ``popc_scale`` float32 ``[ΣK]``: ``‖W[:, c]‖`` over the linears of a group, group by group.
+    - ``popc_scale`` float32 ``[ΣK]``: ``‖W[:, c]‖`` over the linears of a group, as
+      :mod:`popc.passes.segments` has it.
     - ``popc_low_scale`` likewise, of low planes, if a group's weights are quantised.
     - ``popc_threshold`` float32 ``[G, S]``; S is 1, or B for ``scope="sequence"``.
-    - ``popc_center`` float32 ``[S, ΣK]``, group by group.
+    - ``popc_center`` float32 ``[S, ΣK]``, group by group, but for those of experts.
     - ``popc_base`` float32 ``[S, ΣN]``: what the linears make of it, one after the other.
 
     With ``counting`` it also gains an output, int64 ``[G]``: how many channels each group reads; if
@@ -132,8 +136,10 @@ def rewrite_linears(
     lead = 1 if scope == "batch" else shape(groups[0].x)[0]
     with captured.fake_mode:
         thresholds = torch.empty((len(groups), lead), device=groups[0].x.meta["val"].device)
-        centers = torch.empty((lead, segment_offsets(groups)[-1][1]), device=thresholds.device)
-        outputs = sum(linear.outputs for group in groups for linear in group.linears)
+        plain = [group for group in groups if not group.experts]
+        width = sum(group.width for group in plain)
+        centers = torch.empty((lead, width), device=thresholds.device)
+        outputs = sum(linear.outputs for group in plain for linear in group.linears)
         bases = torch.empty((lead, outputs), device=thresholds.device)
     thresholds_in = add_input(captured, "popc_threshold", thresholds)
     center_in = add_input(captured, "popc_center", centers)
@@ -148,6 +154,10 @@ def rewrite_linears(
             with graph.inserting_before(group.linears[0].node):
                 builder = GraphBuilder(captured, group.linears[0].node)
                 read.append(_count(builder, group, fed, i, start))
+        if group.experts:
+            for linear in group.linears:
+                _read_experts(captured, linear, fed, i, start)
+            continue
         for linears in _joinable(group, position, writes):
             with graph.inserting_before(linears[0].node):
                 builder = GraphBuilder(captured, linears[0].node)
@@ -173,14 +183,34 @@ def _count(
     builder: GraphBuilder, group: InputGroup, fed: _Fed, number: int, channel: int
 ) -> fx.Node:
     """What a group reads; of the shape that all groups of the graph have."""
+    scales = fed.norm, fed.low_norm
+    if group.experts:
+        rows = _rows_of_experts(builder, group.linears[0])
+        return builder.call(count_expert_grades, *rows, *scales, fed.threshold, number, channel)
     if group.is_quantized:
-        scales = fed.norm, fed.low_norm
         return builder.call(
             count_grades, group.x, *scales, fed.threshold, fed.center, number, channel
         )
     where = fed.norm, fed.threshold, fed.center, number, channel
     count = builder.call(count_active_channels, group.x, *where)
     return count if fed.low_norm is None else builder.call(aten.stack.default, [count, count])
+
+
+def _rows_of_experts(builder: GraphBuilder, linear: Linear) -> tuple[fx.Node, fx.Node]:
+    """x as ``[S, K]``, and the expert of each row."""
+    return flat_input(builder, linear), expert_of_rows(builder, linear)
+
+
+def _read_experts(captured: Captured, linear: Linear, fed: _Fed, number: int, channel: int) -> None:
+    """Of each row's expert, what ``linear`` reads by the threshold of its group."""
+    packed, scale, zero, _, _, planes = linear.weight.node.args[:6]
+    with captured.gm.graph.inserting_before(linear.node):
+        builder = GraphBuilder(captured, linear.node)
+        x, expert = _rows_of_experts(builder, linear)
+        weight = packed, scale, zero, expert, fed.norm, fed.low_norm, fed.threshold
+        sizes = linear.outputs, planes, number, channel
+        y = builder.call(graded_experts, x, *weight, *sizes)
+        replace(linear.node, shaped_output(builder, linear, y))
 
 
 def _read_by_grade(
@@ -191,6 +221,14 @@ def _read_by_grade(
     offsets: tuple[int, int, int],
 ) -> None:
     """As :func:`_rewrite_group`, of quantised weights."""
+    if len(linears) == 1:
+        (linear,) = linears
+        packed, scale, zero, _, _, planes = linear.weight.node.args[:6]
+        op = select_kernel(graded_linears, x.meta["val"], packed.meta["val"])  # type: ignore[union-attr]
+        if op != graded_linears:
+            weight = packed, scale, zero, linear.outputs, planes, linear.bias
+            builder.change(linear.node, op, x, *weight, *fed, *offsets)
+            return
     stored = [linear.weight.node.args for linear in linears]
     packed, scales, zeros = ([args[i] for args in stored] for i in range(3))
     outputs = [linear.outputs for linear in linears]
@@ -245,10 +283,11 @@ def _joinable(
         position: of each node in the graph; kept true for those that are brought elsewhere.
         writes: the positions at which something is written.
     """
-    if not group.is_quantized:
-        x, weight = group.x.meta["val"], group.linears[0].weight.node.meta["val"]
-        if select_kernel(threshold_linear, x, weight) != threshold_linear:
-            return [[linear] for linear in group.linears]
+    op = graded_linears if group.is_quantized else threshold_linear
+    weight = group.linears[0].weight.node
+    read_by_op = weight.args[0] if group.is_quantized else weight
+    if select_kernel(op, group.x.meta["val"], read_by_op.meta["val"]) != op:  # type: ignore[union-attr]
+        return [[linear] for linear in group.linears]
     joined = [[group.linears[0]]]
     for linear in group.linears[1:]:
         first = joined[-1][0].node

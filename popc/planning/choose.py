@@ -108,6 +108,8 @@ def _prunes_inputs(group: InputGroup, config: Config) -> bool:
         return False
     if config.input_budget.share >= 1 and not group.is_quantized:
         return False  # what is read by grade gives calls budgets of their own at no cost
+    if group.experts:
+        return config.scope == "batch"  # whose rows are whose is not told
     if config.scope == "batch" or len(shape(group.x)) == 3:
         return True
     rows = rows_of(group.x)

@@ -21,9 +21,13 @@ def decode_bytes(region: RegionRecord, config: Config) -> float:
 def body_size(plan: Plan) -> tuple[int, int]:
     """How many weights all linears but the last have, and in how many bytes."""
     owners: list[InputRecord | RegionRecord] = [g for g in plan.inputs if g.kind != "head"]
-    # Their linears are in none of the inputs.
-    owners += [region for region in plan.regions if region.experts or region.one_pass]
+    owners += [region for region in plan.regions if _is_apart(region)]
     return sum(o.parameters for o in owners), sum(o.weight_bytes for o in owners)
+
+
+def _is_apart(region: RegionRecord) -> bool:
+    """Whether its linears are in none of the plan's inputs."""
+    return region.one_pass or (bool(region.experts) and not region.by_grade)
 
 
 def decode_share(plan: Plan, config: Config) -> float:
@@ -50,7 +54,7 @@ def read_share(
     thresholded = {group.key for group in targets.inputs if config.prunes_inputs(group.kind)}
     dense = read = 0.0
     for region in plan.regions:
-        if region.experts or region.one_pass:  # whose linears are in none of the inputs
+        if _is_apart(region):
             dense += region.weight_bytes
             read += region.weight_bytes
         if region.key in regions:

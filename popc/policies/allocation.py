@@ -51,12 +51,14 @@ class GroupSpec:
 
     Attributes:
         high: None where weights are not quantised, or have one plane.
+        has_centers: whether a channel that is not read counts as its mean; else as 0.
     """
 
     width: int
     bytes: int
     alike: Hashable
     high: HighPlane | None = None
+    has_centers: bool = True
 
 
 @dataclass(frozen=True)

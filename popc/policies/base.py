@@ -138,15 +138,15 @@ class InputPolicy(Policy):
     """Input channels of linears: each token reads those whose score exceeds a threshold.
 
     The score of a channel is ``|x_c - mean_c| · scale_c``. Channels that are not read count as
-    their mean over the prompt. Needs one weight for all tokens and a decode phase: experts, and
-    encoders, are pruned by the policy ``units``.
+    their mean over the prompt. Needs one weight for all tokens, or quantised ones, and a decode
+    phase: other experts, and encoders, are pruned by the policy ``units``.
     """
 
     targets = ("mlp", "attention", "experts", "other")
 
     def prunes_units(self, region: Region | RegionRecord) -> bool:
         """Whether units of ``region`` are pruned: where inputs can't be."""
-        return bool(region.experts) or region.one_pass
+        return region.one_pass or (bool(region.experts) and not region.by_grade)
 
     @property
     def prunes_inputs(self) -> bool:

@@ -168,8 +168,10 @@ class InputStatistics:
             if group.key in known
             else torch.zeros(1, group.spec.width, device=like.device)
             for group in groups
+            if group.spec.has_centers
         ]
-        return torch.cat([part.expand(rows, -1) for part in parts], 1)
+        none = torch.zeros(rows, 0, device=like.device)
+        return torch.cat([none, *(part.expand(rows, -1) for part in parts)], 1)
 
     def _thresholds(self, scope: str, budget: Budget, batch: int | None) -> dict[Hashable, Tensor]:
         """Of all measured groups, float32 ``[S]`` on the CPU by their keys."""
@@ -209,8 +211,9 @@ class InputStatistics:
         """Likewise, float32 ``[S, K]``."""
         by_key: dict[Hashable, Tensor] = {}
         for fed in self._fed.values():
-            parts = fed.center.split([group.spec.width for group in fed.groups], 1)
-            by_key.update(zip([group.key for group in fed.groups], parts, strict=True))
+            groups = [group for group in fed.groups if group.spec.has_centers]
+            parts = fed.center.split([group.spec.width for group in groups], 1)
+            by_key.update(zip([group.key for group in groups], parts, strict=True))
         return by_key
 
     def count(self, groups: Sequence[InputGroupState], read: Tensor) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ import popc
 from benchmarks import engines, llama_files, peers
 from benchmarks.engines import POPC, Spec, Task, engine_of
 from benchmarks.llama_files import interleave_rotary, llama_cpp, write_f16
+from benchmarks.peer_results import show
 from benchmarks.peers import PeerSettings, Reference, check_logits, measure, parsed
 from benchmarks.scores import Scores
 from benchmarks.stored import stored_in, stored_of, tensor_bytes
@@ -227,6 +231,10 @@ def test_a_run_has_all_figures(folder: Path, text: None, tmp_path: Path) -> None
     assert dense.memory > dense.empty > 0
     assert dense.quality.over_dense == pytest.approx(0, abs=1e-4)
     assert (dense.quality.agreement, dense.quality.bits) == (1, 32)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(show(result))
+    shown = console.file.getvalue()
+    assert f"{dense.tokens_per_s.median:.1f} (" in shown and "0.0%" in shown
     result.write(tmp_path / "new" / "result.json")
     read = json.loads((tmp_path / "new" / "result.json").read_text())
     assert read["peers"][0]["quality"]["perplexity"] == dense.quality.perplexity
@@ -268,7 +276,7 @@ def test_it_is_said_what_to_install() -> None:
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ModelError, match=r"popc\[peers\]"):
         llama_cpp()
 

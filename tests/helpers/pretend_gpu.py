@@ -1,8 +1,9 @@
 """What Inductor writes for a GPU that is not there: ``python -m tests.helpers.pretend_gpu POLICY``.
 
 A decode step of a small llama is traced with fake CUDA tensors, through popc's backend and all of
-Inductor down to its code, which is printed. Compiling Triton and running it is left out. To be run
-in a process of its own: parts of torch are replaced for good.
+Inductor down to its code, which is printed. Compiling Triton and running it is left out. With
+``planes`` for a policy these are two linears on quantised weights. To be run in a process of its
+own: parts of torch are replaced for good.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
@@ -25,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from popc import backend, compat
 from popc.config import Config
+from popc.ops.planes import row_bytes
 from tests.helpers.models import CACHE, tiny_llama
 
 GPU = "cuda:0"
@@ -173,5 +175,29 @@ def code_of(policy: str) -> str:
     return sources[-1]
 
 
+def code_of_planes() -> str:
+    """Of a linear that is read by grade, and of one that all is read of, on quantised weights."""
+    pretend()
+    sources = capture_code()
+
+    def step(x: Tensor, packed: Tensor, norm: Tensor, limit: Tensor, last: Tensor) -> Tensor:
+        weight = packed, None, None, CHANNELS, 2, None
+        y = torch.ops.popc.triton_graded_linear(x, *weight, norm, norm, limit)
+        return torch.ops.popc.triton_quantized_linear(y.relu(), last, None, None, None, 1000, 0, 2)
+
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(1, 1, HIDDEN, dtype=torch.bfloat16, device=GPU)
+        rows = [(HIDDEN, row_bytes(CHANNELS, 2)), (1000, row_bytes(CHANNELS, 2))]
+        packed, last = (torch.empty(size, dtype=torch.uint8, device=GPU) for size in rows)
+        norm, limit = (torch.empty(size, device=GPU) for size in (HIDDEN, 1))
+        try:
+            torch.compile(step, fullgraph=True)(x, packed, norm, limit, last)
+        except Exception as error:
+            if not sources:
+                raise
+            print("stopped:", type(error).__name__)
+    return sources[-1]
+
+
 if __name__ == "__main__":
-    print(code_of(sys.argv[1]))
+    print(code_of_planes() if sys.argv[1] == "planes" else code_of(sys.argv[1]))

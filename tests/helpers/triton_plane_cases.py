@@ -5,7 +5,7 @@ each case what is wrong, or an empty string. Where there is a GPU, the same with
 tries the compiled kernels.
 
 Scales are NaN in rows that no token may read, and around the weight; low nibbles that none may read
-are others than the reference has.
+are others than the reference has. In the interpreter it is also seen which bytes are loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -231,7 +233,13 @@ def check(case: Case, graded: Callable[..., Tensor], dense: Callable[..., Tensor
         rest = case.outputs, case.planes, bias
         op = lambda x, packed: graded(x, packed, scale, zero, *rest, *parts.values())  # noqa: E731
         seen = _spoiled(packed, case, high, low)
-    y = op(x, _stored(seen, case))
+    stored = _stored(seen, case)
+    with _Loads() if INTERPRETED else nullcontext() as loads:
+        y = op(x, stored)
+    if loads is not None:
+        loaded = loads.of(stored)
+        if case.thresholds and x.numel() and (wrong := _excess(loaded, case, high, low)):
+            return wrong
     if y.shape != (*case.lead, case.outputs) or y.dtype != x.dtype:
         return f"{y.dtype} {tuple(y.shape)}"
     if y.isnan().any():
@@ -242,6 +250,60 @@ def check(case: Case, graded: Callable[..., Tensor], dense: Callable[..., Tensor
     if (error > 0).any():
         return f"off by {float(error.max()):.2e}"
     return _hides_nan(op, x, _stored(packed, case)) if x.numel() else ""
+
+
+class _Loads:
+    """While it is open, which bytes kernels load, as the interpreter has them do it."""
+
+    def __init__(self) -> None:
+        self.addresses: list[numpy.ndarray] = []
+
+    def __enter__(self) -> _Loads:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.load = load = InterpreterBuilder.create_masked_load
+
+        def create_masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            first = pointers.data[mask.data].astype(numpy.int64)
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            self.addresses.append((first[:, None] + numpy.arange(size)).ravel())
+            return load(builder, pointers, mask, *rest)
+
+        InterpreterBuilder.create_masked_load = create_masked_load
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        InterpreterBuilder.create_masked_load = self.load
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Bool, like ``rows``, uint8: what of them was loaded; around them nothing may have been.
+
+        Raises:
+            ValueError: bytes between rows were, or others of the same storage.
+        """
+        storage = rows.untyped_storage()
+        at = numpy.concatenate([*self.addresses, numpy.zeros(0, numpy.int64)]) - storage.data_ptr()
+        loaded = torch.zeros(storage.nbytes(), dtype=torch.bool)
+        loaded[torch.from_numpy(at[(at >= 0) & (at < storage.nbytes())])] = True
+        view = loaded.as_strided(rows.shape, rows.stride(), rows.storage_offset())
+        if view.sum() != loaded.sum():
+            raise ValueError("bytes around rows are loaded")
+        return view
+
+
+def _excess(loaded: Tensor, case: Case, high: Tensor, low: Tensor) -> str:
+    """What of the rows was loaded and should not have been, or should and was not."""
+    blocks = fmt.blocks_of(case.outputs)
+    size = fmt.PLANE_BYTES * blocks
+    head = loaded.shape[1] - case.planes * size
+    parts = [(loaded[:, :head], high), (loaded[:, head : head + size], high)]
+    parts += [(loaded[:, head + size :], low)] if case.planes == 2 else []
+    for part, read in parts:
+        if not torch.equal(part, read[:, None].expand_as(part)):
+            return f"loaded {int(part.sum())} bytes for {int(read.sum())} channels"
+    return ""
 
 
 def _hides_nan(op: Callable[[Tensor, Tensor], Tensor], x: Tensor, packed: Tensor) -> str:

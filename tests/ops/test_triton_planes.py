@@ -1,9 +1,8 @@
 """The Triton kernels on quantised weights, as far as they can be tried without a GPU.
 
 In Triton's interpreter they compute what the ops mean; ahead of time they compile to binaries for
-two generations of GPUs; traced, they show Inductor the kernel. No GPU has run them: neither what
-the binaries compute nor their speed has been seen, and of the configs but the first of each kernel
-is compiled here.
+two generations of GPUs, in bfloat16 and with the first config of each; traced, they show Inductor
+the kernel. No GPU has run any of them: what the binaries compute, and how fast, has not been seen.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import re
 import subprocess
 import sys
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,12 @@ from tests.helpers.triton_plane_cases import CASES
 if not triton_gather.available():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from popc.ops import triton_plane_kernels
 from popc.ops.triton_ahead import compile_planes_ahead
+from popc.passes.segments import segment_offsets
+from popc.passes.threshold_inputs import rewrite_linears
 from tests.ops.test_triton import EM_CUDA, fake, gpu_to_compile_for, launches, traced
+from tests.passes.test_read_by_grade import K, Three, found
 
 __all__ = ["gpu_to_compile_for"]  # a fixture
 
@@ -168,6 +172,34 @@ def test_inductor_sees_one_launch_that_writes_the_answer_alone() -> None:
     assert not any("popc" in target for target in targets)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try it on")
+def test_inductor_writes_all_that_the_kernels_call() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.pretend_gpu", "planes"],
+        env={**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    code = ran.stdout
+    assert "no CUDA graphs" not in code and "torch.ops.popc" not in code
+    assert len(re.findall(r"by_(?:input|output)_kernel_\d+\.run\(", code)) == 2
+    # No copy of a weight, and no product but these.
+    assert "extern_kernels." not in code
+    sizes = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\)", code)
+    assert max(prod(map(int, re.findall(r"\d+", size))) for size in sizes) < 4096
+    # Each kernel's source stands alone.
+    sources = re.findall(r"async_compile\.triton\('by_\w+', '''(.*?)'''", code, re.DOTALL)
+    helpers = [name for name in vars(triton_plane_kernels) if re.match(r"_[a-z]|[A-Z]", name)]
+    assert len(sources) == 2
+    for source in sources:
+        used = {name for name in helpers if re.search(rf"\b{name}\b", source)}
+        made = {name for name in used if re.search(rf"^(def {name}\(|{name} = )", source, re.M)}
+        assert {"_tile", "_nibbles", "MIDPOINT"} <= used == made
+
+
 @pytest.mark.usefixtures("gpu_to_compile_for")
 @torch.no_grad()
 @pytest.mark.parametrize("dim", [0, 1])
@@ -203,3 +235,33 @@ def test_rows_are_read_in_the_words_that_they_are_aligned_to() -> None:
         rest = stored, None, None, None, outputs, 1, 2
         triton_planes.launch_quantized(Kernel(), Kernel(), Kernel(), torch.empty(1, 8), *rest)
     assert seen == [(16, 0), (8, 0), (4, 0), (2, 0), (2, 0), (16, 0)]
+
+
+@torch.no_grad()
+def test_passes_write_an_op_for_each_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton serves; with the reference in its place the graph computes the same."""
+
+    def of_one(x: Tensor, *rest: Any) -> Tensor:
+        return graded_linears(x, *([argument] for argument in rest[:6]), *rest[6:])[0]
+
+    model, x = Three().eval(), torch.randn(3, 1, K)
+    results, counts = [], []
+    for served in (False, True):
+        monkeypatch.setattr(triton_planes, "serves", lambda *_, served=served: served)
+        captured, groups, args = found(model, x)
+        rewrite_linears(captured, groups, "batch", counting=False)
+        graph = captured.gm.graph
+        target = torch.ops.popc.triton_graded_linear.default
+        singles = graph.find_nodes(op="call_function", target=target)
+        for node in singles:
+            node.target = of_one
+        captured.gm.recompile()
+        counts.append(len(singles))
+        torch.manual_seed(1)
+        (_, width), outputs = segment_offsets(groups)[-1], 24
+        scales = torch.ones(width), torch.full((width,), 0.5)
+        limits = torch.tensor([[0.5], [-1.0]])
+        fed = *scales, limits, torch.randn(1, width), torch.randn(1, outputs)
+        results.append(captured.gm(*args, *fed))
+    assert counts == [0, 3]
+    torch.testing.assert_close(*results)

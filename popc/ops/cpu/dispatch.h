@@ -22,6 +22,17 @@ inline bool is_supported_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
+// Whether ATen's GEMM in this dtype is faster than converting to float32.
+inline bool has_fast_gemm(at::ScalarType dtype) {
+#if defined(__aarch64__)
+  return true;
+#elif defined(__AVX512BW__)
+  return dtype == at::kBFloat16 || dtype == at::kFloat;
+#else
+  return dtype == at::kFloat;
+#endif
+}
+
 // run(T()) for the C++ type T of a supported dtype.
 template <typename F>
 void dispatch_dtype(at::ScalarType dtype, F&& run) {

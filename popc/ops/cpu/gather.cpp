@@ -66,17 +66,6 @@ Tensor run_reference(
   return op.call(x, weight, bias, rows, columns, out_dim);
 }
 
-// Whether ATen's GEMM in this dtype is faster than converting to float32.
-bool has_fast_gemm(at::ScalarType dtype) {
-#if defined(__aarch64__)
-  return true;
-#elif defined(__AVX512BW__)
-  return dtype == at::kBFloat16 || dtype == at::kFloat;
-#else
-  return dtype == at::kFloat;
-#endif
-}
-
 // x Wᵀ + bias in float32, converting a block of input channels at a time to save memory.
 Tensor linear_in_float(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   constexpr int64_t block = 1024;

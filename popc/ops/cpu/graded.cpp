@@ -140,21 +140,6 @@ Grades grade_tokens(
   return grades;
 }
 
-void check_scales(const Weight& weight, int64_t inputs) {
-  TORCH_CHECK_VALUE(
-      weight.scale || !weight.zero, op_name, ": a weight with scales in its rows has no zero");
-  for (const MaybeTensor* values : {&weight.scale, &weight.zero}) {
-    if (!*values) continue;
-    const Tensor& given = **values;
-    TORCH_CHECK_VALUE(
-        given.scalar_type() == at::kFloat && given.dim() == 2 && given.size(0) > 0 &&
-            given.size(0) <= std::max<int64_t>(inputs, 1) && given.size(1) == weight.outputs &&
-            given.sizes() == weight.scale->sizes(),
-        op_name, ": scale and zero must be float32 [groups, ", weight.outputs, "], not ",
-        given.scalar_type(), " ", given.sizes());
-  }
-}
-
 void check(const Request& request) {
   const ChannelInputs& shared = request.shared;
   check_thresholds(op_name, shared);
@@ -169,14 +154,15 @@ void check(const Request& request) {
   for (const Weight& weight : request.weights) {
     TORCH_CHECK_VALUE(weight.outputs >= 0, op_name, ": ", weight.outputs, " outputs");
     plane_rows(op_name, weight.packed, inputs, weight.outputs, weight.planes, !weight.scale);
-    check_scales(weight, inputs);
+    ScaleTensors(op_name, weight.scale, weight.zero, weight.outputs, inputs);
     check_bias(op_name, shared, weight.bias, weight.outputs);
   }
 }
 
 // Holds what the pointers of plane_gemv()'s outputs point to.
 struct Prepared {
-  Tensor scale, zero, bias, y;
+  ScaleTensors scales;
+  Tensor bias, y;
 };
 
 template <typename T>
@@ -188,12 +174,10 @@ std::vector<Tensor> run_kernel(
   const int64_t sequence_tokens = all_tokens / shared.sequences();
   std::vector<Prepared> prepared;
   for (const Weight& weight : request.weights) {
-    Prepared tensors;
-    if (weight.scale) tensors.scale = weight.scale->contiguous();
-    if (weight.zero) tensors.zero = weight.zero->contiguous();
-    if (weight.bias) tensors.bias = weight.bias->contiguous();
-    tensors.y = at::empty(output_sizes(x, weight.outputs), x.options());
-    prepared.push_back(std::move(tensors));
+    prepared.push_back(
+        {ScaleTensors(op_name, weight.scale, weight.zero, weight.outputs, inputs),
+         weight.bias ? weight.bias->contiguous() : Tensor(),
+         at::empty(output_sizes(x, weight.outputs), x.options())});
   }
   for (int64_t first = 0; first < all_tokens; first += max_tokens) {
     const int64_t tokens = std::min(max_tokens, all_tokens - first);
@@ -209,15 +193,9 @@ std::vector<Tensor> run_kernel(
     for (size_t i = 0; i < prepared.size(); ++i) {
       const Weight& weight = request.weights[i];
       const Prepared& tensors = prepared[i];
-      ScaleGroups groups;
-      if (weight.scale) {
-        groups.scale = tensors.scale.template const_data_ptr<float>();
-        groups.zero = weight.zero ? tensors.zero.template const_data_ptr<float>() : nullptr;
-        groups.inputs = (inputs + weight.scale->size(0) - 1) / weight.scale->size(0);
-      }
       outputs.push_back(
           {plane_rows(op_name, weight.packed, inputs, weight.outputs, weight.planes, !weight.scale),
-           groups, weight.bias ? tensors.bias.template const_data_ptr<T>() : nullptr,
+           tensors.scales.groups(), weight.bias ? tensors.bias.template const_data_ptr<T>() : nullptr,
            base_at(weight.offset), tensors.y.template data_ptr<T>() + first * weight.outputs});
     }
     plane_gemv<T>(grades.reads(), outputs);

@@ -32,20 +32,14 @@ struct ChannelReads {
   int64_t count;
 };
 
-// Scales that stand outside of rows, float32 [groups, outputs], each for `inputs` neighbouring
-// channels; none where `scale` is nullptr. A zero of nullptr is that of the rows.
-struct ScaleGroups {
-  const float* scale = nullptr;
-  const float* zero = nullptr;
-  int64_t inputs = 0;
-};
-
 // Turns entries into pairs of rows, R at a time. An entry that reads one plane waits for another.
 template <int N, int R>
 class PairReader {
  public:
   PairReader(const ChannelReads& reads, int64_t first, int64_t last, const PlaneRows& rows)
-      : reads_(reads), next_(first), last_(last), rows_(rows), zero_(rows.zero()) {
+      : reads_(reads), next_(first), last_(last), rows_(rows), scale_size_(scale_bytes * rows.blocks()), zero_(rows.zero()),
+        both_offset_(zero_ / 16.0f),
+        high_offset_((zero_ - static_cast<float>(constants::midpoint)) / 16.0f) {
     if (rows.scales == nullptr) {
       ones_.assign(rows.blocks(), at::BFloat16(1.0f));
       scales_ = reinterpret_cast<const uint8_t*>(ones_.data());
@@ -91,7 +85,7 @@ class PairReader {
   void set_high(PairBlock<R>& to, int row, int64_t channel, bool has_low) {
     const uint8_t* scales = scales_ + channel * scale_stride_;
     to.rows[row] = {scales, rows_.high + channel * rows_.stride};
-    popc::prefetch_bytes(scales, scale_stride_ == 0 ? 0 : scale_bytes * rows_.blocks());
+    prefetch_bytes(scales, scale_size_);
     for (int n = 0; n < N; ++n) {
       const float value = reads_.high[n * reads_.inputs + channel];
       if (!rows_.has_low()) {
@@ -99,7 +93,7 @@ class PairReader {
         continue;
       }
       const bool both = has_low && reads_.low[n * reads_.inputs + channel] != 0.0f;
-      to.factors[n][row] = {16.0f * value, (zero_ - (both ? 0.0f : constants::midpoint)) / 16.0f};
+      to.factors[n][row] = {16.0f * value, both ? both_offset_ : high_offset_};
     }
   }
   void set_low(PairBlock<R>& to, int row, int64_t channel) {
@@ -116,7 +110,8 @@ class PairReader {
   const ChannelReads& reads_;
   int64_t next_, last_;
   const PlaneRows& rows_;
-  const float zero_;
+  int64_t scale_size_;
+  const float zero_, both_offset_, high_offset_;  // of a high nibble, with the low one or without
   std::vector<at::BFloat16> ones_;
   const uint8_t* scales_;
   int64_t scale_stride_;

@@ -32,8 +32,8 @@ struct PlaneRows {
   bool has_low() const { return low != nullptr; }
   // The integer that stands for zero; where scales are apart, unless they say otherwise.
   float zero() const {
-    if (has_low()) return constants::zero;
-    return scales ? constants::plane_zero : constants::plane_group_zero;
+    if (has_low()) return static_cast<float>(constants::zero);
+    return static_cast<float>(scales ? constants::plane_zero : constants::plane_group_zero);
   }
   // The bytes that a reading of all its planes takes.
   int64_t row_bytes() const {
@@ -48,6 +48,43 @@ struct PlaneRows {
     part.length = std::min(length, last * block_values) - first * block_values;
     return part;
   }
+};
+
+// Scales that stand outside of rows, float32 [groups, outputs], each for `inputs` neighbouring
+// channels; none where `scale` is nullptr. A zero of nullptr is that of the rows.
+struct ScaleGroups {
+  const float* scale = nullptr;
+  const float* zero = nullptr;
+  int64_t inputs = 0, outputs = 0;
+};
+
+// The same as tensors, checked and contiguous.
+class ScaleTensors {
+ public:
+  ScaleTensors(
+      const char* op, const MaybeTensor& scale, const MaybeTensor& zero, int64_t outputs,
+      int64_t inputs) {
+    TORCH_CHECK_VALUE(scale || !zero, op, ": a weight with scales in its rows has no zero");
+    if (!scale) return;
+    for (const Tensor& given : {*scale, zero.value_or(*scale)}) {
+      TORCH_CHECK_VALUE(
+          given.scalar_type() == at::kFloat && given.dim() == 2 && given.size(0) > 0 &&
+              given.size(0) <= std::max<int64_t>(inputs, 1) && given.size(1) == outputs &&
+              given.sizes() == scale->sizes(),
+          op, ": scale and zero must be float32 [groups, ", outputs, "], not ",
+          given.scalar_type(), " ", given.sizes());
+    }
+    scale_ = scale->contiguous();
+    if (zero) zero_ = zero->contiguous();
+    groups_ = {
+        scale_.const_data_ptr<float>(), zero ? zero_.const_data_ptr<float>() : nullptr,
+        (inputs + scale->size(0) - 1) / scale->size(0), outputs};
+  }
+  const ScaleGroups& groups() const { return groups_; }
+
+ private:
+  Tensor scale_, zero_;
+  ScaleGroups groups_;
 };
 
 // `packed` [count, row bytes] as rows of `length` values; its rows must be contiguous.
