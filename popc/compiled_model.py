@@ -24,7 +24,7 @@ from popc.config import CallBudget, Config
 from popc.errors import ConfigError, ModelError, PopcWarning
 from popc.runtime.caches import in_session
 from popc.runtime.compiled_graph import CompiledGraph
-from popc.runtime.guards import PromptGuards
+from popc.runtime.guards import KeptGuards, PromptGuards
 from popc.runtime.mirror import Mirror, modules_of, replace
 from popc.runtime.own_weights import OwnWeights
 
@@ -181,7 +181,7 @@ class _Forward:
         self._lock = threading.Lock()
         self._by_sequence = shared.config.scope == "sequence"
         self._backend = _backend_for(shared, self.guards)
-        self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
+        self.frame = compat.compile_alone(self.dense, self._backend, KeptGuards(self.guards))
 
     def function(self) -> Callable[..., Any]:
         """The module's new ``forward``.
@@ -215,7 +215,7 @@ class _Forward:
 
     def renew(self) -> None:
         """Forget what was compiled: the model has changed in a way that no guard sees."""
-        self.frame = compat.compile_alone(self.dense, self._backend, self.guards)
+        self.frame = compat.compile_alone(self.dense, self._backend, KeptGuards(self.guards))
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The compiled frame; a new one where decode steps rely on a model that has changed."""

@@ -24,7 +24,11 @@ from popc.bench.rates import Context
 from popc.testing import assert_equivalent
 from tests.helpers.models import tiny_llama
 
-POLICIES = ("threshold", "pop")
+WAYS: dict[str, dict[str, Any]] = {
+    "threshold": {"policy": "threshold", "sparsity": 0.4},
+    "pop": {"policy": "pop", "sparsity": 0.4},
+    "graded, int8": {"weights": "int8", "bits": 4.5},
+}
 PROMPT, TOKENS = 24, 12
 
 
@@ -45,22 +49,22 @@ def kernels(cases: str) -> str:
     return f"{len(faults)} cases"
 
 
-def oracle(policy: str, device: str) -> str:
+def oracle(way: str, device: str) -> str:
     model = small_llama(device)
     ids = random_prompt(model, 2, PROMPT, device)
-    seen = assert_equivalent(model, ids, policy=policy, sparsity=0.4, dtype=torch.float32)
+    seen = assert_equivalent(model, ids, **WAYS[way], dtype=torch.float32)
     assert seen.masked and seen.decided, seen
     return f"{seen.masked} values masked, error {seen.error:.1e}"
 
 
-def recorded(policy: str, device: str) -> str:
+def recorded(way: str, device: str) -> str:
     """The tokens must be the same, and no graph of a decode step go unrecorded."""
     tokens = []
     for options in ({}, torch._inductor.list_mode_options("reduce-overhead")):
         torch.compiler.reset()
         counters.clear()
         model = small_llama(device)
-        compiled = popc.compile(model, policy=policy, sparsity=0.4, inductor=options)
+        compiled = popc.compile(model, **WAYS[way], inductor=options)
         prompt = random_prompt(model, 1, PROMPT, device)
         context = Context(model.config, prompt, TOKENS, compiled.forward, allocate=model.forward)
         for _ in range(3):  # recorded in the second, replayed from then on
@@ -76,9 +80,9 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     if device == "cuda":
         yield "kernels", lambda: kernels("triton_cases")
         yield "kernels on quantised weights", lambda: kernels("triton_plane_cases")
-    for policy in POLICIES:
-        yield f"oracle, {policy}", lambda policy=policy: oracle(policy, device)
-        yield f"CUDA graphs, {policy}", lambda policy=policy: recorded(policy, device)
+    for way in WAYS:
+        yield f"oracle, {way}", lambda way=way: oracle(way, device)
+        yield f"CUDA graphs, {way}", lambda way=way: recorded(way, device)
 
 
 @torch.no_grad()

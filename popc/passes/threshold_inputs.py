@@ -221,6 +221,14 @@ def _read_by_grade(
     offsets: tuple[int, int, int],
 ) -> None:
     """As :func:`_rewrite_group`, of quantised weights."""
+    if len(linears) == 1:
+        (linear,) = linears
+        packed, scale, zero, _, _, planes = linear.weight.node.args[:6]
+        op = select_kernel(graded_linears, x.meta["val"], packed.meta["val"])  # type: ignore[union-attr]
+        if op != graded_linears:
+            weight = packed, scale, zero, linear.outputs, planes, linear.bias
+            builder.change(linear.node, op, x, *weight, *fed, *offsets)
+            return
     stored = [linear.weight.node.args for linear in linears]
     packed, scales, zeros = ([args[i] for args in stored] for i in range(3))
     outputs = [linear.outputs for linear in linears]
@@ -275,10 +283,11 @@ def _joinable(
         position: of each node in the graph; kept true for those that are brought elsewhere.
         writes: the positions at which something is written.
     """
-    if not group.is_quantized:
-        x, weight = group.x.meta["val"], group.linears[0].weight.node.meta["val"]
-        if select_kernel(threshold_linear, x, weight) != threshold_linear:
-            return [[linear] for linear in group.linears]
+    op = graded_linears if group.is_quantized else threshold_linear
+    weight = group.linears[0].weight.node
+    read_by_op = weight.args[0] if group.is_quantized else weight
+    if select_kernel(op, group.x.meta["val"], read_by_op.meta["val"]) != op:  # type: ignore[union-attr]
+        return [[linear] for linear in group.linears]
     joined = [[group.linears[0]]]
     for linear in group.linears[1:]:
         first = joined[-1][0].node

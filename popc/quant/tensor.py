@@ -106,13 +106,15 @@ class QuantizedTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same tensor, detached. Only what is quantised can be assigned to it."""
+        """The same tensor, detached. Only what is quantised alike can be assigned to it."""
         return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, QuantizedTensor):
             raise RuntimeError(f"plain values are assigned to the data of {_READ_ONLY}")
+        if _format(self) != _format(value):  # compiled graphs rely on it
+            raise RuntimeError(f"values that are not quantised alike are assigned to {_READ_ONLY}")
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.__init__(*value.parts, value.stored)  # type: ignore[misc]
 

@@ -18,6 +18,7 @@ import torch
 from popc import compat
 from popc.compat import Place
 from popc.log import logger
+from popc.quant import QuantizedTensor
 
 # Guards on an object's identity, not on its content.
 _BY_IDENTITY = ("ID_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH")
@@ -164,3 +165,42 @@ def _observed(value: Any, kind: str) -> Hashable:
 
 def _is_plain(values: Iterable[Any]) -> bool:
     return all(isinstance(value, _PLAIN) for value in values)
+
+
+class KeptGuards:
+    """A ``guard_filter_fn`` of ``torch.compile``: all guards but those on what a quantised weight
+    holds, after what ``then`` leaves out.
+
+    A :class:`popc.quant.QuantizedTensor` is stored alike for as long as it lives, and three guards
+    on each of them take as long as all others together.
+    """
+
+    def __init__(self, then: PromptGuards | None) -> None:
+        self._then = then
+
+    def __call__(self, entries: Sequence[Any]) -> list[bool]:
+        """Which of ``entries`` are kept."""
+        then = self._then
+        kept: Sequence[bool] = [True] * len(entries) if then is None else then(entries)
+        places = [compat.guard_place(entry) for entry in entries]
+        weights = {
+            place.path
+            for place, entry in zip(places, entries, strict=True)
+            if isinstance(entry.value, QuantizedTensor)
+        }
+        if not weights:
+            return list(kept)
+        return [
+            keep
+            and not (entry.guard_type == _HELD and place.path in weights)
+            and not _leads_through(place.path, weights)
+            for keep, place, entry in zip(kept, places, entries, strict=True)
+        ]
+
+
+_HELD = "TENSOR_SUBCLASS_METADATA_MATCH"
+
+
+def _leads_through(path: tuple[str, ...], weights: set[tuple[str, ...]]) -> bool:
+    """Whether it leads through one of ``weights`` to something that this holds."""
+    return any(path[:length] in weights for length in range(1, len(path)))

@@ -63,7 +63,9 @@ class Dequantized:
     def __init__(self, model: nn.Module, compiled: nn.Module) -> None:
         named = dense(compiled).named_parameters(remove_duplicate=False)
         weights = {name: p for name, p in named if isinstance(p, QuantizedTensor)}
-        self.model = copy.deepcopy(model) if weights else model
+        # What is not quantised is shared, so that it keeps its identity.
+        shared = {id(parameter): parameter for parameter in model.parameters()}
+        self.model = copy.deepcopy(model, shared) if weights else model
         self.plain: dict[int, nn.Parameter] = {}
         self.readings: dict[Hashable, Readings] = {}
         self._identities: dict[int, int] = {}

@@ -39,7 +39,10 @@ if not triton_gather.available():
 
 from popc.ops import triton_plane_kernels
 from popc.ops.triton_ahead import compile_planes_ahead
+from popc.passes.segments import segment_offsets
+from popc.passes.threshold_inputs import rewrite_linears
 from tests.ops.test_triton import EM_CUDA, fake, gpu_to_compile_for, launches, traced
+from tests.passes.test_read_by_grade import K, Three, found
 
 __all__ = ["gpu_to_compile_for"]  # a fixture
 
@@ -232,3 +235,33 @@ def test_rows_are_read_in_the_words_that_they_are_aligned_to() -> None:
         rest = stored, None, None, None, outputs, 1, 2
         triton_planes.launch_quantized(Kernel(), Kernel(), Kernel(), torch.empty(1, 8), *rest)
     assert seen == [(16, 0), (8, 0), (4, 0), (2, 0), (2, 0), (16, 0)]
+
+
+@torch.no_grad()
+def test_passes_write_an_op_for_each_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton serves; with the reference in its place the graph computes the same."""
+
+    def of_one(x: Tensor, *rest: Any) -> Tensor:
+        return graded_linears(x, *([argument] for argument in rest[:6]), *rest[6:])[0]
+
+    model, x = Three().eval(), torch.randn(3, 1, K)
+    results, counts = [], []
+    for served in (False, True):
+        monkeypatch.setattr(triton_planes, "serves", lambda *_, served=served: served)
+        captured, groups, args = found(model, x)
+        rewrite_linears(captured, groups, "batch", counting=False)
+        graph = captured.gm.graph
+        target = torch.ops.popc.triton_graded_linear.default
+        singles = graph.find_nodes(op="call_function", target=target)
+        for node in singles:
+            node.target = of_one
+        captured.gm.recompile()
+        counts.append(len(singles))
+        torch.manual_seed(1)
+        (_, width), outputs = segment_offsets(groups)[-1], 24
+        scales = torch.ones(width), torch.full((width,), 0.5)
+        limits = torch.tensor([[0.5], [-1.0]])
+        fed = *scales, limits, torch.randn(1, width), torch.randn(1, outputs)
+        results.append(captured.gm(*args, *fed))
+    assert counts == [0, 3]
+    torch.testing.assert_close(*results)

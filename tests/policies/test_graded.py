@@ -156,6 +156,14 @@ def test_transposed_weights_are_the_oracle() -> None:
     assert result.masked and {group.kind for group in result.plan.inputs} == {"attention", "mlp"}
 
 
+def test_what_is_too_small_to_be_quantised_is_masked_beside_what_is() -> None:
+    """Keys and values of 16 channels: their group of linears is read as floats are."""
+    model = tiny_llama(num_key_value_heads=1)
+    result = assert_equivalent(model, tokens(1), weights="int8", bits=6.0, codegen="eager")
+    sizes = {linear.element_bytes for group in result.plan.inputs for linear in group.linears}
+    assert result.masked and {8.0, 1.0625} <= sizes
+
+
 def test_the_first_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Low planes that are never read, where some should be."""
     scales = InputGroupBinding.scales

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import DynamicCache, StaticCache
 
 import popc
 from popc.errors import ConfigError
+from popc.quant import QuantizedTensor
+from popc.runtime.guards import KeptGuards
 from tests.helpers.generation import POLICIES, compiled_of, generated, prompt
 from tests.helpers.models import tiny_llama
 
@@ -253,3 +256,29 @@ def test_torch_compile_makes_the_guards_itself() -> None:
         compiled(prompt(0))
     with pytest.raises(ConfigError, match="'token', 'prompt'"):
         popc.Config(guards="never")
+
+
+def test_what_a_quantised_weight_holds_is_not_guarded_on(monkeypatch) -> None:
+    left_out = []
+    keep = KeptGuards.__call__
+
+    def record(self: KeptGuards, entries: list) -> list[bool]:
+        kept = keep(self, entries)
+        left_out.append(
+            [entry for entry, is_kept in zip(entries, kept, strict=True) if not is_kept]
+        )
+        return kept
+
+    monkeypatch.setattr(KeptGuards, "__call__", record)
+    model = tiny_llama()
+    compiled = popc.compile(model, weights="int8", codegen="eager")
+    compiled.generate(torch.arange(3, 12)[None], max_new_tokens=3, do_sample=False)
+    prompt, step = left_out
+    weights = sum(isinstance(p, QuantizedTensor) for p in compiled.parameters())
+    assert not prompt, "it was traced on the model's own weights"
+    kinds = Counter(entry.guard_type for entry in step)
+    assert set(kinds.values()) == {weights} and len(kinds) == 3
+    before = len(left_out)
+    compiled.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    assert not compiled(torch.arange(3, 12)[None]).logits.any(), "another weight is noticed"
+    assert len(left_out) == before + 1

@@ -43,9 +43,10 @@ def _change_linear(captured: Captured, node: fx.Node) -> bool:
     if linear.y_dim != len(shape(node)) - 1 or linear.x_dim != len(shape(linear.x)) - 1:
         return False
     held, shape_of_rows = _stored(linear.weight.node)
+    op = ops.select_kernel(ops.quantized_linear, linear.x.meta["val"], held[0].meta["val"])
     builder = GraphBuilder(captured, node)
     with captured.gm.graph.inserting_before(node):
-        builder.change(node, ops.quantized_linear, linear.x, *held, linear.bias, *shape_of_rows)
+        builder.change(node, op, linear.x, *held, linear.bias, *shape_of_rows)
     return True
 
 
