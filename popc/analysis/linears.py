@@ -84,7 +84,7 @@ class Weight:
     @property
     def has_channel_planes(self) -> bool:
         """Whether it is quantised and stored channel-major, so that it can be read by grade."""
-        return self.is_quantized and self.node.args[4] == 1
+        return self.is_quantized and bool(self.node.args[4] == 1)
 
     @property
     def element_bytes(self) -> float:

@@ -80,28 +80,28 @@ def _gather_quantized(
     if any(index is not None and index.dim() == 2 for index in (rows, columns)):
         if not x.shape[0]:
             return x.new_zeros(*x.shape[:-1], outputs)
-        weight = packed, scale, zero, bias
-        lists = [(at_item(rows, b), at_item(columns, b)) for b in range(x.shape[0])]
+        each = [(at_item(rows, b), at_item(columns, b)) for b in range(x.shape[0])]
+        whole = packed, scale, zero, bias
         return torch.stack(
-            [_gather_quantized(x[b], *weight, *lists[b], *stored) for b in range(len(lists))]
+            [_gather_quantized(x[b], *whole, *lists, *stored) for b, lists in enumerate(each)]
         )
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
-    whole, listed = x.to(wide), columns if row_dim == 1 else rows
+    read, listed = x.to(wide), columns if row_dim == 1 else rows
     inputs = x.shape[-1]
     if listed is not None:
         scale, zero = (_listed(value, listed, inputs, row_dim) for value in (scale, zero))
         packed = packed.index_select(0, listed)
     if row_dim == 1:
         if columns is not None:
-            whole, inputs = whole.index_select(-1, columns), len(columns)
+            read, inputs = read.index_select(-1, columns), len(columns)
         weight = fmt.unpack(packed, scale, zero, (outputs, inputs), 1, planes, wide)
-        return gather_from(whole, weight, bias, rows, None, 0).to(x.dtype)
+        return gather_from(read, weight, bias, rows, None, 0).to(x.dtype)
     length = outputs if rows is None else len(rows)
     if rows is not None and bias is not None:
         bias = bias.index_select(0, rows)
     weight = fmt.unpack(packed, scale, zero, (length, inputs), 0, planes, wide)
-    y = gather_from(whole, weight, bias, None, columns, 0).to(x.dtype)
+    y = gather_from(read, weight, bias, None, columns, 0).to(x.dtype)
     if rows is None:
         return y
     return y.new_zeros((*y.shape[:-1], outputs)).index_copy_(-1, rows, y)
@@ -139,11 +139,13 @@ def _quantized_experts(
     y = x.new_zeros((x.shape[0], outputs))
     whole = [True] * len(packed) if full is None else full.tolist()
     for e, chosen in _by_expert(expert):
-        weight = [None if part is None else part[e] for part in (packed, scale, zero)]
         listed_rows = None if rows is None or whole[e] else rows[e]
         listed_columns = None if columns is None or whole[e] else columns[chosen]
-        lists = None, listed_rows, listed_columns
-        of_expert = _gather_quantized(x[chosen], *weight, *lists, outputs, row_dim, planes)
+        scales, zeros = (None if part is None else part[e] for part in (scale, zero))
+        lists = listed_rows, listed_columns
+        of_expert = _gather_quantized(
+            x[chosen], packed[e], scales, zeros, None, *lists, outputs, row_dim, planes
+        )
         y.index_copy_(0, chosen, of_expert)
     return y
 

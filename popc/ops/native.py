@@ -45,7 +45,9 @@ def constants() -> str:
     types = {int: "int64_t {}", float: "double {}", tuple: "double {}[]"}
     lines = []
     for name, value in _CONSTANTS.items():
-        text = "{%s}" % ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+        text = repr(value)
+        if isinstance(value, tuple):
+            text = "{" + text.strip("(,)") + "}"
         lines.append(f"constexpr {types[type(value)].format(name)} = {text};")
     body = "\n".join(lines)
     return f"#pragma once\n#include <cstdint>\nnamespace popc::constants {{\n{body}\n}}\n"

@@ -101,14 +101,16 @@ def _squares(weight: StoredWeight, held: Held) -> tuple[Tensor, Tensor]:
     return squares
 
 
+def _of_expert(held: Held, e: int) -> Held:
+    packed, scale, zero = held
+    return packed[e], None if scale is None else scale[e], None if zero is None else zero[e]
+
+
 def _of_experts(weight: StoredWeight, held: Held) -> tuple[Tensor, Tensor]:
     """One after the other: what is dequantised at once is no more than one weight."""
     if not weight.experts:
         return _computed(weight, held)
-    parts = [
-        tuple(None if part is None else part[e] for part in held) for e in range(weight.experts)
-    ]
-    squares = [_computed(weight, part) for part in parts]
+    squares = [_computed(weight, _of_expert(held, e)) for e in range(weight.experts)]
     norm, error = (torch.cat(part) for part in zip(*squares, strict=True))
     return norm, error
 

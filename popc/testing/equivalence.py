@@ -174,7 +174,8 @@ class _Check:
         own = Dequantized(self.model, compiled)
         if own.model is self.model:
             return own, self.traced
-        return own, own.traced(self.analyzed(own.model), compiled.popc_plan)
+        plan: Any = compiled.popc_plan
+        return own, own.traced(self.analyzed(own.model), plan)
 
     @contextlib.contextmanager
     def oracle(

@@ -75,7 +75,8 @@ class MaskedInputs(Watched):
         limit = limit.view(*x.shape[:-1], 1)
         expert = experts_of(x, selector) if linears_of(owner)[0].experts else None
         if expert is not None:
-            scales = tuple(scale[expert].view(x.shape) for scale in scales)
+            high_scale, low_scale = (scale[expert].view(x.shape) for scale in scales)
+            scales = high_scale, low_scale
         high, low = (self._exceeds(moved.abs() * scale, limit) for scale in scales)
         self.masked += int((~(high & low)).sum())
         if owner.key in self.readings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -95,7 +95,7 @@ def _name_of(node: fx.Node) -> str:
 def _stored(weight: fx.Node) -> tuple[Sequence[Any], tuple[Any, Any, Any]]:
     """Planes, scales and zeros of what is dequantised; and its outputs, row dim and planes."""
     packed, scale, zero, sizes, row_dim, planes = weight.args[:6]
-    *_, outputs, _ = sizes  # type: ignore[misc, union-attr]
+    *_, outputs, _ = cast(Sequence[Any], sizes)
     return (packed, scale, zero), (outputs, row_dim, planes)
 
 
