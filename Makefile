@@ -29,7 +29,7 @@ asan: $(INSTALLED)
 	LD_PRELOAD="$$(tests/helpers/asan-c++ -print-file-name=libasan.so) $$(tests/helpers/asan-c++ -print-file-name=libstdc++.so)" \
 	$(BIN)/pytest -n0 -s tests/ops/test_native.py tests/ops/test_attend.py tests/ops/test_fuzz.py \
 	tests/ops/test_threshold.py tests/ops/test_measure.py tests/ops/test_graded.py \
-	tests/ops/test_quantize.py -k 'not portable and not other_vector'
+	tests/ops/test_quantize.py tests/ops/test_gather_quantized.py -k 'not portable and not other_vector'
 
 # 20,000 tokens over changing prompts: tokens, memory and speed must not drift.
 soak: $(INSTALLED)

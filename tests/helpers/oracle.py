@@ -80,6 +80,10 @@ def llama_downs(model: nn.Module) -> list[nn.Linear]:
     return [layer.mlp.down_proj for layer in model.model.layers]
 
 
+# Products with planes, by kernels that take float32 values in two parts of bfloat16.
+PLANES = 1e-4
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest value of ``b``."""
     return float((a.float() - b.float()).abs().max() / b.float().abs().max())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import popc
 from popc.quant import QuantizedTensor
 from tests.helpers.models import tiny_llama
+from tests.helpers.oracle import PLANES, relative
 
 IDS = torch.arange(3, 24)[None]
 DENSE = {"policy": "dense", "codegen": "eager"}
@@ -43,7 +44,7 @@ def test_computes_with_the_values_of_its_planes(tied: bool, dtype: torch.dtype) 
         assert (compiled.lm_head.weight is compiled.model.embed_tokens.weight) == tied
         expected = dequantised(compiled, model)(IDS).logits
         error = (actual - expected).float().norm() / expected.float().norm()
-        assert error < (1e-5 if dtype is torch.float32 else 2e-2)
+        assert error < (PLANES if dtype is torch.float32 else 2e-2)
         assert not torch.equal(expected, model(IDS).logits)
 
 
@@ -55,7 +56,7 @@ def test_decodes_as_the_values_of_its_planes() -> None:
     actual = compiled.generate(IDS, **options)
     expected = dequantised(compiled, model).generate(IDS, **options)
     assert torch.equal(actual.sequences, expected.sequences)
-    torch.testing.assert_close(actual.logits, expected.logits)
+    assert relative(torch.stack(actual.logits), torch.stack(expected.logits)) < PLANES
 
 
 class Conv1D(nn.Module):
@@ -112,7 +113,7 @@ def test_what_is_more_than_a_linear_s_weight_stays_as_it_is() -> None:
         actual = compiled(x)
         left = {n for n, p in compiled.named_parameters() if not isinstance(p, QuantizedTensor)}
         assert {name.split(".")[0] for name in left} == set(Left.kept)
-        torch.testing.assert_close(actual, dequantised(compiled, model)(x))
+        assert relative(actual, dequantised(compiled, model)(x)) < PLANES
     reasons = {skipped.reason for skipped in compiled.popc_plan.skipped}
     assert "its weight has a side of less than 32" in reasons
     assert "it reads a part of its weight, or a view of it" in reasons

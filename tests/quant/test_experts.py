@@ -12,7 +12,7 @@ import popc
 from popc.quant import QuantizedTensor
 from popc.testing import assert_equivalent
 from tests.helpers.generation import generated, prompt, run
-from tests.helpers.oracle import relative
+from tests.helpers.oracle import PLANES, relative
 from tests.helpers.quantized import (
     counted_ops,
     quantized_names,
@@ -40,7 +40,7 @@ def test_dense(make: Callable[..., nn.Module], form: str) -> None:
     # 2 linears of 2 layers in 3 calls; nothing is dequantised but the rows of the embedding
     assert counts["quantized_experts"] == 12 and counts["dequantize"] == 3
     plain = with_values_of(compiled, model)
-    assert relative(ours, generated(plain, prompt(batch=2), 2)) < 1e-5
+    assert relative(ours, generated(plain, prompt(batch=2), 2)) < PLANES
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -52,17 +52,18 @@ def test_pruned_by_units(make: Callable[..., nn.Module]) -> None:
     values = with_values_of(compiled, model)
     torch.compiler.reset()
     plain = popc.compile(values, config)
-    assert relative(ours, run(plain, ids, 9)) < 1e-5
+    assert relative(ours, run(plain, ids, 9)) < PLANES
     assert relative(ours, run(values, ids, 9)) > 1e-2
     (name,) = (name for name in quantized_names(compiled) if "0.mlp.experts.gate" in name)
     weight = dict(compiled.named_parameters())[name]
     assert weight.stored.row_dim == 0  # of its outputs, rows of live units are read
 
 
-@pytest.mark.parametrize("make", MODELS)
+# Not of the third, whose experts in this form the oracle does not mask.
+@pytest.mark.parametrize("make", MODELS[:2])
 def test_equivalent_to_the_oracle(make: Callable[..., nn.Module]) -> None:
     """Of the values that quantised weights have, popc's choices are the oracle's."""
-    model = make()
+    model = make(experts_implementation="batched_mm")  # the oracle is in float64, as not all are
     compiled = popc.compile(model, weights="int8", policy="dense", codegen="eager")
     generated(compiled, prompt(), 1)
     values = with_values_of(compiled, model)
