@@ -1,7 +1,7 @@
 """Builds and loads the CPU kernels, C++ in ``popc/ops/cpu``, when they are first needed.
 
 The build is Inductor's: its compiler, its flags for this machine's vector instructions, its cache
-folder and lock. It takes about half a minute, once; later processes load it from the cache. Where
+folder and lock. It takes about a minute, once; later processes load it from the cache. Where
 it fails, the ATen reference runs instead, after a warning.
 """
 

@@ -80,8 +80,9 @@ def llama_downs(model: nn.Module) -> list[nn.Linear]:
     return [layer.mlp.down_proj for layer in model.model.layers]
 
 
-# Products with planes, by kernels that take float32 values in two parts of bfloat16.
-PLANES = 1e-4
+# Products with planes: kernels take what rows are multiplied with for integers of 15 bits, in units
+# of the largest of a group of rows.
+PLANES = 1e-3
 
 
 def relative(a: Tensor, b: Tensor) -> float:

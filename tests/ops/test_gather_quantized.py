@@ -57,7 +57,7 @@ def test_gather_quantized(rows, columns, batch, planes, apart, row_dim, dtype) -
     plain = values(weight, row_dim, planes), bias.float(), r, c, 0
     expected = torch.ops.popc.gather_linear_reference(x.float(), *plain)
     exact = dtype is torch.float32
-    tolerance = {"rtol": 1e-4, "atol": 2e-4} if exact else {"rtol": 2e-2, "atol": 5e-2}
+    tolerance = {"rtol": 1e-3, "atol": 2e-3} if exact else {"rtol": 2e-2, "atol": 5e-2}
     torch.testing.assert_close(y.float(), expected, **tolerance)
     opcheck(gather_quantized, args, test_utils=CHECKS)
 
@@ -76,7 +76,7 @@ def test_quantized_experts(rows, columns, planes, apart, row_dim) -> None:
     args = x, *weight, expert, full, r, c, N, row_dim, planes
     y = quantized_experts(*args)
     plain = values(weight, row_dim, planes), expert, full, r, c, 0
-    torch.testing.assert_close(y, ops.gather_experts(x, *plain), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(y, ops.gather_experts(x, *plain), rtol=1e-3, atol=2e-3)
     opcheck(quantized_experts, args, test_utils=CHECKS)
 
 
@@ -87,7 +87,7 @@ def test_experts_of_many_rows() -> None:
     expert = torch.randint(E - 1, (100,))  # the last has none
     y = quantized_experts(x, *weight, expert, None, None, None, N, 1, 2)
     expected = torch.einsum("sk,snk->sn", x, values(weight, 1, 2)[expert])
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=2e-3)
     none = x[:0], *weight, expert[:0], None, None, None, N, 1, 2
     assert quantized_experts(*none).shape == (0, N)
 
@@ -110,7 +110,7 @@ def test_graded_experts(planes: int, apart: bool, dtype: torch.dtype) -> None:
     read = torch.where((high & low)[:, None], both, torch.where(high[:, None], coarse, 0.0))
     expected = torch.einsum("sk,snk->sn", x.float(), read)
     exact = dtype is torch.float32
-    tolerance = {"rtol": 1e-4, "atol": 2e-4} if exact else {"rtol": 2e-2, "atol": 5e-2}
+    tolerance = {"rtol": 1e-3, "atol": 2e-3} if exact else {"rtol": 2e-2, "atol": 5e-2}
     torch.testing.assert_close(y.float(), expected, **tolerance)
     opcheck(graded_experts, args, test_utils=CHECKS)
     counts = count_expert_grades(x, expert, norm, low_norm, threshold, 1, 2)

@@ -126,7 +126,7 @@ def test_graded_linears(tokens: int, planes: tuple[int, int], apart: bool) -> No
     assert 0.2 < high.float().mean() < 0.8 and 0.1 < low.float().mean() < high.float().mean()
     expected = case.expected()
     for got, exact in zip(references._graded_linears(*case.args()), expected, strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-3)
     for got, exact in zip(ops.graded_linears(*case.args()), expected, strict=True):
         close(got, exact)
     opcheck(ops.graded_linears, case.args(), test_utils=CHECKS)
@@ -166,7 +166,7 @@ def test_a_token_has_grades_of_its_own(op: Any) -> None:
     for token in range(5):
         case.x = rows[token : token + 1]
         for alone, all_ in zip(op(*case.args()), together, strict=True):
-            torch.testing.assert_close(alone[0], all_[token], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(alone[0], all_[token], rtol=1e-3, atol=2e-3)
 
 
 def test_thresholds_of_sequences() -> None:
@@ -180,7 +180,7 @@ def test_thresholds_of_sequences() -> None:
         one.x = one.x[2 * sequence :][:2]
         one.threshold = case.threshold[:, sequence : sequence + 1]
         for got, expected in zip(together, one.expected(), strict=True):
-            torch.testing.assert_close(got[sequence], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got[sequence], expected, rtol=1e-3, atol=2e-3)
 
 
 def test_lists_of_different_lengths_are_refused() -> None:

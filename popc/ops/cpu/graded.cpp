@@ -189,7 +189,7 @@ std::vector<Tensor> run_kernel(
     };
     const Grades grades =
         grade_tokens<T>(request, x.const_data_ptr<T>(), first, tokens, limits, centers);
-    std::vector<PlaneOutput<T, decltype(base_at(0))>> outputs;
+    std::vector<PlaneOutput<T>> outputs;
     for (size_t i = 0; i < prepared.size(); ++i) {
       const Weight& weight = request.weights[i];
       const Prepared& tensors = prepared[i];

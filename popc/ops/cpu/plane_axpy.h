@@ -1,13 +1,11 @@
-// Microkernels that add up scaled rows of nibbles, for up to max_tokens tokens.
+// Microkernels that add up scaled rows of integers, for up to max_tokens tokens: nibbles of one plane,
+// or bytes of both.
 //
-// Rows come in pairs: the planes of one row, or the high planes of two. Of each chunk of outputs, a
-// sum of nibbles is kept for each lane and position in a dword; `base` is added to each nibble on
-// the way, as is cheapest, and what stands for more or less than its nibble is accounted for in
-// `corrections`, one for each block.
+// A group of rows is added in one pass over the sums. What stands for less or more than its integer
+// is accounted for in `corrections`, one for each block of outputs.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
-#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -21,302 +19,334 @@ namespace popc {
 
 constexpr int64_t chunk_blocks = 4, chunk_lanes = chunk_blocks * block_dwords;
 constexpr int64_t chunk_values = chunk_blocks * block_values;
-constexpr int64_t factor_blocks = 16;  // factors are made for a multiple of these
+constexpr int64_t factor_blocks = 16;  // factors are made for as many at a time
+constexpr int quad_rows = 4;           // that products are added up of in one instruction
+constexpr int group_rows = 16;
 
-// One row of nibbles: its values are (nibble + offset) · scale · multiplier.
-struct NibbleRow {
+// One row: its values are (integer - center) · scale, times a token's factor. An integer is a nibble
+// of the high plane, or a byte where the low one is read too.
+struct PlaneRow {
   const uint8_t* scales;
-  const uint8_t* plane;
+  const uint8_t* high;
+  const uint8_t* low;
 };
 
-// Of one token, the factor of a row, and what is to be taken from each of its nibbles. A factor of
-// zero takes the row for zeros, whatever its scales are.
-struct RowFactor {
-  float factor = 0.0f, offset = 0.0f;
-};
-
-// Pairs of rows that one pass over the sums adds up, for N tokens: as many as registers hold.
-template <int N>
-constexpr int pair_block = N == 1 ? 8 : 4;
-
-template <int R>
-struct PairBlock {
-  NibbleRow rows[2 * R];
-  RowFactor factors[max_tokens][2 * R];
-};
-
-// The sums of one thread: `values` [tokens, chunks, nibble, lane], `corrections` [tokens, blocks].
+// The sums of one thread: `values` [tokens, chunks, half of a byte, dword, lane], of which lane
+// 4·block + byte, and `corrections` [tokens, blocks], both padded.
 struct PlaneSums {
   float* values;
   float* corrections;
-  int64_t value_stride, correction_stride;
+  int64_t value_stride, correction_stride;  // between tokens
+
+  PlaneSums token(int64_t n) const {
+    return {values + n * value_stride, corrections + n * correction_stride, value_stride,
+            correction_stride};
+  }
+  PlaneSums from_block(int64_t b) const {
+    return {values + b * block_values, corrections + b, value_stride, correction_stride};
+  }
 };
+
+// Up to group_rows rows of one weight, in quads, and the sums that they are added to. A factor of zero
+// takes its row for zeros, whatever its scales are.
+struct RowGroup {
+  PlaneRow rows[group_rows];
+  float factors[max_tokens][group_rows];
+  int count, quads;
+  bool has_low;  // of all rows, or of none
+  uint8_t center;
+  float center_unit;  // center · center_unit is taken from each integer
+  int64_t blocks;
+  PlaneSums sums;
+};
+
+C10_ALWAYS_INLINE void prefetch(const uint8_t* from) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(from, 0, 2);
+#endif
+}
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+// Where the sum of value i of a block stands, from that of its value 0 on.
+constexpr int64_t sum_offset(int64_t i) {
+  return (i / block_dwords % 2 * block_dwords + i % block_dwords) * chunk_lanes + i / 8;
+}
+// Where the sum of value 0 of block b stands.
+constexpr int64_t sum_start(int64_t b) {
+  return b / chunk_blocks * chunk_values + b % chunk_blocks * block_dwords;
+}
+
+#if defined(__AVX512VNNI__) && defined(CPU_CAPABILITY_AVX512)
 // Not inlined, a lambda would keep the caller's registers in memory.
 #define POPC_INLINE __attribute__((always_inline))
 
-// Nibble n becomes the bfloat16 base + n, by bits alone, next to that of the other row of the pair:
-// 32 products an instruction. Factors are bfloat16; where they are split, two parts of it.
-template <bool split>
-struct PairKernel {
-  static constexpr float base = split ? 16.0f : 128.0f;  // the less, the more exact sums are
-  static constexpr int64_t parts = split ? 2 : 1;
+// The bits of `a` where the mask's are set, else those of `b`.
+POPC_INLINE inline __m512i select_bits(__m512i mask, __m512i a, __m512i b) {
+  return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
+}
 
-  static int64_t scratch_size(int64_t tokens, int64_t pairs, int64_t blocks) {
-    return tokens * pairs * parts * round_up(blocks, factor_blocks) * sizeof(uint32_t);
-  }
-
-  POPC_INLINE static __m512 scaled(const uint8_t* scales, __mmask16 mask, float factor) {
-    const __m256i bits = _mm256_maskz_loadu_epi16(mask, scales);
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    return factor == 0.0f ? _mm512_setzero_ps() : _mm512_mul_ps(scale, _mm512_set1_ps(factor));
-  }
-
-  // Two rows' values as pairs of bfloat16.
-  POPC_INLINE static __m512i pairs_of(__m512 first, __m512 second) {
-    const __m512i order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-        19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-  }
-  POPC_INLINE static __m512 first_of(__m512i pairs) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  }
-  POPC_INLINE static __m512 second_of(__m512i pairs) {
-    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
-  }
-
-  // The factors of one pair for one token, block by block; adds to its corrections.
-  POPC_INLINE static void make_factors(
-      const NibbleRow* rows, const RowFactor* factors, int64_t blocks, uint32_t* to,
-      int64_t part_stride, float* corrections) {
-    for (int64_t k = 0; k < blocks; k += factor_blocks) {
-      const __mmask16 mask = _cvtu32_mask16(
-          blocks - k >= factor_blocks ? 0xffffu : (1u << (blocks - k)) - 1u);
-      const __m512 first = scaled(rows[0].scales + scale_bytes * k, mask, factors[0].factor);
-      const __m512 second = scaled(rows[1].scales + scale_bytes * k, mask, factors[1].factor);
-      const __m512i pairs = pairs_of(first, second);
-      __m512 used_first = first_of(pairs), used_second = second_of(pairs);
-      _mm512_storeu_si512(to + k, pairs);
-      if constexpr (split) {
-        const __m512i rest =
-            pairs_of(_mm512_sub_ps(first, used_first), _mm512_sub_ps(second, used_second));
-        _mm512_storeu_si512(to + part_stride + k, rest);
-        used_first = _mm512_add_ps(used_first, first_of(rest));
-        used_second = _mm512_add_ps(used_second, second_of(rest));
+// Factors become integers of 15 bits, in units that a group's rows share in each block, in two parts
+// of 8: `upper` · 128 + `lower`. Integers of four rows stand side by side, so that an instruction
+// adds up 64 products, exactly.
+class RowAdder {
+ public:
+  // Prefetches the next group on the way.
+  static void add(const RowGroup& group, const RowGroup& next, int64_t tokens) {
+    Factors factors[max_tokens];
+    for (int64_t first = 0; first < group.blocks; first += factor_blocks) {
+      for (int64_t n = 0; n < tokens; ++n) {
+        make_factors(group, n, first, factors[n], group.sums.token(n).corrections);
       }
-      __m512 sum = _mm512_loadu_ps(corrections + k);
-      sum = _mm512_fmadd_ps(used_first, _mm512_set1_ps(factors[0].offset + base), sum);
-      sum = _mm512_fmadd_ps(used_second, _mm512_set1_ps(factors[1].offset + base), sum);
-      _mm512_storeu_ps(corrections + k, sum);
+      for (int r = 0; r < next.count; ++r) prefetch(next.rows[r].scales + scale_bytes * first);
+      const int64_t last = std::min(first + factor_blocks, group.blocks);
+      for (int64_t k = first; k < last; k += chunk_blocks) {
+        for (int r = 0; next.has_low && r < next.count; ++r) {
+          prefetch(next.rows[r].low + plane_bytes * k);
+        }
+        if (group.has_low) {
+          add_chunk<true>(group, next, k, factors, k - first, tokens);
+        } else {
+          add_chunk<false>(group, next, k, factors, k - first, tokens);
+        }
+      }
     }
   }
 
-  // The factors of a chunk's blocks, each in the lanes of its block.
-  struct LaneFactors {
-    __m512bh part[parts];
+ private:
+  static constexpr int quads = group_rows / quad_rows;
+  static constexpr int bytes_of_quad = 2 * block_dwords;  // registers of bytes
+  static constexpr float top = 127.0f * 128.0f;
 
-    POPC_INLINE LaneFactors(const uint32_t* factors, int64_t part_stride) {
-      const __m512i block_of_lane =
-          _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-      unroll<parts>([&](auto i) POPC_INLINE {
-        const float* from = reinterpret_cast<const float*>(factors + i * part_stride);
-        const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(from));
-        part[i] = (__m512bh)_mm512_permutevar_ps(four, block_of_lane);
+  // Of one token; a dword holds those of a quad's rows for one block.
+  struct Factors {
+    alignas(64) uint32_t upper[quads][factor_blocks];
+    alignas(64) uint32_t lower[quads][factor_blocks];
+    alignas(64) float unit[factor_blocks];
+  };
+
+  // The factors of one token for blocks [first, first + factor_blocks); adds to its corrections.
+  static void make_factors(
+      const RowGroup& group, int64_t token, int64_t first, Factors& to, float* corrections) {
+    const int64_t left = std::min(factor_blocks, group.blocks - first);
+    const __mmask16 mask = _cvtu32_mask16((1u << left) - 1u);
+    __m512 values[group_rows];
+    __m512i largest = _mm512_setzero_si512();  // as bits, so that a NaN is the largest
+    for (int r = 0; r < quad_rows * group.quads; ++r) {
+      const float factor = group.factors[token][r];
+      const __m256i bits = _mm256_maskz_loadu_epi16(
+          factor == 0.0f ? __mmask16(0) : mask, group.rows[r].scales + scale_bytes * first);
+      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      values[r] = factor == 0.0f ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(factor));
+      const __m512i size = _mm512_castps_si512(_mm512_abs_ps(values[r]));
+      largest = _mm512_max_epu32(largest, size);
+    }
+    const __m512 range = _mm512_castsi512_ps(largest);
+    // What is next to nothing counts as nothing: its inverse is not a number.
+    const __mmask16 used = _mm512_cmp_ps_mask(range, _mm512_set1_ps(1e-30f), _CMP_NLT_UQ);
+    const __m512 inverse = _mm512_maskz_div_ps(used, _mm512_set1_ps(top), range);
+    const __m512 unit = _mm512_maskz_mul_ps(used, range, _mm512_set1_ps(1.0f / top));
+    _mm512_store_ps(to.unit, unit);
+    __m512i upper_sum = _mm512_setzero_si512(), lower_sum = _mm512_setzero_si512();
+    for (int q = 0; q < group.quads; ++q) {
+      const auto integers = [&](int row) POPC_INLINE {
+        return _mm512_cvtps_epi32(_mm512_mul_ps(values[quad_rows * q + row], inverse));
+      };
+      const __m512i first_two = _mm512_packs_epi32(integers(0), integers(1));
+      const __m512i last_two = _mm512_packs_epi32(integers(2), integers(3));
+      const __m512i upper_first = upper_part(first_two), upper_last = upper_part(last_two);
+      const __m512i upper = by_block(upper_first, upper_last);
+      const __m512i lower =
+          by_block(lower_part(first_two, upper_first), lower_part(last_two, upper_last));
+      _mm512_store_si512(to.upper[q], upper);
+      _mm512_store_si512(to.lower[q], lower);
+      const __m512i center = _mm512_set1_epi8(static_cast<char>(group.center));
+      upper_sum = _mm512_dpbusd_epi32(upper_sum, center, upper);
+      lower_sum = _mm512_dpbusd_epi32(lower_sum, center, lower);
+    }
+    const __m512 sum = _mm512_mul_ps(both_parts(upper_sum, lower_sum), unit);
+    const __m512 before = _mm512_loadu_ps(corrections + first);
+    _mm512_storeu_ps(
+        corrections + first, _mm512_fmadd_ps(sum, _mm512_set1_ps(group.center_unit), before));
+  }
+  POPC_INLINE static __m512i upper_part(__m512i words) {
+    return _mm512_srai_epi16(_mm512_add_epi16(words, _mm512_set1_epi16(64)), 7);
+  }
+  POPC_INLINE static __m512i lower_part(__m512i words, __m512i upper) {
+    return _mm512_sub_epi16(words, _mm512_slli_epi16(upper, 7));
+  }
+  POPC_INLINE static __m512 both_parts(__m512i upper, __m512i lower) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper, 7), lower));
+  }
+  // Words of two rows and two more, four blocks of each side by side: as bytes, by block.
+  POPC_INLINE static __m512i by_block(__m512i first_two, __m512i last_two) {
+    const __m512i order = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    return _mm512_shuffle_epi8(_mm512_packs_epi16(first_two, last_two), order);
+  }
+
+  // Four blocks' dwords, each in the lanes of its block.
+  POPC_INLINE static __m512 in_lanes(const void* dwords) {
+    const __m512i block_of_lane =
+        _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(dwords)));
+    return _mm512_permutevar_ps(four, block_of_lane);
+  }
+
+  // The bytes of a quad's rows, those of one output side by side: of byte 4i + p of each block,
+  // register i has them in lane p.
+  POPC_INLINE static void interleave(const __m512i* rows, __m512i* to) {
+    const __m512i first = _mm512_unpacklo_epi8(rows[0], rows[1]);
+    const __m512i second = _mm512_unpacklo_epi8(rows[2], rows[3]);
+    const __m512i first_end = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const __m512i second_end = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    to[0] = _mm512_unpacklo_epi16(first, second);
+    to[1] = _mm512_unpackhi_epi16(first, second);
+    to[2] = _mm512_unpacklo_epi16(first_end, second_end);
+    to[3] = _mm512_unpackhi_epi16(first_end, second_end);
+  }
+
+  // The integers of a quad's rows, interleaved: first those in the lower halves of bytes.
+  template <bool has_low>
+  POPC_INLINE static void load_quad(
+      const PlaneRow* rows, const PlaneRow* next, int64_t offset, __mmask16 mask, __m512i* to) {
+    const __m512i mask15 = _mm512_set1_epi8(15);
+    __m512i high[quad_rows];
+    unroll<quad_rows>([&](auto r) POPC_INLINE {
+      prefetch(next[r].high + offset);
+      high[r] = _mm512_maskz_loadu_epi32(mask, rows[r].high + offset);
+    });
+    if constexpr (has_low) {
+      __m512i first[quad_rows], second[quad_rows];
+      unroll<quad_rows>([&](auto r) POPC_INLINE {
+        const __m512i low = _mm512_maskz_loadu_epi32(mask, rows[r].low + offset);
+        first[r] = select_bits(mask15, low, _mm512_slli_epi16(high[r], 4));
+        second[r] = select_bits(mask15, _mm512_srli_epi16(low, 4), high[r]);
+      });
+      interleave(first, to);
+      interleave(second, to + block_dwords);
+    } else {
+      __m512i bytes[block_dwords];
+      interleave(high, bytes);
+      unroll<block_dwords>([&](auto i) POPC_INLINE {
+        to[i] = _mm512_and_si512(bytes[i], mask15);
+        to[i + block_dwords] = _mm512_and_si512(_mm512_srli_epi16(bytes[i], 4), mask15);
       });
     }
-    POPC_INLINE __m512 multiply(__m512 sum, __m512bh nibbles) const {
-      unroll<parts>([&](auto i) POPC_INLINE { sum = _mm512_dpbf16_ps(sum, nibbles, part[i]); });
-      return sum;
+  }
+
+  struct ChunkSums {
+    __m512i upper[bytes_of_quad], lower[bytes_of_quad];
+
+    POPC_INLINE ChunkSums() {
+      unroll<bytes_of_quad>([&](auto i) POPC_INLINE {
+        upper[i] = lower[i] = _mm512_setzero_si512();
+      });
+    }
+    POPC_INLINE void add(const __m512i* integers, const Factors& factors, int q, int64_t k) {
+      const __m512i of_upper = _mm512_castps_si512(in_lanes(factors.upper[q] + k));
+      const __m512i of_lower = _mm512_castps_si512(in_lanes(factors.lower[q] + k));
+      unroll<bytes_of_quad>([&](auto i) POPC_INLINE {
+        upper[i] = _mm512_dpbusd_epi32(upper[i], integers[i], of_upper);
+        lower[i] = _mm512_dpbusd_epi32(lower[i], integers[i], of_lower);
+      });
+    }
+    POPC_INLINE void add_to(float* to, const Factors& factors, int64_t k) const {
+      const __m512 unit = in_lanes(factors.unit + k);
+      unroll<bytes_of_quad>([&](auto i) POPC_INLINE {
+        float* sum = to + i * chunk_lanes;
+        _mm512_storeu_ps(
+            sum, _mm512_fmadd_ps(both_parts(upper[i], lower[i]), unit, _mm512_loadu_ps(sum)));
+      });
     }
   };
 
-  // The nibbles of position J in either half of dwords.
-  template <int J>
-  POPC_INLINE static __m512bh expand(__m512i halves) {
-    constexpr int shift = 4 * J - (split ? 3 : 0);
-    if constexpr (shift < 0) {
-      halves = _mm512_slli_epi32(halves, -shift);
-    } else if constexpr (shift > 0) {
-      halves = _mm512_srli_epi32(halves, shift);
-    }
-    const __m512i mask = _mm512_set1_epi32(split ? 0x00780078 : 0x000f000f);
-    const __m512i one = _mm512_set1_epi32(split ? 0x41804180 : 0x43004300);
-    return (__m512bh)_mm512_ternarylogic_epi32(halves, mask, one, 0xea);  // halves & mask | one
-  }
-
-  // The low halves of two registers' dwords side by side, and the high ones.
-  POPC_INLINE static __m512i low_halves(__m512i a, __m512i b) {
-    const __m512i mask = _mm512_set1_epi32(0xffff);
-    return _mm512_ternarylogic_epi32(a, mask, _mm512_slli_epi32(b, 16), 0xea);
-  }
-  POPC_INLINE static __m512i high_halves(__m512i a, __m512i b) {
-    const __m512i mask = _mm512_set1_epi32(0xffff0000);
-    return _mm512_ternarylogic_epi32(b, mask, _mm512_srli_epi32(a, 16), 0xea);
-  }
-
-  // Adds R pairs of rows to the sums; prefetches the next ones.
-  template <int N, int R>
-  static void add(
-      const PairBlock<R>& block, const PairBlock<R>& next, int64_t blocks, PlaneSums sums,
-      uint8_t* scratch) {
-    const int64_t factor_stride = round_up(blocks, factor_blocks);
-    const int64_t part_stride = N * R * factor_stride;
-    uint32_t* factors = reinterpret_cast<uint32_t*>(scratch);
-    for (int n = 0; n < N; ++n) {
-      for (int p = 0; p < R; ++p) {
-        make_factors(
-            block.rows + 2 * p, block.factors[n] + 2 * p, blocks,
-            factors + (n * R + p) * factor_stride, part_stride,
-            sums.corrections + n * sums.correction_stride);
+  template <bool has_low>
+  static void add_chunk(
+      const RowGroup& group, const RowGroup& next, int64_t block, const Factors* factors, int64_t k,
+      int64_t tokens) {
+    const int64_t left = std::min(chunk_blocks, group.blocks - block);
+    const __mmask16 mask = _cvtu32_mask16((1u << (block_dwords * left)) - 1u);
+    const int64_t offset = plane_bytes * block;
+    if (tokens == 1) {
+      ChunkSums chunk;
+      for (int q = 0; q < group.quads; ++q) {
+        __m512i integers[bytes_of_quad];
+        load_quad<has_low>(
+            group.rows + quad_rows * q, next.rows + quad_rows * q, offset, mask, integers);
+        chunk.add(integers, factors[0], q, k);
       }
+      chunk.add_to(group.sums.values + block * block_values, factors[0], k);
+      return;
     }
-    int64_t k = 0;
-    for (; k + chunk_blocks <= blocks; k += chunk_blocks) {
-      add_chunk<N, R>(block, next, k, 0xffff, factors, factor_stride, sums);
+    __m512i integers[quads][bytes_of_quad];
+    for (int q = 0; q < group.quads; ++q) {
+      load_quad<has_low>(
+          group.rows + quad_rows * q, next.rows + quad_rows * q, offset, mask, integers[q]);
     }
-    if (k < blocks) {
-      const __mmask16 mask = _cvtu32_mask16((1u << (block_dwords * (blocks - k))) - 1u);
-      add_chunk<N, R>(block, next, k, mask, factors, factor_stride, sums);
-    }
-  }
-
-  template <int N, int R>
-  POPC_INLINE static void add_chunk(
-      const PairBlock<R>& block, const PairBlock<R>& next, int64_t k, __mmask16 mask,
-      const uint32_t* factors, int64_t factor_stride, PlaneSums sums) {
-    const int64_t offset = plane_bytes * k, part_stride = N * R * factor_stride;
-    float* to = sums.values + k * block_values;
-    const auto load = [&](int row) POPC_INLINE {
-      __builtin_prefetch(next.rows[row].plane + offset, 0, 2);
-      return _mm512_maskz_loadu_epi32(mask, block.rows[row].plane + offset);
-    };
-    if constexpr (N == 1) {
-      __m512 sum[dword_nibbles];
-      unroll<dword_nibbles>([&](auto j) POPC_INLINE { sum[j] = _mm512_loadu_ps(to + j * chunk_lanes); });
-      unroll<R>([&](auto p) POPC_INLINE {
-        const LaneFactors own(factors + p * factor_stride + k, part_stride);
-        const __m512i a = load(2 * p), b = load(2 * p + 1);
-        const __m512i low = low_halves(a, b), high = high_halves(a, b);
-        unroll<4>([&](auto j) POPC_INLINE {
-          sum[j] = own.multiply(sum[j], expand<j>(low));
-          sum[j + 4] = own.multiply(sum[j + 4], expand<j>(high));
-        });
-      });
-      unroll<dword_nibbles>([&](auto j) POPC_INLINE { _mm512_storeu_ps(to + j * chunk_lanes, sum[j]); });
-    } else {
-      __m512i a[R], b[R];
-      unroll<R>([&](auto p) POPC_INLINE {
-        a[p] = load(2 * p);
-        b[p] = load(2 * p + 1);
-      });
-      unroll<2>([&](auto half) POPC_INLINE {
-        __m512bh nibbles[R][4];
-        unroll<R>([&](auto p) POPC_INLINE {
-          const __m512i halves = half ? high_halves(a[p], b[p]) : low_halves(a[p], b[p]);
-          unroll<4>([&](auto j) POPC_INLINE { nibbles[p][j] = expand<j>(halves); });
-        });
-#pragma GCC unroll 1
-        for (int n = 0; n < N; ++n) {
-          float* token = to + n * sums.value_stride + half * 4 * chunk_lanes;
-          __m512 sum[4];
-          unroll<4>([&](auto j) POPC_INLINE { sum[j] = _mm512_loadu_ps(token + j * chunk_lanes); });
-          unroll<R>([&](auto p) POPC_INLINE {
-            const LaneFactors own(factors + (n * R + p) * factor_stride + k, part_stride);
-            unroll<4>([&](auto j) POPC_INLINE { sum[j] = own.multiply(sum[j], nibbles[p][j]); });
-          });
-          unroll<4>([&](auto j) POPC_INLINE { _mm512_storeu_ps(token + j * chunk_lanes, sum[j]); });
-        }
-      });
+    for (int64_t n = 0; n < tokens; ++n) {
+      ChunkSums chunk;
+      for (int q = 0; q < group.quads; ++q) chunk.add(integers[q], factors[n], q, k);
+      chunk.add_to(group.sums.token(n).values + block * block_values, factors[n], k);
     }
   }
 };
 #else
 // Each row by itself, in float32.
-template <bool split>
-struct PairKernel {
-  static constexpr float base = 0.0f;
-
-  static int64_t scratch_size(int64_t tokens, int64_t pairs, int64_t blocks) {
-    return tokens * 2 * pairs * round_up(blocks, factor_blocks) * sizeof(float);
-  }
-
-  static void make_factors(
-      const NibbleRow& row, RowFactor factor, int64_t blocks, float* to, float* corrections) {
-    if (factor.factor == 0.0f) {
-      std::fill_n(to, round_up(blocks, factor_blocks), 0.0f);
-      return;
-    }
-    for (int64_t k = 0; k < blocks; ++k) {
-      to[k] = load_scale(row.scales + scale_bytes * k) * factor.factor;
-      corrections[k] += to[k] * factor.offset;
-    }
-    std::fill(to + blocks, to + round_up(blocks, factor_blocks), 0.0f);
-  }
-
-  template <int N, int R>
-  static void add(
-      const PairBlock<R>& block, const PairBlock<R>& next, int64_t blocks, PlaneSums sums,
-      uint8_t* scratch) {
-    const int64_t factor_stride = round_up(blocks, factor_blocks);
-    float* factors = reinterpret_cast<float*>(scratch);
-    for (int n = 0; n < N; ++n) {
-      for (int r = 0; r < 2 * R; ++r) {
-        make_factors(
-            block.rows[r], block.factors[n][r], blocks, factors + (n * 2 * R + r) * factor_stride,
-            sums.corrections + n * sums.correction_stride);
+class RowAdder {
+ public:
+  // Prefetches the next group on the way.
+  static void add(const RowGroup& group, const RowGroup& next, int64_t tokens) {
+    for (int64_t k = 0; k < group.blocks; k += chunk_blocks) {
+      for (int r = 0; r < group.count; ++r) {
+        prefetch(next.rows[r].high + plane_bytes * k);
+        add_chunk(group, r, tokens, k, std::min(chunk_blocks, group.blocks - k));
       }
     }
-    for (int64_t k = 0; k < blocks; k += chunk_blocks) {
-      add_chunk<N, R>(block, next, k, blocks, factors, factor_stride, sums);
-    }
   }
 
-  template <int N, int R>
+ private:
+  static constexpr int64_t vectors = chunk_values / lanes;
+
   static void add_chunk(
-      const PairBlock<R>& block, const PairBlock<R>& next, int64_t k, int64_t blocks,
-      const float* factors, int64_t factor_stride, PlaneSums sums) {
-    constexpr int rows = 2 * R;
-    constexpr int vectors = chunk_lanes / lanes;
-    uint32_t dwords[rows][chunk_lanes] = {};
-    float lane_factors[N][rows][chunk_lanes];
-    const int64_t bytes = plane_bytes * std::min(chunk_blocks, blocks - k);
-    for (int r = 0; r < rows; ++r) {
-#if defined(__GNUC__) || defined(__clang__)
-      __builtin_prefetch(next.rows[r].plane + plane_bytes * k, 0, 2);
-#endif
-      std::memcpy(dwords[r], block.rows[r].plane + plane_bytes * k, bytes);
-      for (int n = 0; n < N; ++n) {
-        const float* from = factors + (n * rows + r) * factor_stride + k;
-        for (int64_t lane = 0; lane < chunk_lanes; ++lane) {
-          lane_factors[n][r][lane] = from[lane / block_dwords];
-        }
+      const RowGroup& group, int r, int64_t tokens, int64_t first, int64_t blocks) {
+    const PlaneRow& row = group.rows[r];
+    constexpr int64_t size = chunk_blocks * plane_bytes;
+    uint8_t high[size] = {}, low[size] = {};
+    std::memcpy(high, row.high + plane_bytes * first, plane_bytes * blocks);
+    if (group.has_low) std::memcpy(low, row.low + plane_bytes * first, plane_bytes * blocks);
+    float scales[chunk_lanes] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      std::fill_n(
+          scales + b * block_dwords, block_dwords,
+          load_scale(row.scales + scale_bytes * (first + b)));
+    }
+    const int shift = group.has_low ? 4 : 0;
+    float integers[chunk_values];  // as sums are
+    for (int64_t i = 0; i < block_dwords; ++i) {
+      for (int64_t lane = 0; lane < chunk_lanes; ++lane) {
+        const int64_t byte = lane / block_dwords * plane_bytes + i * 4 + lane % block_dwords;
+        float* to = integers + i * chunk_lanes + lane;
+        to[0] = static_cast<float>(((high[byte] & 15) << shift) + (low[byte] & 15));
+        to[chunk_values / 2] = static_cast<float>(((high[byte] >> 4) << shift) + (low[byte] >> 4));
       }
     }
-    for (int j = 0; j < dword_nibbles; ++j) {
-      float nibbles[rows][chunk_lanes];
-      for (int r = 0; r < rows; ++r) {
-        for (int64_t lane = 0; lane < chunk_lanes; ++lane) {
-          const int32_t nibble = static_cast<int32_t>(dwords[r][lane] >> (4 * j) & 15u);
-          nibbles[r][lane] = static_cast<float>(nibble);
-        }
+    for (int64_t n = 0; n < tokens; ++n) {
+      const float factor = group.factors[n][r];
+      if (factor == 0.0f) continue;
+      const PlaneSums to = group.sums.token(n);
+      float factors[chunk_lanes];
+      for (int64_t lane = 0; lane < chunk_lanes; ++lane) factors[lane] = factor * scales[lane];
+      for (int64_t b = 0; b < blocks; ++b) {
+        to.corrections[first + b] += factors[b * block_dwords] * group.center * group.center_unit;
       }
-      for (int n = 0; n < N; ++n) {
-        float* to = sums.values + n * sums.value_stride + k * block_values + j * chunk_lanes;
-        for (int v = 0; v < vectors; ++v) {
-          Vec sum = Vec::loadu(to + v * lanes);
-          for (int r = 0; r < rows; ++r) {
-            sum = at::vec::fmadd(
-                Vec::loadu(nibbles[r] + v * lanes), Vec::loadu(lane_factors[n][r] + v * lanes),
-                sum);
-          }
-          sum.store(to + v * lanes);
-        }
+      float* values = to.values + first * block_values;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Vec own = Vec::loadu(factors + v * lanes % chunk_lanes);
+        const Vec sum = Vec::loadu(values + v * lanes);
+        at::vec::fmadd(Vec::loadu(integers + v * lanes), own, sum).store(values + v * lanes);
       }
     }
   }

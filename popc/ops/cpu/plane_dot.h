@@ -2,12 +2,12 @@
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
-#include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <memory>
-#include <type_traits>
+#include <cstring>
+#include <vector>
 
 #include "dispatch.h"
 #include "plane_axpy.h"
@@ -17,26 +17,21 @@
 
 namespace popc {
 
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-// Nibbles become bfloat16 as in PairKernel: those of the two halves of a dword side by side, so that
-// tokens are stored in this order once.
-template <typename T>
+#if defined(__AVX512VNNI__) && defined(CPU_CAPABILITY_AVX512)
+// Tokens become integers of 15 bits, in units of a block of 32 values, in two parts of 8: `upper` ·
+// 128 + `lower`. They stand as nibbles do: first those of the lower halves of a chunk's bytes, then
+// those of the upper halves.
 class DotTokens {
-  static constexpr bool split = std::is_same_v<T, float>;
-  using Kernel = PairKernel<split>;
-  static constexpr int64_t parts = Kernel::parts;
-  static constexpr int64_t half_nibbles = dword_nibbles / 2;
-  // Of a chunk of a token, in dwords: pairs of values, and the sum of the values of each lane.
-  static constexpr int64_t pair_dwords = parts * half_nibbles * chunk_lanes;
-  static constexpr int64_t token_dwords = pair_dwords + chunk_lanes;
-
  public:
-  DotTokens(const T* x, int64_t tokens, int64_t inputs)
+  DotTokens(const float* x, int64_t tokens, int64_t inputs, bool two_planes)
       : tokens_(tokens), chunks_((inputs + chunk_values - 1) / chunk_values),
-        dwords_(new uint32_t[tokens * chunks_ * token_dwords]) {
+        chunk_tokens_(tokens * chunks_) {
+    const float zero = two_planes ? constants::zero : constants::plane_zero;
     for (int64_t n = 0; n < tokens; ++n) {
       for (int64_t c = 0; c < chunks_; ++c) {
-        arrange(x + n * inputs, inputs, c * chunk_values, at(c, n));
+        const int64_t first = c * chunk_values;
+        chunk_tokens_[c * tokens_ + n] =
+            arrange(x + n * inputs + first, std::min(chunk_values, inputs - first), zero);
       }
     }
   }
@@ -57,88 +52,77 @@ class DotTokens {
   }
 
  private:
-  uint32_t* at(int64_t chunk, int64_t n) const {
-    return dwords_.get() + (chunk * tokens_ + n) * token_dwords;
-  }
+  // 128 values of a token.
+  struct ChunkToken {
+    alignas(64) int8_t upper[2][64];
+    alignas(64) int8_t lower[2][64];
+    alignas(64) int32_t start[chunk_lanes];  // what zeros add to twice the products
+    alignas(64) float unit[chunk_lanes];     // half of that of each lane's block
+  };
 
-  static void arrange(const T* x, int64_t inputs, int64_t first, uint32_t* to) {
-    const auto value = [&](int64_t block, int64_t nibble, int64_t dword) {
-      const int64_t i = first + block * block_values + nibble * block_dwords + dword;
-      return i < inputs ? static_cast<float>(x[i]) : 0.0f;
-    };
-    const auto bits = [](float v) { return static_cast<uint32_t>(at::BFloat16(v).x); };
-    float sums[chunk_lanes];
-    for (int64_t lane = 0; lane < chunk_lanes; ++lane) {
-      sums[lane] = 0.0f;
-      for (int64_t j = 0; j < half_nibbles; ++j) {
-        float pair[2];
-        for (int64_t half = 0; half < 2; ++half) {
-          pair[half] = value(lane / block_dwords, j + half * half_nibbles, lane % block_dwords);
-        }
-        for (int64_t part = 0; part < parts; ++part) {
-          to[(part * half_nibbles + j) * chunk_lanes + lane] = bits(pair[0]) | bits(pair[1]) << 16;
-          for (float& v : pair) {
-            const float used = static_cast<float>(at::BFloat16(v));
-            sums[lane] += used;
-            v -= used;
-          }
-        }
+  static ChunkToken arrange(const float* x, int64_t count, float zero) {
+    constexpr float top = 127.0f * 128.0f;
+    ChunkToken to = {};
+    for (int64_t b = 0; b * block_values < count; ++b) {
+      const float* block = x + b * block_values;
+      const int64_t values = std::min(block_values, count - b * block_values);
+      float largest = 0.0f;
+      for (int64_t i = 0; i < values; ++i) {
+        const float size = std::fabs(block[i]);
+        if (!(size <= largest)) largest = size;  // a NaN stays
+        if (std::isnan(largest)) break;
+      }
+      std::fill_n(to.unit + b * block_dwords, block_dwords, largest / (2 * top));
+      if (!(largest >= 1e-30f && largest <= 3e38f)) continue;  // nothing, or no number
+      for (int64_t i = 0; i < values; ++i) {
+        const auto value = static_cast<int32_t>(std::nearbyint(block[i] * (top / largest)));
+        const int32_t upper = (value + 64) >> 7;
+        const int64_t half = i / block_dwords % 2, lane = b * block_dwords + i % block_dwords;
+        const int64_t at = quad_rows * lane + i / 8;
+        to.upper[half][at] = static_cast<int8_t>(upper);
+        to.lower[half][at] = static_cast<int8_t>(value - (upper << 7));
+        to.start[lane] -= static_cast<int32_t>(2 * zero) * value;
       }
     }
-    std::memcpy(to + pair_dwords, sums, sizeof(sums));
-  }
-
-  POPC_INLINE static __m512i load(const uint8_t* from, __mmask16 mask) {
-    return _mm512_maskz_loadu_epi32(mask, from);
+    return to;
   }
 
   template <int N, bool has_low>
   POPC_INLINE void add_chunk(
       const RowView& row, const RowView& next, int64_t k, int64_t blocks, __m512* sum) const {
-    constexpr int planes = has_low ? 2 : 1;
     const int64_t offset = plane_bytes * k, left = std::min(chunk_blocks, blocks - k);
     const __mmask16 mask = _cvtu32_mask16((1u << (block_dwords * left)) - 1u);
     __builtin_prefetch(next.high + offset, 0, 2);
     if (has_low) __builtin_prefetch(next.low + offset, 0, 2);
     if (k % (4 * chunk_blocks) == 0) __builtin_prefetch(next.scales + scale_bytes * k, 0, 2);
-    __m512bh nibbles[planes][half_nibbles];
-    const __m512i high = load(row.high + offset, mask);
-    unroll<half_nibbles>([&](auto j) POPC_INLINE {
-      nibbles[0][j] = Kernel::template expand<j>(high);
-    });
+    // The integers of a chunk as bytes: both nibbles, or one.
+    const __m512i mask15 = _mm512_set1_epi8(15);
+    const __m512i high = _mm512_maskz_loadu_epi32(mask, row.high + offset);
+    __m512i first, second = _mm512_srli_epi16(high, 4);
     if constexpr (has_low) {
-      const __m512i low = load(row.low + offset, mask);
-      unroll<half_nibbles>([&](auto j) POPC_INLINE {
-        nibbles[1][j] = Kernel::template expand<j>(low);
-      });
+      const __m512i low = _mm512_maskz_loadu_epi32(mask, row.low + offset);
+      first = select_bits(mask15, low, _mm512_slli_epi16(high, 4));
+      second = select_bits(mask15, _mm512_srli_epi16(low, 4), high);
+    } else {
+      first = _mm512_and_si512(high, mask15);
+      second = _mm512_and_si512(second, mask15);
     }
     const __m512 scale = lane_scales(row.scales + scale_bytes * k, left);
-    // What is taken from each high nibble, so that a low one is as it is.
-    const float multiplier = has_low ? 16.0f : row.multiplier;
-    const float offset_of_both =
-        row.zero / multiplier + Kernel::base + (has_low ? Kernel::base / multiplier : 0.0f);
-    const __m512 taken = _mm512_set1_ps(-offset_of_both);
-    const uint32_t* token = at(k / chunk_blocks, 0);
+    const ChunkToken* token = &chunk_tokens_[k / chunk_blocks * tokens_];
 #pragma GCC unroll 1
-    for (int n = 0; n < N; ++n, token += token_dwords) {
-      __m512 products[planes];
-      products[0] = _mm512_mul_ps(taken, _mm512_loadu_ps(token + pair_dwords));
-      if constexpr (has_low) products[1] = _mm512_setzero_ps();
-      unroll<planes>([&](auto plane) POPC_INLINE {
-        unroll<half_nibbles>([&](auto j) POPC_INLINE {
-          unroll<parts>([&](auto part) POPC_INLINE {
-            const __m512bh x =
-                (__m512bh)_mm512_loadu_si512(token + (part * half_nibbles + j) * chunk_lanes);
-            products[plane] = _mm512_dpbf16_ps(products[plane], nibbles[plane][j], x);
-          });
-        });
-      });
-      __m512 value = _mm512_mul_ps(products[0], _mm512_set1_ps(multiplier));
-      if constexpr (has_low) value = _mm512_add_ps(value, products[1]);
-      sum[n] = _mm512_fmadd_ps(value, scale, sum[n]);
+    for (int n = 0; n < N; ++n, ++token) {
+      __m512i upper = _mm512_setzero_si512(), lower = _mm512_setzero_si512();
+      upper = _mm512_dpbusd_epi32(upper, first, _mm512_load_si512(token->upper[0]));
+      lower = _mm512_dpbusd_epi32(lower, first, _mm512_load_si512(token->lower[0]));
+      upper = _mm512_dpbusd_epi32(upper, second, _mm512_load_si512(token->upper[1]));
+      lower = _mm512_dpbusd_epi32(lower, second, _mm512_load_si512(token->lower[1]));
+      // Twice the products, as the zero of one plane is 7.5.
+      __m512i twice = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), _mm512_slli_epi32(lower, 1));
+      twice = _mm512_add_epi32(twice, _mm512_load_si512(token->start));
+      const __m512 unit = _mm512_mul_ps(scale, _mm512_load_ps(token->unit));
+      sum[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(twice), unit, sum[n]);
     }
   }
-
   // The scales of up to four blocks, each in the lanes of its block.
   POPC_INLINE static __m512 lane_scales(const uint8_t* scales, int64_t blocks) {
     uint64_t four = 0;
@@ -152,7 +136,7 @@ class DotTokens {
   }
 
   int64_t tokens_, chunks_;
-  std::unique_ptr<uint32_t[]> dwords_;
+  std::vector<ChunkToken> chunk_tokens_;
 };
 #endif
 

@@ -7,9 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "constants.h"
@@ -32,262 +31,294 @@ struct ChannelReads {
   int64_t count;
 };
 
-// Turns entries into pairs of rows, R at a time. An entry that reads one plane waits for another.
-template <int N, int R>
-class PairReader {
+// The bfloat16 scales of a panel of rows, or ones where they stand outside of rows.
+class RowScales {
  public:
-  PairReader(const ChannelReads& reads, int64_t first, int64_t last, const PlaneRows& rows)
-      : reads_(reads), next_(first), last_(last), rows_(rows), scale_size_(scale_bytes * rows.blocks()), zero_(rows.zero()),
-        both_offset_(zero_ / 16.0f),
-        high_offset_((zero_ - static_cast<float>(constants::midpoint)) / 16.0f) {
-    if (rows.scales == nullptr) {
-      ones_.assign(rows.blocks(), at::BFloat16(1.0f));
-      scales_ = reinterpret_cast<const uint8_t*>(ones_.data());
-      scale_stride_ = 0;
-    } else {
-      scales_ = rows.scales;
-      scale_stride_ = rows.stride;
+  explicit RowScales(const PlaneRows& rows) : from_(rows.scales), stride_(rows.stride) {
+    if (from_ != nullptr) return;
+    ones_.assign(rows.blocks(), at::BFloat16(1.0f));
+    from_ = reinterpret_cast<const uint8_t*>(ones_.data());
+    stride_ = 0;
+  }
+  const uint8_t* of(int64_t row) const { return from_ + row * stride_; }
+
+ private:
+  std::vector<at::BFloat16> ones_;
+  const uint8_t* from_;
+  int64_t stride_;
+};
+
+// What the kernel takes the integer for that stands for zero.
+inline float kernel_zero(const PlaneRows& rows) {
+  return static_cast<float>(rows.has_low() ? constants::zero : constants::plane_zero);
+}
+
+// One weight's share of a thread's sums.
+struct PlaneTask {
+  PlaneRows rows;
+  PlaneSums sums;
+};
+
+// The rows that entries [first, last) read, of one weight after the other, in groups: first those of
+// both planes, then those of the high one. A group takes one row of each sixteenth of them, so that
+// the hardware sees as many streams, each in order.
+class RowReader {
+ public:
+  RowReader(
+      const ChannelReads& reads, int64_t first, int64_t last, const std::vector<PlaneTask>& tasks)
+      : reads_(reads) {
+    for (std::vector<int32_t>* list : {&both_, &high_, &all_}) list->reserve(last - first);
+    for (int64_t i = first; i < last; ++i) {
+      const int32_t channel = reads.entries[i] >> 1;
+      all_.push_back(channel);
+      const bool has_low = (reads.entries[i] & 1) != 0;
+      if (has_low) both_.push_back(channel);
+      if (!has_low || (reads.tokens > 1 && is_read_without_low(channel))) high_.push_back(channel);
+    }
+    // Sums of more outputs than these would outgrow L1.
+    constexpr int64_t panel_blocks = 8192 / block_values;
+    for (const PlaneTask& task : tasks) {
+      for (int64_t from = 0; from < task.rows.blocks(); from += panel_blocks) {
+        const int64_t to = std::min(task.rows.blocks(), from + panel_blocks);
+        const PlaneTask panel{task.rows.panel(from, to), task.sums.from_block(from)};
+        for (bool has_low : {true, false}) {
+          const auto& channels = !task.rows.has_low() ? all_ : has_low ? both_ : high_;
+          if (task.rows.has_low() || !has_low) parts_.emplace_back(panel, has_low, channels);
+        }
+      }
     }
   }
 
-  // The next R pairs, prefetching their scales; false where none are left. Rows that are missing
-  // are others once more, with factors of zero.
-  bool read(PairBlock<R>& to) {
-    int pair = 0;
-    for (; pair < R && next_ < last_; ) {
-      const int32_t entry = reads_.entries[next_++];
-      const int64_t channel = entry >> 1;
-      if ((entry & 1) != 0 && rows_.has_low()) {
-        set_high(to, 2 * pair, channel, true);
-        set_low(to, 2 * pair + 1, channel);
-        ++pair;
-      } else if (waiting_ >= 0) {
-        set_high(to, 2 * pair, waiting_, false);
-        set_high(to, 2 * pair + 1, channel, false);
-        waiting_ = -1;
-        ++pair;
-      } else {
-        waiting_ = channel;
+  // False where no rows are left.
+  bool read(RowGroup& to) {
+    for (; part_ < parts_.size(); ++part_, group_ = 0) {
+      const Part& part = parts_[part_];
+      const size_t count = part.channels.size(), groups = (count + group_rows - 1) / group_rows;
+      if (group_ == groups) continue;
+      describe(part, to);
+      to.count = 0;
+      for (size_t i = group_; i < count; i += groups) set(part, part.channels[i], to, to.count++);
+      to.quads = (to.count + quad_rows - 1) / quad_rows;
+      // Filled up with a row once more, of factors of zero.
+      for (int row = to.count; row < group_rows; ++row) {
+        to.rows[row] = to.rows[0];
+        for (int64_t n = 0; n < reads_.tokens; ++n) to.factors[n][row] = 0.0f;
       }
+      ++group_;
+      return true;
     }
-    if (pair < R && waiting_ >= 0) {
-      set_high(to, 2 * pair, waiting_, false);
-      set_none(to, 2 * pair + 1, 2 * pair);
-      waiting_ = -1;
-      ++pair;
-    }
-    if (pair == 0) return false;
-    for (int row = 2 * pair; row < 2 * R; ++row) set_none(to, row, 0);
-    return true;
+    return false;
   }
 
  private:
-  void set_high(PairBlock<R>& to, int row, int64_t channel, bool has_low) {
-    const uint8_t* scales = scales_ + channel * scale_stride_;
-    to.rows[row] = {scales, rows_.high + channel * rows_.stride};
-    prefetch_bytes(scales, scale_size_);
-    for (int n = 0; n < N; ++n) {
-      const float value = reads_.high[n * reads_.inputs + channel];
-      if (!rows_.has_low()) {
-        to.factors[n][row] = {value, zero_};
-        continue;
-      }
-      const bool both = has_low && reads_.low[n * reads_.inputs + channel] != 0.0f;
-      to.factors[n][row] = {16.0f * value, both ? both_offset_ : high_offset_};
+  // Of a panel, the rows of both planes or those of one.
+  struct Part {
+    PlaneTask panel;
+    bool has_low;
+    const std::vector<int32_t>& channels;
+    RowScales scales;
+
+    Part(const PlaneTask& of, bool low, const std::vector<int32_t>& listed)
+        : panel(of), has_low(low), channels(listed), scales(of.rows) {}
+  };
+
+  bool is_read_without_low(int64_t channel) const {
+    for (int64_t n = 0; n < reads_.tokens; ++n) {
+      const int64_t at = n * reads_.inputs + channel;
+      if (reads_.low[at] == 0.0f && reads_.high[at] != 0.0f) return true;
     }
+    return false;
   }
-  void set_low(PairBlock<R>& to, int row, int64_t channel) {
-    to.rows[row] = {scales_ + channel * scale_stride_, rows_.low + channel * rows_.stride};
-    for (int n = 0; n < N; ++n) {
-      to.factors[n][row] = {reads_.low[n * reads_.inputs + channel], 0.0f};
+  static void describe(const Part& part, RowGroup& to) {
+    // The middle of what the high plane leaves open, in nibbles, is no multiple of 1 / 16.
+    constexpr float fine = 1.0f / 32.0f;
+    constexpr double high_zero = (constants::zero - constants::midpoint) / 16;
+    to.has_low = part.has_low;
+    to.center_unit = part.has_low ? 1.0f : fine;
+    const double zero = part.has_low              ? constants::zero
+                        : part.panel.rows.has_low() ? high_zero
+                                                    : constants::plane_zero;
+    to.center = static_cast<uint8_t>(zero / to.center_unit);
+    to.blocks = part.panel.rows.blocks();
+    to.sums = part.panel.sums;
+  }
+  void set(const Part& part, int64_t channel, RowGroup& to, int row) const {
+    const PlaneRows& rows = part.panel.rows;
+    const int64_t offset = channel * rows.stride;
+    to.rows[row] = {
+        part.scales.of(channel), rows.high + offset, part.has_low ? rows.low + offset : nullptr};
+    for (int64_t n = 0; n < reads_.tokens; ++n) {
+      const int64_t at = n * reads_.inputs + channel;
+      float factor = part.has_low ? reads_.low[at] : reads_.high[at];
+      if (rows.has_low() && !part.has_low) factor = reads_.low[at] != 0.0f ? 0.0f : 16.0f * factor;
+      to.factors[n][row] = factor;
     }
-  }
-  void set_none(PairBlock<R>& to, int row, int like) {
-    to.rows[row] = to.rows[like];
-    for (int n = 0; n < N; ++n) to.factors[n][row] = {};
   }
 
   const ChannelReads& reads_;
-  int64_t next_, last_;
-  const PlaneRows& rows_;
-  int64_t scale_size_;
-  const float zero_, both_offset_, high_offset_;  // of a high nibble, with the low one or without
-  std::vector<at::BFloat16> ones_;
-  const uint8_t* scales_;
-  int64_t scale_stride_;
-  int64_t waiting_ = -1;  // a channel
+  std::vector<int32_t> both_, high_, all_;
+  std::vector<Part> parts_;
+  size_t part_ = 0, group_ = 0;
 };
 
-// Adds entries [first, last) to the sums.
-template <typename T, int N>
-void add_entries(
-    const ChannelReads& reads, int64_t first, int64_t last, const PlaneRows& rows, PlaneSums sums) {
-  constexpr int R = pair_block<N>;
-  using Kernel = PairKernel<std::is_same_v<T, float>>;
-  // Sums of more outputs than these would outgrow L1.
-  constexpr int64_t panel_blocks = 8192 / block_values;
-  const std::unique_ptr<uint8_t[]> scratch(
-      new uint8_t[Kernel::scratch_size(N, R, std::min(rows.blocks(), panel_blocks))]);
-  PairBlock<R> blocks[2];
-  for (int64_t from = 0; from < rows.blocks(); from += panel_blocks) {
-    const PlaneRows panel = rows.panel(from, std::min(rows.blocks(), from + panel_blocks));
-    const PlaneSums to{
-        sums.values + from * block_values, sums.corrections + from, sums.value_stride,
-        sums.correction_stride};
-    PairReader<N, R> reader(reads, first, last, panel);
-    int current = 0;
-    bool more = reader.read(blocks[current]);
-    while (more) {
-      const int next = 1 - current;
-      more = reader.read(blocks[next]);
-      Kernel::template add<N, R>(
-          blocks[current], blocks[more ? next : current], panel.blocks(), to, scratch.get());
-      current = next;
-    }
+// Adds entries [first, last) of all weights to their sums.
+inline void add_entries(
+    const ChannelReads& reads, int64_t first, int64_t last, const std::vector<PlaneTask>& tasks) {
+  RowReader reader(reads, first, last, tasks);
+  RowGroup groups[2];
+  int current = 0;
+  bool more = reader.read(groups[current]);
+  while (more) {
+    const int next = 1 - current;
+    more = reader.read(groups[next]);
+    RowAdder::add(groups[current], groups[more ? next : current], reads.tokens);
+    current = next;
   }
 }
 
-// f(index in lane order, index in order, count) for each run of neighbouring outputs of a block.
-template <typename F>
-void for_lane_runs(int64_t block, int64_t length, F&& f) {
-  const int64_t chunk = block / chunk_blocks, lane = block % chunk_blocks * block_dwords;
-  for (int64_t j = 0; j < dword_nibbles; ++j) {
-    const int64_t output = block * block_values + j * block_dwords;
-    const int64_t count = std::min(block_dwords, length - output);
-    if (count <= 0) return;
-    f(chunk * chunk_values + j * chunk_lanes + lane, output, count);
-  }
-}
-
-// One weight of plane_gemv() and its output; base_of(n) is a row in float32 or nullptr.
-template <typename T, typename F>
+// One weight of plane_gemv(), and its outputs: y [tokens, outputs] = products + bias + base_of(n), a
+// row in float32 or nullptr.
+template <typename T>
 struct PlaneOutput {
   PlaneRows rows;
   ScaleGroups groups;
   const T* bias;
-  F base_of;
+  std::function<const float*(int64_t)> base_of;
   T* y;
+};
 
-  int64_t value_stride() const { return round_up(rows.blocks(), chunk_blocks) * block_values; }
-  int64_t correction_stride() const { return round_up(rows.blocks(), factor_blocks); }
-  int64_t sum_size(int64_t tokens) const {
-    return tokens * (value_stride() + correction_stride());
-  }
-  PlaneSums sums(float* from, int64_t tokens) const {
-    return {from, from + tokens * value_stride(), value_stride(), correction_stride()};
+// How the sums of a weight stand in memory.
+struct SumLayout {
+  int64_t values, corrections;  // of a token
+
+  explicit SumLayout(const PlaneRows& rows)
+      : values(round_up(rows.blocks(), chunk_blocks) * block_values),
+        corrections(round_up(rows.blocks(), factor_blocks)) {}
+  int64_t size(int64_t tokens) const { return tokens * (values + corrections); }
+  PlaneSums at(float* from, int64_t tokens) const {
+    return {from, from + tokens * values, values, corrections};
   }
 };
 
 // Entries [first, last) of a weight whose scales stand outside of its rows: group by group, as a
 // group's sum of integers is scaled as a whole.
-template <typename T, int N, typename F>
-void add_groups(
-    const ChannelReads& reads, int64_t first, int64_t last, const PlaneOutput<T, F>& output,
-    PlaneSums totals) {
-  const ScaleGroups& groups = output.groups;
-  const int64_t length = output.rows.length;
-  std::vector<float> buffer(output.sum_size(N));
-  const PlaneSums sums = output.sums(buffer.data(), N);
+inline void add_groups(
+    const ChannelReads& reads, int64_t first, int64_t last, const PlaneRows& rows,
+    const ScaleGroups& groups, PlaneSums totals) {
+  const int64_t length = rows.length;
+  const SumLayout layout(rows);
+  std::vector<float> buffer(layout.size(reads.tokens));
   while (first < last) {
     const int64_t group = (reads.entries[first] >> 1) / groups.inputs;
-    const auto end = std::lower_bound(
-        reads.entries + first, reads.entries + last, 2 * (group + 1) * groups.inputs);
+    const int64_t end =
+        std::lower_bound(
+            reads.entries + first, reads.entries + last, 2 * (group + 1) * groups.inputs) -
+        reads.entries;
     std::fill(buffer.begin(), buffer.end(), 0.0f);
-    add_entries<T, N>(reads, first, end - reads.entries, output.rows, sums);
+    const PlaneSums sums = layout.at(buffer.data(), reads.tokens);
+    add_entries(reads, first, end, {{rows, sums}});
     const float* scale = groups.scale + group * length;
     const float* zero = groups.zero ? groups.zero + group * length : nullptr;
-    for (int n = 0; n < N; ++n) {
+    for (int64_t n = 0; n < reads.tokens; ++n) {
       float read = 0.0f;
-      for (int64_t i = first; i < end - reads.entries; ++i) {
+      for (int64_t i = first; i < end; ++i) {
         read += reads.high[n * reads.inputs + (reads.entries[i] >> 1)];
       }
-      const float* values = sums.values + n * sums.value_stride;
-      float* to = totals.values + n * totals.value_stride;
-      for (int64_t b = 0; b < output.rows.blocks(); ++b) {
-        const float correction = sums.corrections[n * sums.correction_stride + b];
-        for_lane_runs(b, length, [&](int64_t lane, int64_t out, int64_t count) {
-          for (int64_t i = 0; i < count; ++i) {
-            const float offset = zero ? read * (zero[out + i] - output.rows.zero()) : 0.0f;
-            to[lane + i] += scale[out + i] * (values[lane + i] - correction - offset);
-          }
-        });
+      const PlaneSums own = sums.token(n), to = totals.token(n);
+      for (int64_t out = 0; out < length; ++out) {
+        const int64_t block = out / block_values;
+        const int64_t at = sum_start(block) + sum_offset(out % block_values);
+        const float offset = (zero ? zero[out] : rows.zero()) - kernel_zero(rows);
+        to.values[at] += scale[out] * (own.values[at] - own.corrections[block] - read * offset);
       }
     }
-    first = end - reads.entries;
+    first = end;
   }
 }
 
 // y[first, last) = the sums of all threads + bias + base, block by block.
 template <typename T>
 void write_blocks(
-    const float* values, const float* corrections, int64_t threads, int64_t thread_stride,
-    int64_t first, int64_t last, int64_t length, const T* bias, const float* base, T* y) {
+    const PlaneSums& sums, int64_t threads, int64_t thread_stride, int64_t first, int64_t last,
+    int64_t length, const T* bias, const float* base, T* y) {
+  constexpr int64_t parts = block_values / block_dwords;
   for (int64_t b = first; b < last; ++b) {
-    float correction = 0.0f;
-    for (int64_t t = 0; t < threads; ++t) correction += corrections[t * thread_stride + b];
-    for_lane_runs(b, length, [&](int64_t lane, int64_t out, int64_t count) {
-      float sum[block_dwords];
-      for (int64_t i = 0; i < count; ++i) sum[i] = values[lane + i] - correction;
-      for (int64_t t = 1; t < threads; ++t) {
-        for (int64_t i = 0; i < count; ++i) sum[i] += values[t * thread_stride + lane + i];
+    float correction = 0.0f, lanes_of[chunk_values];
+    for (int64_t t = 0; t < threads; ++t) {
+      correction += sums.corrections[t * thread_stride + b];
+      const float* from = sums.values + t * thread_stride + sum_start(b);
+      for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t i = part * chunk_lanes; i < part * chunk_lanes + block_dwords; ++i) {
+          lanes_of[i] = t == 0 ? from[i] : lanes_of[i] + from[i];
+        }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        if (bias) sum[i] += static_cast<float>(bias[out + i]);
-        if (base) sum[i] += base[out + i];
-        y[out + i] = static_cast<T>(sum[i]);
+    }
+    const int64_t start = b * block_values, count = std::min(block_values, length - start);
+    float out[block_values];
+    for (int64_t i = 0; i < block_values; ++i) out[i] = lanes_of[sum_offset(i)] - correction;
+    if (bias) {
+      for (int64_t i = 0; i < count; ++i) out[i] += static_cast<float>(bias[start + i]);
+    }
+    if (base) {
+      for (int64_t i = 0; i < count; ++i) out[i] += base[start + i];
+    }
+    if (count == block_values) {
+      for (int64_t i = 0; i < block_values; i += pair_lanes) {
+        store_ordered_pair(Vec::loadu(out + i), Vec::loadu(out + i + lanes), y + start + i);
       }
-    });
+    } else {
+      for (int64_t i = 0; i < count; ++i) y[start + i] = static_cast<T>(out[i]);
+    }
   }
 }
 
 // All `outputs`, for up to max_tokens tokens, in one pass: each thread adds up its share of the
 // entries, then the threads' sums are added up in a fixed order.
-template <typename T, typename F>
-void plane_gemv(const ChannelReads& reads, const std::vector<PlaneOutput<T, F>>& outputs) {
+template <typename T>
+void plane_gemv(const ChannelReads& reads, const std::vector<PlaneOutput<T>>& outputs) {
+  const int64_t tokens = reads.tokens;
   int64_t size = 0, bytes = 0, blocks = 0;
   for (const auto& output : outputs) {
-    size += output.sum_size(reads.tokens);
+    size += SumLayout(output.rows).size(tokens);
     bytes += output.rows.row_bytes();
-    blocks += reads.tokens * output.rows.blocks();
+    blocks += tokens * output.rows.blocks();
   }
   const int64_t threads = threads_for(reads.count, bytes);
   const std::unique_ptr<float[]> sums(new float[threads * size]);
-  dispatch_tokens(reads.tokens, [&](auto count) {
-    constexpr int N = decltype(count)::value;
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first = reads.count * t / threads, last = reads.count * (t + 1) / threads;
-        float* to = sums.get() + t * size;
-        std::fill_n(to, size, 0.0f);
-        for (const auto& output : outputs) {
-          const PlaneSums part = output.sums(to, N);
-          if (output.groups.scale) {
-            add_groups<T, N>(reads, first, last, output, part);
-          } else {
-            add_entries<T, N>(reads, first, last, output.rows, part);
-          }
-          to += output.sum_size(N);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = reads.count * t / threads, last = reads.count * (t + 1) / threads;
+      float* to = sums.get() + t * size;
+      std::fill_n(to, size, 0.0f);
+      std::vector<PlaneTask> tasks;
+      for (const auto& output : outputs) {
+        const SumLayout layout(output.rows);
+        if (output.groups.scale) {
+          add_groups(reads, first, last, output.rows, output.groups, layout.at(to, tokens));
+        } else {
+          tasks.push_back({output.rows, layout.at(to, tokens)});
         }
+        to += layout.size(tokens);
       }
-    });
+      add_entries(reads, first, last, tasks);
+    }
   });
   const int64_t grain = 1 + sum_grain_bytes / (threads * block_values * int64_t{sizeof(float)});
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    const float* from = sums.get();
+    float* from = sums.get();
     int64_t start = 0;
     for (const auto& output : outputs) {
-      const PlaneSums part = output.sums(const_cast<float*>(from), reads.tokens);
+      const SumLayout layout(output.rows);
       const int64_t width = output.rows.blocks(), length = output.rows.length;
-      for (int64_t n = 0; n < reads.tokens; ++n, start += width) {
+      for (int64_t n = 0; n < tokens; ++n, start += width) {
         const int64_t first = std::max<int64_t>(begin - start, 0);
         const int64_t last = std::min<int64_t>(end - start, width);
         if (first >= last) continue;
         write_blocks<T>(
-            part.values + n * part.value_stride, part.corrections + n * part.correction_stride,
-            threads, size, first, last, length, output.bias, output.base_of(n),
-            output.y + n * length);
+            layout.at(from, tokens).token(n), threads, size, first, last, length, output.bias,
+            output.base_of(n), output.y + n * length);
       }
-      from += output.sum_size(reads.tokens);
+      from += layout.size(tokens);
     }
   });
 }

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <numeric>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -44,57 +43,54 @@ void axpy(const Weight& weight, const T* x, int64_t tokens, const T* bias, T* y)
   const ChannelReads reads{
       values.data(), values.data(), tokens, weight.inputs, entries.data(), weight.inputs};
   const auto no_base = [](int64_t) -> const float* { return nullptr; };
-  plane_gemv<T>(
-      reads, std::vector<PlaneOutput<T, decltype(no_base)>>{
-                 {weight.rows, weight.groups, bias, no_base, y}});
+  plane_gemv<T>(reads, {PlaneOutput<T>{weight.rows, weight.groups, bias, no_base, y}});
 }
 
-// f(row, products of all tokens with it), over ATen's threads.
-template <int N, typename T, typename F>
-void for_dots(const Weight& weight, const T* x, F&& f) {
+// y [N, rows] = the products of x [N, inputs] with all rows, over ATen's threads.
+template <int N>
+void dot_rows(const Weight& weight, const float* x, float* y) {
   const PlaneRows& rows = weight.rows;
   const int64_t threads = threads_for(rows.count, rows.row_bytes());
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-  if (!weight.groups.scale) {
-    const DotTokens<T> tokens(x, N, weight.inputs);
+  const auto for_rows = [&](auto&& multiply) {
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       float out[N];
       const int64_t last = rows.count * end / threads;
       for (int64_t r = rows.count * begin / threads; r < last; ++r) {
-        const RowView row(rows, r, true), next(rows, std::min(r + 2, rows.count - 1), true);
-        tokens.template multiply<N>(row, next, rows.blocks(), out);
-        f(r, out);
+        multiply(r, out);
+        for (int n = 0; n < N; ++n) y[n * rows.count + r] = out[n];
       }
     });
-    return;
+  };
+#if defined(__AVX512VNNI__) && defined(CPU_CAPABILITY_AVX512)
+  if (!weight.groups.scale) {
+    const DotTokens tokens(x, N, weight.inputs, rows.has_low());
+    return for_rows([&](int64_t r, float* out) {
+      const RowView row(rows, r, true), next(rows, std::min(r + 2, rows.count - 1), true);
+      tokens.multiply<N>(row, next, rows.blocks(), out);
+    });
   }
 #endif
-  std::vector<float> wide(N * weight.inputs);
-  for (size_t i = 0; i < wide.size(); ++i) wide[i] = static_cast<float>(x[i]);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    float out[N];
+  for_rows([&](int64_t r, float* out) {
     std::vector<float> row(weight.inputs);
-    const int64_t last = rows.count * end / threads;
-    for (int64_t r = rows.count * begin / threads; r < last; ++r) {
-      expand_row<float>(
-          rows, weight.groups, weight.row_dim, r, 0, rows.blocks(), true, row.data());
-      dot_expanded<N>(row.data(), wide.data(), weight.inputs, out);
-      f(r, out);
-    }
+    expand_row<float>(rows, weight.groups, weight.row_dim, r, 0, rows.blocks(), true, row.data());
+    dot_expanded<N>(row.data(), x, weight.inputs, out);
   });
 }
 
 // Output-major rows, for up to max_tokens tokens.
 template <typename T>
 void dot(const Weight& weight, const T* x, int64_t tokens, const T* bias, T* y) {
+  std::vector<float> wide(x, x + tokens * weight.inputs), products(tokens * weight.outputs);
   dispatch_tokens(tokens, [&](auto count) {
-    constexpr int N = decltype(count)::value;
-    for_dots<N>(weight, x, [&](int64_t r, const float* products) {
-      const float offset = bias ? static_cast<float>(bias[r]) : 0.0f;
-      for (int n = 0; n < N; ++n) {
-        y[n * weight.outputs + r] = static_cast<T>(products[n] + offset);
+    dot_rows<decltype(count)::value>(weight, wide.data(), products.data());
+  });
+  at::parallel_for(0, weight.outputs, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 0; n < tokens; ++n) {
+      for (int64_t r = begin; r < end; ++r) {
+        const float offset = bias ? static_cast<float>(bias[r]) : 0.0f;
+        y[n * weight.outputs + r] = static_cast<T>(products[n * weight.outputs + r] + offset);
       }
-    });
+    }
   });
 }
 
