@@ -25,25 +25,25 @@ def show(result: Result) -> RenderableType:
 
 
 def decoded_table(
-    title: str, results: Mapping[str, Decoded], shares: Mapping[str, float], dense: int
+    title: str, results: Mapping[str, Decoded], bits: Mapping[str, float], stored: int, dense: int
 ) -> Table:
     """Decode rates, a row for each model.
 
     Args:
         results: the first ``dense`` of them are dense; the speed-up is over the fastest of these.
-        shares: of the layers' bytes, what a model reads; 1 where it isn't named.
+        bits: of each weight of the layers, what a model reads; ``stored`` where it isn't named.
     """
     table = Table(title=title)
-    for heading in ("", "tokens/s (low – high)", "speed-up", "bytes read of layers"):
+    for heading in ("", "bits read", "tokens/s (low – high)", "speed-up"):
         table.add_column(heading, justify="left" if not heading else "right")
     fastest = max(result.rate.median for result in list(results.values())[:dense])
     for name, result in results.items():
         rate = result.rate
         table.add_row(
             name,
+            f"{bits.get(name, stored):.1f}",
             f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
             f"{rate.median / fastest:.2f} ×",
-            f"{shares.get(name, 1.0):.0%}",
         )
     return table
 
