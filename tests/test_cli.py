@@ -48,6 +48,25 @@ def test_analyze(folder: str) -> None:
     assert "4 regions" in result.output
 
 
+def test_demo(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, pruned and quantised answers, with rates and the bits that were counted."""
+    torch._dynamo.reset()
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, dtype: load(folder, dtype))
+    result = runner.invoke(cli.app, ["demo", "--tokens", "16", "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│") for line in result.output.splitlines() if line.count("│") == 5]
+    bits = {row[1].strip(): float(row[2]) for row in rows}
+    assert list(bits) == [
+        *("dense, eager", "dense, torch.compile", "popc, r = 0.2"),
+        *("popc, int8, 8.5 bits", "popc, int8, 4.5 bits"),
+    ]
+    assert bits["dense, eager"] == 32 and 20 < bits["popc, r = 0.2"] < 30
+    assert bits["popc, int8, 8.5 bits"] == 8.5
+    assert bits["popc, int8, 4.5 bits"] == pytest.approx(4.5, abs=0.6)
+    assert all(float(row[3].split()[0]) > 0 for row in rows)
+
+
 def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     say = ["generate", folder, "--prompt", "Hello", "--sparsity", "0.4", "--tokens", "4"]

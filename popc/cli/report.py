@@ -19,6 +19,10 @@ def report(
     figures: Annotated[
         list[Path] | None, typer.Option(help="A file of eval --out or bench --out; repeat it.")
     ] = None,
+    peers: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file of benchmarks/peers.py --out: other engines; repeat it."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Else a Wikipedia text.")] = None,
     tokens: Annotated[int, typer.Option(min=0, help="New tokens after it; 0: no model.")] = 128,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of each later partition.")] = 32,
@@ -29,7 +33,7 @@ def report(
     dtype: options.Dtype = "float32",
 ) -> None:
     """Write a page: quality and speed against bytes, and what partitions of MODEL become."""
-    from popc.report.pareto import Figures
+    from popc.report.figures import Figures
     from popc.report.pareto import report as frontier_report
     from popc.report.stability import measure
     from popc.tools import text
@@ -37,7 +41,7 @@ def report(
     with errors():
         chosen = {"sparsity": sparsity, "candidate": candidate, "weights": weights, "bits": bits}
         config = options.config_of(None, None, **chosen)
-        results = Figures.read(figures or [])
+        results = Figures.read(figures or [], peers or [])
         drift = None
         if tokens:
             loaded, tokenizer = load(model, dtype)
