@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import popc
 from popc.bench.models import SHAPES, default_dtype
 from popc.bench.settings import Settings
 from popc.cli import options
@@ -28,6 +29,10 @@ def bench(
     candidate: options.Candidate = 0.1,
     policies: Annotated[str, typer.Option(help="One or more.")] = "threshold,pop",
     targets: options.Targets = None,
+    weights: options.Weights = None,
+    bits: Annotated[
+        str, typer.Option(help="Of weights that are quantised, to read of each: 8.5,6,4.5.")
+    ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Steps in a round of each.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which all take turns.")] = 5,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers.")] = None,
@@ -41,6 +46,8 @@ def bench(
     from popc.bench.ffn import Shape, ffn_steps
 
     with errors():
+        if ffn and weights is not None:
+            raise popc.ConfigError("weights", weights, "None with --ffn")
         settings = Settings(
             model=model,
             device=device,
@@ -52,6 +59,8 @@ def bench(
             candidate=candidate,
             policies=options.words(policies),
             targets=options.words(targets) if targets else None,
+            weights=weights,
+            bits=options.numbers("bits", bits, float),
             tokens=tokens,
             rounds=rounds,
             layers=layers,

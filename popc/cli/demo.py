@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import wraps
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +22,7 @@ def demo(
 ) -> None:
     """Compile a real model, generate text with it, and time it against the dense one."""
     from popc.bench import decode_rates
+    from popc.bench.decode import at_bits
     from popc.bench.show import decoded_table
     from popc.tools.evaluate import count_bits
 
@@ -41,7 +40,7 @@ def demo(
         models: dict[str, Any] = {
             "dense, eager": dense,
             "dense, torch.compile": torch.compile(dense.forward),
-            **{name: _at(compiled, bits) for name, (compiled, bits) in ways.items()},
+            **{name: at_bits(compiled, bits) for name, (compiled, bits) in ways.items()},
         }
         ids = prompt_of(tokenizer, DEMO_PROMPT)["input_ids"]
         with progress("compiling", len(models) * (rounds + 1)) as step:
@@ -61,17 +60,3 @@ def demo(
             "Bits are those read of each weight of the layers, scales included, as counted while "
             "the answer was decoded; speed-up is over the faster of the two dense runs."
         )
-
-
-def _at(compiled: Any, bits: float | None) -> Callable[..., Any]:
-    """The model's forward, at a budget of its own; nothing is compiled anew for it."""
-    forward: Callable[..., Any] = compiled.forward
-    if bits is None:
-        return forward
-
-    @wraps(forward)
-    def at_bits(*args: Any, **kwargs: Any) -> Any:
-        with compiled.budget(bits=bits):
-            return forward(*args, **kwargs)
-
-    return at_bits

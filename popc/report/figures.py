@@ -108,7 +108,8 @@ class Figures:
                 policy, batch, context, speedup, saved, limit, rate = (run[key] for key in _RUN)
                 if policy is not None:
                     figures = sized(batch, context), saved, speedup, limit, rate["median"]
-                    self.speeds.append(Speed(name, policy, run["sparsity"], *figures))
+                    kind = ", ".join(filter(None, (policy, run.get("weights"))))
+                    self.speeds.append(Speed(name, kind, run["sparsity"], *figures))
             return
         policy, sparsity, read, perplexity, dense, agreement, windows = (
             data[key] for key in _QUALITY
