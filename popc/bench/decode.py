@@ -31,13 +31,13 @@ EAGER, COMPILED = "dense, eager", "dense, compiled"
 class Way:
     """A way to run a model: its forward, and popc's options where it prunes.
 
-    ``weights`` is a model with the very weights that are read, to compile once more.
+    ``owner`` is a model with the very weights that are read, once it has run.
     """
 
     forward: Callable[..., Any]
     config: Config | None = None
     plan: Plan | None = None
-    weights: Any = None
+    owner: Any = None
 
     @property
     def kind(self) -> str:
@@ -73,9 +73,8 @@ def quantized_ways(model: Any, configs: Sequence[Config]) -> dict[str, Way]:
         return {}
     least = min(configs, key=lambda config: config.bits or 0.0)
     compiled: Any = popc.compile(model, least)
-    own = without_popc(compiled)
     return {
-        name_of(config): Way(at_bits(compiled, config.bits), config, compiled.popc_plan, own)
+        name_of(config): Way(at_bits(compiled, config.bits), config, compiled.popc_plan, compiled)
         for config in configs
     }
 
@@ -183,7 +182,7 @@ def _counted(
     assert way.plan is not None
     session = sessions.of_cache(filled.cache)
     check_pruned(way.plan, config, session)
-    compiled = popc.compile(way.weights, counting(config))
+    compiled = popc.compile(without_popc(way.owner), counting(config))
     return channels_read(way.plan, config, session, filled.decode, compiled.forward, tokens)
 
 
@@ -199,7 +198,7 @@ def _quantized_bytes(
         if way.config is None or way.config.weights is None:
             continue
         if plans is None:
-            plans = popc.analyze(dense), popc.analyze(way.weights)
+            plans = popc.analyze(dense), popc.analyze(way.owner)
         config = resolve(way.config, 0, plans[1])
         found[name] = quantized_step_bytes(read, *plans, config, reads[name]), config
     return found

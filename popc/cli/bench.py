@@ -9,6 +9,7 @@ import typer
 
 import popc
 from popc.bench.models import SHAPES, default_dtype
+from popc.bench.results import Result
 from popc.bench.settings import Settings
 from popc.cli import options
 from popc.cli.common import console, errors, progress, say_written
@@ -42,12 +43,9 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Write a plot, as .png or .svg.")] = None,
 ) -> None:
     """Time MODEL dense and pruned, in turn, and show the limit that the bytes read set."""
-    from popc.bench import command, show
-    from popc.bench.ffn import Shape, ffn_steps
+    from popc.bench import show
 
     with errors():
-        if ffn and weights is not None:
-            raise popc.ConfigError("weights", weights, "None with --ffn")
         settings = Settings(
             model=model,
             device=device,
@@ -66,12 +64,7 @@ def bench(
             layers=layers,
             guards=guards,
         )
-        if ffn:
-            with progress("building", ffn_steps(settings)) as step:
-                result = command.bench_ffn(Shape(hidden, channels), settings, step)
-        else:
-            with progress("building", command.total_steps(settings, extras)) as step:
-                result = command.bench_model(settings, extras, step)
+        result = _measured(settings, (hidden, channels) if ffn else None, extras)
         console.print(show.show(result))
         if out is not None:
             result.write(out)
@@ -79,3 +72,21 @@ def bench(
             show.plot(result, plot)
         for path in filter(None, (out, plot)):
             say_written(path)
+
+
+def _measured(settings: Settings, ffn: tuple[int, int] | None, extras: bool) -> Result:
+    """Of the model, or of one FFN alone with D and F.
+
+    Raises:
+        ConfigError: an FFN alone is not quantised.
+    """
+    from popc.bench import command
+    from popc.bench.ffn import Shape, ffn_steps
+
+    if ffn is None:
+        with progress("building", command.total_steps(settings, extras)) as step:
+            return command.bench_model(settings, extras, step)
+    if settings.weights is not None:
+        raise popc.ConfigError("weights", settings.weights, "None with --ffn")
+    with progress("building", ffn_steps(settings)) as step:
+        return command.bench_ffn(Shape(*ffn), settings, step)
