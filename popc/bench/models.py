@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-)
-from transformers.initialization import no_init_weights
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from popc.bench.settings import DTYPES, Settings
 from popc.errors import ConfigError
 from popc.models import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTEXT = 8192  # tokens that every shape has positions for
 # A prime number of values, so that rows and matrices of the usual sizes differ from each other.
@@ -95,6 +91,10 @@ def random_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, layers: int | None = None
 ) -> PreTrainedModel:
     """A causal language model of the shape in ``config``, with small random weights."""
+    # Model classes import all that transformers knows of: not when `popc` starts.
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     config = copy.deepcopy(config)
     if layers is not None:
         _check_layers(layers, config.num_hidden_layers)

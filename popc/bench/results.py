@@ -20,8 +20,9 @@ from popc.bench.machine import Machine, commit, versions
 from popc.bench.rates import Spread
 from popc.bench.settings import Settings
 from popc.config import Config
+from popc.errors import ModelError
 from popc.planning.cost import region_cost
-from popc.planning.reads import share_read
+from popc.planning.reads import body_size, share_read
 
 SCHEMA = 2
 
@@ -30,12 +31,15 @@ SCHEMA = 2
 class Bytes:
     """Bytes that one step reads: of weights, keys and values, and popc's lists.
 
+    ``bits`` are those of each quantised weight: see :class:`Run`.
+
     ``dense`` with all units; ``read`` as it ran, counted where each token chooses. A step that has
     its weights in no cache can be faster by ``dense / read`` and not more.
     """
 
     dense: int
     read: int
+    bits: float | None = None
 
     @property
     def limit(self) -> float:
@@ -67,6 +71,9 @@ class Run:
         dense_bytes, read_bytes, saved, limit: see :class:`Bytes`.
         of_limit: ``speedup / limit``.
         of_bandwidth: ``read_bytes / seconds.median`` as a share of the copy bandwidth.
+        weights: what they are quantised to; None: not at all.
+        bits: read of each weight of all linears but the last, scales included; None where weights
+            are not quantised.
     """
 
     name: str
@@ -83,6 +90,8 @@ class Run:
     limit: float
     of_limit: float
     of_bandwidth: float
+    weights: str | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +240,8 @@ def runs_of(
                 limit=amount.limit,
                 of_limit=speedup / amount.limit,
                 of_bandwidth=amount.read / spread.median / bandwidth.median,
+                weights=config.weights if config else None,
+                bits=amount.bits,
             )
         )
     return runs
@@ -275,6 +286,34 @@ def step_bytes(
         more = share_read(group, config, reads) - share_read(group, config)
         read += round(more * group.weight_bytes)
     return Bytes(dense, read)
+
+
+def quantized_step_bytes(
+    dense: Bytes, plan: Plan, quantized: Plan, config: Config, reads: Mapping[Any, Sequence[float]]
+) -> Bytes:
+    """What a decode step of quantised weights reads, in place of a dense one.
+
+    Args:
+        dense: see :func:`step_bytes`.
+        plan, quantized: as from :func:`popc.analyze`, of the model and of the compiled one; they
+            hold all linears.
+        config: resolved for ``quantized``. ``reads``: as in :func:`step_bytes`.
+
+    Raises:
+        ModelError: the model has experts, of which a step reads some alone.
+    """
+    if any(linear.experts for group in quantized.inputs for linear in group.linears):
+        raise ModelError("popc bench can't tell what a step reads of quantised experts")
+    share = quantized.read_share(config, reads)
+    read = dense.dense - sum(_body_and_head(plan))
+    body, head = _body_and_head(quantized)
+    return Bytes(dense.dense, read + round(share * body) + head, quantized.read_bits(config, reads))
+
+
+def _body_and_head(plan: Plan) -> tuple[int, int]:
+    """Bytes of all linears but the last, and of the last."""
+    head = sum(group.weight_bytes for group in plan.inputs if group.kind == "head")
+    return body_size(plan)[1], head
 
 
 def model_of(name: str, module: torch.nn.Module, layers: int) -> Model:

@@ -33,6 +33,8 @@ class Settings:
             which take as long to read. 0: all.
         sparsity, candidate, policies, targets: as in :class:`popc.Config`; popc runs at every
             sparsity under every policy.
+        weights, bits: likewise, of quantised weights, under their usual policy; at each of ``bits``
+            one compiled model runs. None and empty: none are quantised.
         tokens: steps in one round of one model.
         rounds: how often each model has its turn.
         layers: fewer layers than the model has; None: all.
@@ -55,6 +57,8 @@ class Settings:
     targets: tuple[str, ...] | None = None
     tokens: int = 32
     rounds: int = 5
+    weights: str | None = None
+    bits: tuple[float, ...] = ()
     layers: int | None = None
     guards: str = "token"
     codegen: str = "inductor"
@@ -73,7 +77,12 @@ class Settings:
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,)) < least:
                 raise ConfigError(name, value, f"at least {least}")
+        if self.weights is None and self.bits:
+            raise ConfigError("bits", self.bits, "none without weights")
+        if self.weights is not None and not self.bits:
+            raise ConfigError("bits", self.bits, "at least one value where weights are quantised")
         list(self.configs())  # which checks the rest
+        list(self.quantized_configs())
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -87,22 +96,28 @@ class Settings:
         return json.dumps(asdict(self))
 
     def configs(self) -> Iterator[Config]:
-        """popc's options: every policy at every sparsity.
+        """popc's options for weights as they are: every policy at every sparsity.
 
         On CUDA its decode steps are recorded and replayed, as by ``mode="reduce-overhead"``.
         """
-        recorded = compat.mode_options("reduce-overhead" if self.cuda else None)
         for policy in self.policies:
             for sparsity in self.sparsity:
-                yield Config(
-                    sparsity=sparsity,
-                    candidate=self.candidate,
-                    policy=policy,
-                    targets=self.targets,
-                    guards=self.guards,
-                    codegen=self.codegen,
-                    inductor=recorded,
-                )
+                yield self._config(sparsity=sparsity, policy=policy)
+
+    def quantized_configs(self) -> Iterator[Config]:
+        """popc's options for quantised weights: at all ``bits``."""
+        for bits in self.bits:
+            yield self._config(weights=self.weights, bits=bits)
+
+    def _config(self, **options: Any) -> Config:
+        return Config(
+            candidate=self.candidate,
+            targets=self.targets,
+            guards=self.guards,
+            codegen=self.codegen,
+            inductor=compat.mode_options("reduce-overhead" if self.cuda else None),
+            **options,
+        )
 
     @property
     def cuda(self) -> bool:

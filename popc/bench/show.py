@@ -25,25 +25,25 @@ def show(result: Result) -> RenderableType:
 
 
 def decoded_table(
-    title: str, results: Mapping[str, Decoded], shares: Mapping[str, float], dense: int
+    title: str, results: Mapping[str, Decoded], bits: Mapping[str, float], stored: int, dense: int
 ) -> Table:
     """Decode rates, a row for each model.
 
     Args:
         results: the first ``dense`` of them are dense; the speed-up is over the fastest of these.
-        shares: of the layers' bytes, what a model reads; 1 where it isn't named.
+        bits: of each weight of the layers, what a model reads; ``stored`` where it isn't named.
     """
     table = Table(title=title)
-    for heading in ("", "tokens/s (low – high)", "speed-up", "bytes read of layers"):
+    for heading in ("", "bits read", "tokens/s (low – high)", "speed-up"):
         table.add_column(heading, justify="left" if not heading else "right")
     fastest = max(result.rate.median for result in list(results.values())[:dense])
     for name, result in results.items():
         rate = result.rate
         table.add_row(
             name,
+            f"{bits.get(name, stored):.1f}",
             f"{rate.median:.1f} ({rate.low:.1f} – {rate.high:.1f})",
             f"{rate.median / fastest:.2f} ×",
-            f"{shares.get(name, 1.0):.0%}",
         )
     return table
 
@@ -53,19 +53,24 @@ def _runs(result: Result) -> Table:
     bandwidth = f"{result.copy_bandwidth.median / 1e9:.1f} GB/s copied"
     table = Table(
         title=f"{result.model.name}, {result.settings['dtype']}, {where}, {bandwidth}",
-        caption="Speed-up is over the faster dense run; its limit is dense bytes / bytes read.",
+        caption="Speed-up is over the faster dense run; its limit is dense bytes / bytes read. "
+        "Bits are those read of each weight of the layers, GB/s all that a step reads by its time.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
     ffn = result.kind == "ffn"
     rate = "µs / block" if ffn else "tokens/s"
-    for heading in ("", f"{rate} (low – high)", "speed-up", "limit", "of limit", "of copy"):
+    bits = ("bits",) if any(run.bits is not None for run in result.runs) else ()
+    headings = (f"{rate} (low – high)", *bits, "speed-up", "limit", "of limit", "GB/s", "of copy")
+    for heading in ("", *headings):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for size, group in groupby(result.runs, key=_size):
         table.add_row(f"[bold]{sized(*size)}[/]")
         for run in group:
-            table.add_row(*_cells(run, ffn))
+            name, speed, *cells = _cells(run, ffn)
+            read = ("" if run.bits is None else f"{run.bits:.2f}",) if bits else ()
+            table.add_row(name, speed, *read, *cells)
     return table
 
 
@@ -79,6 +84,7 @@ def _cells(run: Run, ffn: bool) -> list[str]:
         f"{run.speedup:.2f} ×",
         f"{run.limit:.2f} ×",
         f"{run.of_limit:.0%}",
+        f"{run.read_bytes / run.seconds.median / 1e9:.1f}",
         f"{run.of_bandwidth:.0%}",
     ]
 
@@ -121,7 +127,7 @@ def plot(result: Result, path: Path) -> None:
     saved = np.linspace(0, min(0.9, max(run.saved for run in pruned) + 0.05), 100)
     axes.plot(100 * saved, 1 / (1 - saved), color="black", label="limit")
     axes.axhline(1, color="grey", linestyle=":", label="faster dense run")
-    for number, (key, group) in enumerate(groupby(pruned, key=lambda r: (r.policy, _size(r)))):
+    for number, (key, group) in enumerate(groupby(pruned, key=lambda r: (_kind(r), _size(r)))):
         runs = sorted(group, key=lambda run: run.saved)
         speeds = np.array([run.speedup for run in runs])
         # A round's rate over the median one, at the median's speed-up.
@@ -146,6 +152,11 @@ def plot(result: Result, path: Path) -> None:
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _kind(run: Run) -> str:
+    """The policy, and the weights where they are quantised."""
+    return ", ".join(filter(None, (run.policy, run.weights)))
 
 
 def _size(run: Run) -> tuple[int, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from popc.analysis.plan import LinearRecord, Plan, RegionRecord, Skipped
-from popc.api import analyze
+from popc.api import analyze, compile
 from popc.config import Config
 from popc.planning.budget_solver import resolve
 from popc.planning.cost import region_cost, saves
@@ -72,10 +72,25 @@ def explain(
         ConfigError, ModelError, GraphError: as :func:`popc.analyze` and ``Config.resolved`` do.
     """
     config = config or Config()
+    name = type(model).__name__
+    if config.weights is not None and isinstance(model, torch.nn.Module):
+        model, inputs = _quantized(model, config, args, inputs)
     plan = analyze(model, args, inputs)
-    if config.model_sparsity is not None or config.bytes is not None:
+    asked = (config.model_sparsity, config.bytes, config.bits)
+    if any(budget is not None for budget in asked):
         config = resolve(config, sum(p.numel() for p in model.parameters()), plan)
-    return Explanation(plan, config, type(model).__name__)
+    return Explanation(plan, config, name)
+
+
+def _quantized(
+    model: torch.nn.Module, config: Config, args: Sequence[Any], inputs: dict[str, Any]
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model with weights that a first call quantised, and the inputs of that call."""
+    if not args and not inputs:
+        inputs = dict(getattr(model, "dummy_inputs", {}))
+    compiled = compile(model, replace(config, codegen="eager"))
+    compiled(*args, **inputs)
+    return compiled, inputs
 
 
 @dataclass(frozen=True)

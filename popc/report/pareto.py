@@ -4,98 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from popc import plots
-from popc.bench.show import sized
-from popc.errors import ConfigError
+from popc.report.figures import Figures, Peer, Point, Speed
 from popc.report.html import CSS, Sheet, page
 from popc.report.stability import Drift, RegionDrift
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_QUALITY = ("policy", "sparsity", "read", "perplexity", "dense_perplexity", "agreement", "windows")
-_RUN = ("policy", "batch", "context", "speedup", "saved", "limit", "tokens_per_s")
 
-
-@dataclass(frozen=True)
-class Point:
-    """One run of ``popc eval``. ``rise`` is of the perplexity over dense, as a share of it."""
-
-    model: str
-    policy: str
-    sparsity: float
-    candidate: float
-    read: float
-    rise: float
-    agreement: float
-    windows: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One pruned run of ``popc bench``: see :class:`popc.bench.results.Run`."""
-
-    model: str
-    policy: str
-    sparsity: float
-    size: str
-    saved: float
-    speedup: float
-    limit: float
-    rate: float
-
-
-@dataclass
-class Figures:
-    """The content of files that ``popc eval --out`` and ``popc bench --out`` wrote."""
-
-    points: list[Point] = field(default_factory=list)
-    speeds: list[Speed] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, paths: Sequence[Path]) -> Figures:
-        """Of all ``paths``.
-
-        Raises:
-            ConfigError: a file is none of these.
-            OSError: a file can't be read.
-        """
-        figures = cls()
-        for path in paths:
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-                figures._add(data)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                allowed = f"a file of `popc eval --out` or `popc bench --out` ({error!r})"
-                raise ConfigError("figures", str(path), allowed) from error
-        figures.points.sort(key=lambda point: (point.model, point.policy, point.read))
-        figures.speeds.sort(key=lambda speed: (speed.model, speed.policy, speed.size, speed.saved))
-        return figures
-
-    def _add(self, data: dict[str, Any]) -> None:
-        if "runs" in data:
-            name = data["model"]["name"]
-            for run in data["runs"]:
-                policy, batch, context, speedup, saved, limit, rate = (run[key] for key in _RUN)
-                if policy is not None:
-                    figures = sized(batch, context), saved, speedup, limit, rate["median"]
-                    self.speeds.append(Speed(name, policy, run["sparsity"], *figures))
-            return
-        policy, sparsity, read, perplexity, dense, agreement, windows = (
-            data[key] for key in _QUALITY
-        )
-        rise, candidate = perplexity / dense - 1, data["candidate"]
-        self.points.append(
-            Point(data["model"], policy, sparsity, candidate, float(read), rise, agreement, windows)
-        )
+UNQUANTISED = 16  # bits of a weight: engines that read so many are in the table, not the picture
 
 
 def report(figures: Figures, drift: Drift | None, title: str) -> str:
@@ -104,7 +27,11 @@ def report(figures: Figures, drift: Drift | None, title: str) -> str:
     Raises:
         ModelError: matplotlib is not installed.
     """
-    parts = [_quality(figures.points), _speed(figures.speeds)]
+    parts = [
+        _quality(figures.points),
+        _frontier(figures.points, figures.peers),
+        _speed(figures.speeds),
+    ]
     if drift is not None:
         parts += [_partitions(drift), _drift(drift), _reads(drift)]
     body = f'<style>{CSS}</style>\n<div class="popc"><h1>popc: {escape(title)}</h1>\n'
@@ -117,14 +44,14 @@ def _quality(points: Sequence[Point]) -> str:
     headings = ("model", "policy", "r", "γ", "bytes read", "perplexity", "same top-1", "windows")
     rows = [
         (
-            *(p.model, p.policy, f"{p.sparsity:.3g}", f"{p.candidate:.3g}", f"{p.read:.3f}"),
+            *(p.model, p.kind, f"{p.sparsity:.3g}", f"{p.candidate:.3g}", f"{p.read:.3f}"),
             *(f"{p.rise:+.1%}", f"{p.agreement:.3f}", str(p.windows)),
         )
         for p in points
     ]
 
     def draw(axes: Axes) -> None:
-        _lines(axes, [((p.model, p.policy), 100 * p.read, 100 * p.rise) for p in points])
+        _lines(axes, [((p.model, p.kind), 100 * p.read, 100 * p.rise) for p in points])
         axes.set_yscale("symlog", linthresh=1)
         axes.set_xlabel("weight bytes of the layers read in a decode step, %")
         axes.set_ylabel("perplexity over dense, %")
@@ -132,6 +59,37 @@ def _quality(points: Sequence[Point]) -> str:
 
     table = Sheet("quality against bytes", headings, rows, (2, 3, 4, 5, 6, 7))
     return table.html() + _drawn("perplexity against bytes read", draw)
+
+
+def _frontier(points: Sequence[Point], peers: Sequence[Peer]) -> str:
+    """Quality against bits, where there is anything that has both."""
+    counted = [(point, point.bits) for point in points if point.bits is not None]
+    if not counted and not peers:
+        return ""
+    headings = ("model", "", "bits read", "perplexity", "same top-1", "windows")
+    rows = [
+        (p.model, p.kind, f"{bits:.2f}", f"{p.rise:+.1%}", f"{p.agreement:.3f}", str(p.windows))
+        for p, bits in counted
+    ]
+    rows += [
+        (p.model, p.name, f"{p.bits:.2f}", f"{p.rise:+.1%}", f"{p.agreement:.3f}", str(p.windows))
+        for p in peers
+    ]
+
+    def draw(axes: Axes) -> None:
+        _lines(axes, [((p.model, p.kind), bits, 100 * p.rise) for p, bits in counted])
+        near = [peer for peer in peers if peer.bits < UNQUANTISED]
+        axes.plot([p.bits for p in near], [100 * p.rise for p in near], "k^", label="other engines")
+        for peer in near:
+            place = peer.bits, 100 * peer.rise
+            axes.annotate(peer.name, place, (4, 4), textcoords="offset points", fontsize=7)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_xlabel("bits read of each weight of the layers in a decode step, scales included")
+        axes.set_ylabel("perplexity over dense, %")
+        axes.legend(fontsize="small")
+
+    table = Sheet("quality against bits of each weight", headings, rows, (2, 3, 4, 5))
+    return table.html() + _drawn("perplexity against bits read of each weight", draw)
 
 
 def _speed(speeds: Sequence[Speed]) -> str:
@@ -238,9 +196,9 @@ def _reads(drift: Drift) -> str:
         )
         axes.set_xlabel("decode step")
         axes.set_ylabel("linears of one input")
-        axes.figure.colorbar(image, label="channels read")
+        axes.figure.colorbar(image, label="share of the channels, or of their bytes")
 
-    title = "channels that the threshold policy reads, step by step"
+    title = "what the linears of one input read, step by step"
     return _drawn(title, draw) + Sheet(title, headings, rows, (1, 2, 3)).html()
 
 

@@ -70,7 +70,8 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
         model: a causal language model; it stays as it is.
         ids: the prompt, int64 ``[1, T]``.
         config: gives sparsity, candidate width and codegen. Partitions are those of ``"pop"``, if
-            its policy has none; what is read token by token is that of ``"threshold"``.
+            its policy has none; what is read token by token is that of ``"threshold"``, or of
+            ``"graded"`` where weights are quantised.
         tokens: to generate. chunk: of how many each later partition is made.
 
     Raises:
@@ -89,7 +90,8 @@ def measure(model: Any, ids: Tensor, config: Config, tokens: int = 128, chunk: i
     later = [
         _session(compiled, part) for part in text.split(chunk, dim=1) if part.shape[1] == chunk
     ]
-    by_inputs = Config.of(config, {"policy": "threshold", "scope": "batch", "count": True})
+    inputs = "threshold" if config.weights is None else "graded"
+    by_inputs = Config.of(config, {"policy": inputs, "scope": "batch", "count": True})
     reader = popc.compile(copy.deepcopy(model), by_inputs)
     session = _session(reader, ids, text)
     return Drift(

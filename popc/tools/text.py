@@ -6,14 +6,17 @@ import bz2
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from popc.errors import ModelError
 from popc.files import key_of, write_whole
 from popc.models import cache_folder, package_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHORTEST = 3000  # characters of plain text; what is shorter is a stub or a redirect
 

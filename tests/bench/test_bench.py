@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
@@ -21,7 +22,7 @@ from popc.bench.cold import cold_start, start
 from popc.bench.machine import Machine, copy_bandwidth, last_level_cache, machine, versions
 from popc.bench.models import SHAPES, build, random_model
 from popc.bench.reads import channels_read
-from popc.bench.show import plot
+from popc.bench.show import plot, show
 from popc.errors import ModelError
 from popc.planning.cost import region_cost
 from popc.sessions import Session
@@ -139,6 +140,34 @@ def test_plot_is_a_picture(result: Result, tmp_path: Path) -> None:
     plot(result, path)
     assert path.read_bytes().startswith(PNG)
     assert path.stat().st_size > 10_000
+
+
+def test_quantised_weights_are_ways_to_run(settings: Settings) -> None:
+    """Their bytes by hand; one compiled model serves both budgets."""
+    one = {"policies": ("threshold",), "sparsity": (0.4,), "codegen": "eager", "batch": (1,)}
+    small = {**SMALL, **one, "rounds": 1, "weights": "int8", "bits": (8.5, 5.0)}
+    quantised = Settings(model=settings.model, **small)
+    said: list[str] = []
+    measured = command.bench_model(quantised, with_extras=False, progress=said.append)
+    assert len(said) == command.total_steps(quantised, with_extras=False)
+    dense, _, plain, whole, half = measured.runs
+    assert (plain.weights, plain.bits) == (None, None)
+    assert [(run.name, run.policy, run.weights) for run in (whole, half)] == [
+        (f"graded int8 {bits} bits", "graded", "int8") for bits in ("8.5", "5")
+    ]
+    weights = LAYERS * (3 * D * F + 2 * D * D + 2 * D * KV * HEAD)
+    head = VOCABULARY * D
+    assert whole.bits == pytest.approx(8.5) and whole.sparsity < 1e-6
+    assert half.bits == pytest.approx(5, abs=0.6) and half.sparsity == pytest.approx(3.5 / 8.5)
+    for run in (whole, half):
+        assert run.bits is not None
+        unread = 4 * weights - round(run.bits * weights / 8) + (4 - 8.5 / 8) * head
+        assert run.dense_bytes == dense.dense_bytes
+        assert run.dense_bytes - run.read_bytes == pytest.approx(unread, abs=2)
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(show(measured))
+    assert "GB/s" in capture.get() and " 8.50 " in capture.get()
 
 
 def test_one_ffn(tmp_path: Path) -> None:
@@ -328,6 +357,10 @@ def test_command(tmp_path: Path) -> None:
         (["--sparsity", "0.2,1.5"], "sparsity=1.5 is not allowed"),
         (["--sparsity", ","], "sparsity=() is not allowed: at least one value"),
         (["--policies", "best"], "policy='best' is not allowed"),
+        (["--weights", "int3", "--bits", "4"], "weights='int3' is not allowed"),
+        (["--weights", "int8"], "bits=() is not allowed: at least one value"),
+        (["--bits", "4"], "bits=(4.0,) is not allowed: none without weights"),
+        (["--weights", "int8", "--bits", "4", "--ffn"], "weights='int8' is not allowed: None with"),
         (["--device", "tpu"], "device='tpu' is not allowed"),
         (["--dtype", "int8"], "dtype='int8' is not allowed"),
         (["--no-extras", "--layers", "3"], "layers=3 is not allowed: the model has 2"),

@@ -230,4 +230,8 @@ def test_command(tmp_path: Path) -> None:
     said = " ".join(result.output.split())  # lines break where the path's length has them break
     assert "4 regions, 5 refusals" in said
     assert "r = 0.4" in said
+    result = CliRunner().invoke(cli.app, [*asked[:-2], "--weights", "int8", "--bits", "4.25"])
+    assert result.exit_code == 0, result.output
+    # Of 8.5 bits; on the way, weights of 32 have become planes of the compiled model's own.
+    assert "By graded at r = 0.5, a decode step" in " ".join(result.output.split())
     assert "model.layers.1.mlp" in Page(out.read_text(encoding="utf-8")).texts

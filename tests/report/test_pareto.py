@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import popc
 from popc import cli
-from popc.report.pareto import Figures, report
+from popc.report.figures import Figures
+from popc.report.pareto import report
 from popc.report.stability import Drift, Reads, RegionDrift, measure
 from tests.helpers.models import tiny_llama
 
@@ -44,6 +45,29 @@ RUN = {
     "tokens_per_s": {"median": 22.2},
 }
 BENCH = {"model": {"name": "shape"}, "runs": [{**RUN, "policy": None, "sparsity": None}, RUN]}
+
+GRADED = {**QUALITY, "policy": "graded", "weights": "int8", "sparsity": 0.47}
+ELASTIC = [
+    {**GRADED, "read_bits": 5.02, "perplexity": 21.0},
+    {**GRADED, "read_bits": 3.57, "perplexity": 23.0},
+]
+
+
+def peer(name: str, bits: float, over_dense: float | None) -> dict[str, object]:
+    """An engine, as benchmarks/peer_results.py writes it; without a quality if it has none."""
+    quality = {"perplexity": 1.0, "over_dense": over_dense, "agreement": 0.931, "bits": bits}
+    return {"name": name, "bits": bits, "quality": None if over_dense is None else quality}
+
+
+PEERS = {
+    "model": {"name": "small"},
+    "settings": {"windows": 6},
+    "peers": [
+        peer("llama.cpp Q4_0", 4.5, 0.247),
+        peer("dense float32", 32, 0.0),
+        peer("timed alone", 8, None),
+    ],
+}
 
 
 class Page(HTMLParser):
@@ -93,6 +117,38 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert len(page.sources) == 2 and all(s.startswith("data:image/png") for s in page.sources)
 
 
+def test_the_frontier_of_quality_against_bits(tmp_path: Path) -> None:
+    """Budgets of quantised weights, and other engines; what says nothing of bits is not in it."""
+    *paths, peers = written(tmp_path, old=QUALITY, elastic=ELASTIC, peers=PEERS)  # type: ignore[arg-type]
+    figures = Figures.read(paths, [peers])
+    assert [point.bits for point in figures.points if point.weights == "int8"] == [5.02, 3.57]
+    assert [(engine.name, engine.bits) for engine in figures.peers] == [
+        ("llama.cpp Q4_0", 4.5),
+        ("dense float32", 32.0),
+    ]
+    page = Page(report(figures, None, "frontier"))
+    assert not page.open and len(page.sources) == 2
+    rows = page.cells[page.cells.index("bits read") - 2 :]
+    assert rows[6:12] == ["a <b> & c", "graded, int8", "5.02", "+5.0%", "0.807", "48"]
+    assert rows[18:24] == ["small", "llama.cpp Q4_0", "4.50", "+24.7%", "0.931", "6"]
+    assert len(rows) == 6 * 5
+
+
+@pytest.mark.parametrize("data", [QUALITY, BENCH, [], {**PEERS, "peers": [peer("a", 8, None)]}])
+def test_a_file_that_is_not_of_peers(data: object, tmp_path: Path) -> None:
+    (path,) = written(tmp_path, other=data)  # type: ignore[arg-type]
+    with pytest.raises(popc.ConfigError, match=r"peers='.*other.json' is not allowed: a file of"):
+        Figures.read([], [path])
+
+
+def test_what_peers_writes_has_the_fields_that_are_read() -> None:
+    from benchmarks.peer_results import Peer, PeerResult, Quality
+
+    assert {"model", "settings", "peers"} <= PeerResult.__dataclass_fields__.keys()
+    assert {"name", "quality"} <= Peer.__dataclass_fields__.keys()
+    assert {"bits", "over_dense", "agreement"} <= Quality.__dataclass_fields__.keys()
+
+
 def test_without_figures_it_says_what_makes_them() -> None:
     text = report(Figures(), None, "nothing")
     assert "popc eval MODEL --out FILE.json" in text and "popc bench MODEL --out" in text
@@ -127,6 +183,15 @@ def test_partitions_and_their_drift() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_drift_of_quantised_weights() -> None:
+    """At a budget in bits; what is read is by grade, and so the share of a channel's bytes."""
+    config = popc.Config(weights="int8", bits=5.0, codegen="eager")
+    drift = measure(tiny_llama(), ids(), config, tokens=16, chunk=8)
+    assert all(len(region.overlap) == 2 for region in drift.regions)
+    shares = [share for group in drift.reads for share in group.shares]
+    assert shares and sum(shares) / len(shares) == pytest.approx(5 / 8.5, abs=0.1)
+
+
 def test_a_text_like_its_prompt_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = ids(16)
     monkeypatch.setattr(
@@ -158,10 +223,11 @@ def test_the_command_leaves_what_was_there_if_it_fails(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     paths = written(tmp_path, quality=QUALITY, other={"a": 1})
     good = ["report", str(out), "--tokens", "0", "--figures", str(paths[0])]
-    done = CliRunner().invoke(cli.app, good)
+    (peers,) = written(tmp_path, peers=PEERS)
+    done = CliRunner().invoke(cli.app, [*good, "--peers", str(peers)])
     assert done.exit_code == 0, done.output
     before = out.read_text()
-    assert "0.807" in before
+    assert "0.807" in before and "llama.cpp Q4_0" in before
     done = CliRunner().invoke(cli.app, [*good, "--figures", str(paths[1])])
     assert done.exit_code == 2
     assert "other.json" in " ".join(done.stderr.split())
@@ -169,5 +235,6 @@ def test_the_command_leaves_what_was_there_if_it_fails(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "other.json",
         "page.html",
+        "peers.json",
         "quality.json",
     ]
