@@ -94,6 +94,27 @@ def check_linear(x: Tensor, packed: Tensor, *others: Any) -> None:
     assert relative(y, expected) < TOLERANCE[x.dtype]
 
 
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("size", [1e-25, 1e-6, 1.0, 1e20])
+def test_values_of_any_size(row_dim: int, size: float) -> None:
+    """Kernels count in integers, in units of the largest value nearby, whatever that is."""
+    torch.manual_seed(0)
+    packed = quantize(torch.randn(64, 96), row_dim, 2)
+    x = torch.randn(2, 1, 96) * size
+    x[1, 0, 7] *= 1000  # and one that is far larger than the rest
+    check_linear(x, packed, None, None, None, 64, row_dim, 2)
+
+
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_number_shows(row_dim: int, value: float) -> None:
+    packed = quantize(torch.randn(64, 96), row_dim, 2)
+    x = torch.randn(3, 1, 96)
+    x[1, 0, 40] = value
+    y = quantized_linear(x, packed, None, None, None, 64, row_dim, 2)
+    assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row_dim", [0, 1])
 @pytest.mark.parametrize("count", [1, 2])
