@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,12 @@ from torch import Tensor
 import popc
 from benchmarks.scores import Scores
 from benchmarks.stored import Stored, stored_of
-from popc import sessions
 from popc.bench.models import build
 from popc.bench.rates import WARMING, Context
-from popc.bench.reads import channels_read
 from popc.bench.settings import DTYPES, Settings
+from popc.compiled_model import dense
 from popc.errors import ConfigError
-from popc.tools.evaluate import decode_logits
+from popc.tools.evaluate import Tally, count_bits, decode_logits
 
 DENSE, TORCHAO, LLAMA, POPC = "dense", "torchao", "llama.cpp", "popc"
 
@@ -187,13 +187,9 @@ class Popc(Torch):
         return compiled, compiled.forward
 
     def share_read(self) -> float:
-        """As counted, over the same tokens."""
-        plan, counter = self._counter(codegen="eager")
-        task, config = self.task, counter.popc_config
-        context = Context(counter.config, task.short, task.tokens, counter.forward)
-        steps = context.decode, counter.forward, task.tokens
-        reads = channels_read(plan, config, sessions.of_cache(context.cache), *steps)
-        return plan.read_share(config, reads, pruned=counter.popc_plan)
+        """As counted, over the tokens that :meth:`decode` has decoded."""
+        answer = self.short.decode(self.forward, self.task.tokens)[1][0]
+        return count_bits(self.model, self.task.short[0], answer) / self.stored().bits
 
     def logits(self, window: Tensor, prompt: int) -> Tensor:
         """Logits ``[T - prompt, V]`` of a window, decoded one by one."""
@@ -201,25 +197,18 @@ class Popc(Torch):
 
     def scores(self, windows: Tensor, prompt: int) -> tuple[Scores, float]:
         """Scores of decode steps, and what was read, as counted."""
-        plan, counter = self._counter()
-        reads: dict[Any, list[int]] = {}
+        # Counting takes time, so another model counts, on the same weights.
+        counting = dataclasses.replace(self.model.popc_config, count=True)
+        counter: Any = popc.compile(dense(self.model), counting)
+        tally = Tally(None)
 
         def logits(window: Tensor, prompt: int) -> Tensor:
             decoded, session = decode_logits(counter, window, prompt)
-            for key, steps in session.inputs.reads.items() if session is not None else ():
-                reads.setdefault(key, []).extend(steps)
+            tally.add(session)
             return decoded
 
         scores = Scores.of(windows, prompt, logits)
-        return scores, plan.read_share(counter.popc_config, reads, pruned=counter.popc_plan)
-
-    def _counter(self, **more: Any) -> tuple[popc.Plan, Any]:
-        """A plan of all linears, and a compiled model that counts what it reads: counting takes
-        time, so it is another one."""
-        model = self._built()
-        return popc.analyze(model), popc.compile(
-            model, **{**self.spec.options, "count": True, **more}
-        )
+        return scores, tally.shares(counter, popc.analyze(counter))[1] / self.stored().bits
 
 
 def engine_of(spec: Spec, task: Task) -> Engine:

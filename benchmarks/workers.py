@@ -57,7 +57,10 @@ class Worker:
         Raises:
             ModelError: it failed.
         """
-        self._connection.send((method, args))
+        try:
+            self._connection.send((method, args))
+        except BrokenPipeError:
+            raise self._ended() from None
         return self._receive()
 
     def close(self) -> None:
@@ -71,11 +74,14 @@ class Worker:
         try:
             result, error = self._connection.recv()
         except EOFError:
-            self._process.join()
-            raise ModelError(f"{self.name}: exit code {self._process.exitcode}") from None
+            raise self._ended() from None
         if error is not None:
             raise ModelError(f"{self.name}: {error}")
         return result
+
+    def _ended(self) -> ModelError:
+        self._process.join()
+        return ModelError(f"{self.name}: exit code {self._process.exitcode}")
 
 
 def _serve(connection: Connection, spec: Spec, task: Task) -> None:

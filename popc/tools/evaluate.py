@@ -47,8 +47,12 @@ class Quality:
 
 
 @dataclass
-class _Tally:
-    """Sums over windows at one budget, and what its steps read."""
+class Tally:
+    """Sums over windows at one budget, and what its steps read.
+
+    Attributes:
+        budget: of the steps; None: the compiled model's own.
+    """
 
     budget: CallBudget | None
     loss: float = 0.0
@@ -111,7 +115,7 @@ def evaluate_budgets(
         ConfigError: what is targeted is too little to meet a budget, or calls can't have budgets.
     """
     dense_loss = 0.0
-    tallies = [_Tally(budget) for budget in budgets]
+    tallies = [Tally(budget) for budget in budgets]
     for window in windows:
         expected = window[prompt:]
         dense = model(window[None], use_cache=False).logits[0, prompt - 1 : -1].float()
@@ -155,7 +159,7 @@ def count_bits(compiled: Any, prompt: Tensor, answer: Tensor, bits: float | None
     config: Config = compiled.popc_config
     counting = dataclasses.replace(config, count=True, codegen="eager")
     counter: Any = compile(without_popc(compiled), counting)
-    tally = _Tally(None if bits is None else CallBudget(bits=bits))
+    tally = Tally(None if bits is None else CallBudget(bits=bits))
     with _within(counter, tally.budget):
         tally.add(decode_logits(counter, torch.cat((prompt, answer)), len(prompt))[1])
     return tally.shares(counter, analyze(counter))[1]

@@ -60,7 +60,7 @@ struct RowGroup {
   PlaneSums sums;
 };
 
-C10_ALWAYS_INLINE void prefetch(const uint8_t* from) {
+C10_ALWAYS_INLINE void prefetch_line(const uint8_t* from) {
 #if defined(__GNUC__) || defined(__clang__)
   __builtin_prefetch(from, 0, 2);
 #endif
@@ -100,11 +100,11 @@ class RowAdder {
       for (int64_t n = 0; n < tokens; ++n) {
         make_factors(group, n, first, factors[n], group.sums.token(n).corrections);
       }
-      for (int r = 0; r < next.count; ++r) prefetch(next.rows[r].scales + scale_bytes * first);
+      for (int r = 0; r < next.count; ++r) prefetch_line(next.rows[r].scales + scale_bytes * first);
       const int64_t last = std::min(first + factor_blocks, group.blocks);
       for (int64_t k = first; k < last; k += chunk_blocks) {
         for (int r = 0; next.has_low && r < next.count; ++r) {
-          prefetch(next.rows[r].low + plane_bytes * k);
+          prefetch_line(next.rows[r].low + plane_bytes * k);
         }
         if (group.has_low) {
           add_chunk<true>(group, next, k, factors, k - first, tokens);
@@ -215,7 +215,7 @@ class RowAdder {
     const __m512i mask15 = _mm512_set1_epi8(15);
     __m512i high[quad_rows];
     unroll<quad_rows>([&](auto r) POPC_INLINE {
-      prefetch(next[r].high + offset);
+      prefetch_line(next[r].high + offset);
       high[r] = _mm512_maskz_loadu_epi32(mask, rows[r].high + offset);
     });
     if constexpr (has_low) {
@@ -301,7 +301,7 @@ class RowAdder {
   static void add(const RowGroup& group, const RowGroup& next, int64_t tokens) {
     for (int64_t k = 0; k < group.blocks; k += chunk_blocks) {
       for (int r = 0; r < group.count; ++r) {
-        prefetch(next.rows[r].high + plane_bytes * k);
+        prefetch_line(next.rows[r].high + plane_bytes * k);
         add_chunk(group, r, tokens, k, std::min(chunk_blocks, group.blocks - k));
       }
     }

@@ -94,14 +94,24 @@ void dot(const Weight& weight, const T* x, int64_t tokens, const T* bias, T* y) 
   });
 }
 
-// The values of outputs [first, last), [outputs, inputs], of which either dim is contiguous.
+// Memory of this thread for `count` values. It is kept: fresh pages take as long as the values do.
+Tensor scratch(int64_t count, const at::TensorOptions& options) {
+  thread_local Tensor kept;
+  const int64_t bytes = count * static_cast<int64_t>(options.dtype().itemsize());
+  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options.dtype(at::kByte));
+  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype()));
+}
+
+// The values of outputs [first, last), [outputs, inputs], of which either dim is contiguous; in
+// scratch().
 template <typename T>
 Tensor expand_outputs(
     const Weight& weight, int64_t first, int64_t last, const at::TensorOptions& options) {
   const int64_t width = last - first;
   const bool by_input = weight.row_dim == 1;
-  const Tensor values = by_input ? at::empty({weight.inputs, width}, options)
-                                 : at::empty({width, weight.inputs}, options);
+  const Tensor flat = scratch(weight.inputs * width, options);
+  const Tensor values =
+      by_input ? flat.view({weight.inputs, width}) : flat.view({width, weight.inputs});
   T* to = values.data_ptr<T>();
   const int64_t blocks = weight.rows.blocks();
   at::parallel_for(0, values.size(0), 16, [&](int64_t begin, int64_t end) {
@@ -116,15 +126,18 @@ Tensor expand_outputs(
   return by_input ? values.t() : values;
 }
 
-// Many tokens: a panel of outputs after the other becomes values, while they are in a cache, for a
-// dense GEMM, which is in float32 where that is faster than in x's dtype.
+// Many tokens: the values of a panel of outputs after the other, mostly of all, for a dense GEMM, which
+// is in float32 where that is faster than in x's dtype.
 template <typename T>
 Tensor gemm(const Weight& weight, const Tensor& x, const MaybeTensor& bias) {
-  constexpr int64_t panel_values = 1 << 22;
-  const Tensor flat = x.reshape({-1, weight.inputs});
-  const Tensor y = at::empty({flat.size(0), weight.outputs}, x.options());
+  constexpr int64_t panel_values = 1 << 24;
   const int64_t panel =
       std::max(block_values, panel_values / weight.inputs / block_values * block_values);
+  if (weight.outputs <= panel) {
+    return at::linear(x, expand_outputs<T>(weight, 0, weight.outputs, x.options()), bias);
+  }
+  const Tensor flat = x.reshape({-1, weight.inputs});
+  const Tensor y = at::empty({flat.size(0), weight.outputs}, x.options());
   for (int64_t first = 0; first < weight.outputs; first += panel) {
     const int64_t last = std::min(weight.outputs, first + panel);
     const Tensor values = expand_outputs<T>(weight, first, last, x.options());
