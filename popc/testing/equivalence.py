@@ -31,6 +31,8 @@ from popc.testing.products import Observer, Uses
 ROUNDING = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 COARSE = 0.05  # for 16-bit floats
+# Where weights are quantised, kernels take float32 values for integers of 15 bits.
+QUANTIZED_ROUNDING, QUANTIZED_TOLERANCE = 2e-4, 1e-3
 
 
 class EquivalenceError(PopcError, AssertionError):
@@ -97,7 +99,7 @@ def assert_equivalent(
             raise ConfigError("policy", policy.name, f"{covered}: the oracle covers these")
     copied = copy.deepcopy(model).eval()
     copied = copied if dtype is None else copied.to(dtype)
-    allowed = tolerance or TOLERANCE.get(_dtype(copied), COARSE)
+    allowed = tolerance or tolerance_of(_dtype(copied), is_quantized(copied, config))
     check = _Check(copied, Feed(copied, inputs, dtype), config, steps)
     result, faults = check.run(allowed)
     if not faults:
@@ -232,7 +234,8 @@ class _Check:
             for number, error in enumerate(errors)
             if not error <= allowed
         ]
-        decided = not faults or margin > rounding(_dtype(self.model))
+        own_rounding = rounding(_dtype(self.model), is_quantized(self.model, self.config))
+        decided = not faults or margin > own_rounding
         return Equivalence(max(errors), margin, masked, decided, compiled.popc_plan), faults
 
     def first_difference(self, allowed: float) -> str:
@@ -316,8 +319,23 @@ def _is_pruned_at_once(region: RegionRecord, config: Config) -> bool:
     return config.counts(region.units, region.kind).active < region.units
 
 
-def rounding(dtype: torch.dtype) -> float:
+def is_quantized(model: nn.Module, config: Config) -> bool:
+    """Whether products are with quantised weights: popc's own, or those that the model has."""
+    subclasses = (type(p) not in (nn.Parameter, Tensor) for p in model.parameters())
+    return config.weights is not None or any(subclasses)
+
+
+def tolerance_of(dtype: torch.dtype, quantized: bool) -> float:
+    """What outputs may differ by, relative to the largest, in a model of that dtype."""
+    if quantized and dtype == torch.float32:
+        return QUANTIZED_TOLERANCE
+    return TOLERANCE.get(dtype, COARSE)
+
+
+def rounding(dtype: torch.dtype, quantized: bool) -> float:
     """Choices nearer than this are decided by rounding in a model of that dtype."""
+    if quantized and dtype == torch.float32:
+        return QUANTIZED_ROUNDING
     return ROUNDING if dtype in TOLERANCE else max(ROUNDING, 2 * torch.finfo(dtype).eps)
 
 

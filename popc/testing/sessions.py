@@ -20,7 +20,7 @@ from popc.analysis.plan import Plan
 from popc.compat import cache_keyword
 from popc.config import Config
 from popc.testing.dequantized import Dequantized, Readings
-from popc.testing.equivalence import ROUNDING, TOLERANCE, relative
+from popc.testing.equivalence import is_quantized, relative, rounding, tolerance_of
 from popc.testing.masked_inputs import MaskedInputs
 from popc.testing.oracle import MaskedAnywhere
 
@@ -52,7 +52,7 @@ class _Sessions(RuleBasedStateMachine):
         own: what the compiled model reads, as a dense one; ``compiled`` with ``config``.
         plan: of ``own``; ``readings`` of its groups of inputs that are read by grade.
         keyword: the argument of ``forward`` that takes a cache.
-        tolerance: relative to an output's largest value.
+        tolerance: relative to an output's largest value; choices nearer than ``rounding`` are open.
     """
 
     own: Dequantized
@@ -63,6 +63,7 @@ class _Sessions(RuleBasedStateMachine):
     keyword: str
     vocabulary: int
     tolerance: float
+    rounding: float
     generations = Bundle("generations")
 
     @rule(target=generations, batch=st.integers(1, 3), length=st.integers(2, 6), seed=_SEEDS)
@@ -152,7 +153,7 @@ class _Sessions(RuleBasedStateMachine):
         generation.units.begin(length > 1, batch=generation.batch)
         with generation.units, inputs:
             expected = self.run(model, generation.dense_cache, ids)
-        near = min(generation.units.margin, inputs.margin) < ROUNDING
+        near = min(generation.units.margin, inputs.margin) < self.rounding
         assert near or relative(got, expected) <= self.tolerance
 
     @torch.no_grad()
@@ -178,7 +179,7 @@ def session_machine(
             traced to sequences.
         tolerance: relative to an output's largest value.
     """
-    dtype = next(model.parameters()).dtype
+    dtype, quantized = next(model.parameters()).dtype, is_quantized(model, config)
     example = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
     compiled = popc.compile(model, config)
     if config.weights is not None:
@@ -195,6 +196,7 @@ def session_machine(
         "readings": {key: readings for key, readings in by_grade.items() if readings},
         "keyword": cache_keyword(model.forward),
         "vocabulary": vocabulary,
-        "tolerance": tolerance or TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
+        "tolerance": tolerance or tolerance_of(dtype, quantized),
+        "rounding": rounding(dtype, quantized),
     }
     return type("Sessions", (_Sessions,), under_test)

@@ -45,15 +45,16 @@ def test_dense(make: Callable[..., nn.Module], form: str) -> None:
 
 @pytest.mark.parametrize("make", MODELS)
 def test_pruned_by_units(make: Callable[..., nn.Module]) -> None:
-    model, ids = make(), prompt(length=14)
+    # After 9 of its tokens one more has two scores that are equal within a kernel's rounding.
+    model, ids = make(), prompt(length=16)
     config = popc.Config(policy="pop", targets=("experts",), **OPTIONS)
     compiled = popc.compile(model, config, weights="int8")
-    ours = run(compiled, ids, 9)
+    ours = run(compiled, ids, 12)
     values = with_values_of(compiled, model)
     torch.compiler.reset()
     plain = popc.compile(values, config)
-    assert relative(ours, run(plain, ids, 9)) < PLANES
-    assert relative(ours, run(values, ids, 9)) > 1e-2
+    assert relative(ours, run(plain, ids, 12)) < PLANES
+    assert relative(ours, run(values, ids, 12)) > 1e-2
     (name,) = (name for name in quantized_names(compiled) if "0.mlp.experts.gate" in name)
     weight = dict(compiled.named_parameters())[name]
     assert weight.stored.row_dim == 0  # of its outputs, rows of live units are read

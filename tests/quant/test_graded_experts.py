@@ -131,10 +131,10 @@ def test_budgets(make: Callable[..., nn.Module]) -> None:
     for part in ids.split(8, 1):
         step(compiled, chunked, part)
     ours = step(compiled, cache, token)
-    assert relative(step(compiled, chunked, token), ours) < 1e-4
+    assert relative(step(compiled, chunked, token), ours) < PLANES
     known = [sessions.of_cache(c).inputs.thresholds for c in (cache, chunked)]
     for key, threshold in known[0].items():
-        torch.testing.assert_close(threshold, known[1][key], rtol=1e-4, atol=0)
+        torch.testing.assert_close(threshold, known[1][key], rtol=2 * PLANES, atol=0)
     plain = with_values_of(compiled, model)
     step(plain, dense, ids)
     expected = step(plain, dense, token)
