@@ -80,7 +80,7 @@ def test_weights_that_the_model_holds_transposed() -> None:
     with torch.no_grad():
         actual = compiled(x)
         assert compiled[0].weight.stored.transposed and compiled[0].weight.shape == (64, 96)
-        torch.testing.assert_close(actual, dequantised(compiled, model)(x))
+        assert relative(actual, dequantised(compiled, model)(x)) < PLANES
 
 
 class Left(nn.Module):
@@ -142,7 +142,7 @@ def test_inplace_frees_the_model_s_weights() -> None:
     with torch.no_grad():
         actual = compiled(IDS).logits
         assert held.numel() == 0, "whoever else holds a weight keeps its memory"
-        torch.testing.assert_close(actual, expected(IDS).logits)
+        assert relative(actual, expected(IDS).logits) < PLANES
         torch.testing.assert_close(compiled(IDS).logits, actual)
         with pytest.raises(popc.ModelError, match=r"freed by popc\.compile"):
             model(IDS)
@@ -162,7 +162,7 @@ def test_what_fails_after_quantising_runs_dense(monkeypatch) -> None:
     compiled = quantised(model)
     with torch.no_grad(), pytest.warns(popc.PopcWarning, match="runs dense"):
         actual = compiled(IDS).logits
-        torch.testing.assert_close(actual, dequantised(compiled, model)(IDS).logits)
+        assert relative(actual, dequantised(compiled, model)(IDS).logits) < PLANES
         torch.testing.assert_close(compiled(IDS).logits, actual)
 
 

@@ -90,7 +90,7 @@ def test_grades_are_read_by_one_op() -> None:
         h.append(y + base[:, at : at + len(weight)])
         at += len(weight)
     expected = linear(torch.cat(h, -1).relu(), model.last.weight, model.last.bias + base[0, at:])
-    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, expected.detach(), rtol=1e-3, atol=1e-3)
     counts = [int(plane.flatten(0, 1).any(0).sum()) for plane in (high, low)]
     assert read.tolist() == [counts, [20, 20]]
 
