@@ -51,42 +51,45 @@ def decoded_table(
 def _runs(result: Result) -> Table:
     where = result.machine.gpu or result.machine.cpu
     bandwidth = f"{result.copy_bandwidth.median / 1e9:.1f} GB/s copied"
+    bits = any(run.bits is not None for run in result.runs)
+    read = "\nBits are those read of each weight of the layers, GB/s all that a step reads by its time."
     table = Table(
         title=f"{result.model.name}, {result.settings['dtype']}, {where}, {bandwidth}",
-        caption="Speed-up is over the faster dense run; its limit is dense bytes / bytes read. "
-        "Bits are those read of each weight of the layers, GB/s all that a step reads by its time.",
+        caption="Speed-up is over the faster dense run; its limit is dense bytes / bytes read."
+        + (read if bits else ""),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
     ffn = result.kind == "ffn"
     rate = "µs / block" if ffn else "tokens/s"
-    bits = ("bits",) if any(run.bits is not None for run in result.runs) else ()
-    headings = (f"{rate} (low – high)", *bits, "speed-up", "limit", "of limit", "GB/s", "of copy")
+    shown = ("bits", "speed-up", "limit", "GB/s") if bits else ("speed-up", "limit", "of limit")
+    headings = (f"{rate} (low – high)", *shown, "of copy")
     for heading in ("", *headings):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for size, group in groupby(result.runs, key=_size):
         table.add_row(f"[bold]{sized(*size)}[/]")
         for run in group:
-            name, speed, *cells = _cells(run, ffn)
-            read = ("" if run.bits is None else f"{run.bits:.2f}",) if bits else ()
-            table.add_row(name, speed, *read, *cells)
+            cells = _cells(run, ffn)
+            table.add_row(*(cells[heading] for heading in ("", *headings)))
     return table
 
 
-def _cells(run: Run, ffn: bool) -> list[str]:
+def _cells(run: Run, ffn: bool) -> dict[str, str]:
+    """By their columns' headings."""
     spread, scale = (run.seconds, 1e6) if ffn else (run.tokens_per_s, 1)
     values = (scale * value for value in (spread.median, spread.low, spread.high))
     median, low, high = (f"{value:.{1 if value < 100 else 0}f}" for value in values)
-    return [
-        run.name,
-        f"{median} ({low} – {high})",
-        f"{run.speedup:.2f} ×",
-        f"{run.limit:.2f} ×",
-        f"{run.of_limit:.0%}",
-        f"{run.read_bytes / run.seconds.median / 1e9:.1f}",
-        f"{run.of_bandwidth:.0%}",
-    ]
+    return {
+        "": run.name,
+        f"{'µs / block' if ffn else 'tokens/s'} (low – high)": f"{median} ({low} – {high})",
+        "bits": "" if run.bits is None else f"{run.bits:.2f}",
+        "speed-up": f"{run.speedup:.2f} ×",
+        "limit": f"{run.limit:.2f} ×",
+        "of limit": f"{run.of_limit:.0%}",
+        "GB/s": f"{run.read_bytes / run.seconds.median / 1e9:.1f}",
+        "of copy": f"{run.of_bandwidth:.0%}",
+    }
 
 
 def _extras(extras: Extras) -> Table:
