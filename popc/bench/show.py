@@ -52,7 +52,9 @@ def _runs(result: Result) -> Table:
     where = result.machine.gpu or result.machine.cpu
     bandwidth = f"{result.copy_bandwidth.median / 1e9:.1f} GB/s copied"
     bits = any(run.bits is not None for run in result.runs)
-    read = "\nBits are read of each weight of the layers; GB/s is all that a step reads by its time."
+    read = (
+        "\nBits are read of each weight of the layers; GB/s is all that a step reads by its time."
+    )
     table = Table(
         title=f"{result.model.name}, {result.settings['dtype']}, {where}, {bandwidth}",
         caption="Speed-up is over the faster dense run; its limit is dense bytes / bytes read."
