@@ -115,6 +115,23 @@ def test_no_number_shows(row_dim: int, value: float) -> None:
     assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_gradients_of_a_prompt(first: Any) -> None:
+    """A product of many tokens leaves what another one's gradient needs as it is."""
+    torch.manual_seed(0)
+    sizes = (64, 96)
+    one, other = (quantize(torch.randn(sizes), 1, 2) for _ in range(2))
+    with first():
+        quantized_linear(torch.randn(30, 96), other, None, None, None, 64, 1, 2)
+    x = torch.randn(30, 96, requires_grad=True)
+    y = quantized_linear(x, one, None, None, None, 64, 1, 2)
+    with first():
+        quantized_linear(torch.randn(30, 96), other, None, None, None, 64, 1, 2)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    weight = dequantize(one, None, None, sizes, 1, 2, torch.float32)
+    torch.testing.assert_close(gradient, weight.sum(0).expand(30, 96))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row_dim", [0, 1])
 @pytest.mark.parametrize("count", [1, 2])

@@ -5,13 +5,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -51,8 +52,10 @@ template <int N>
 void dot_rows(const Weight& weight, const float* x, float* y) {
   const PlaneRows& rows = weight.rows;
   const int64_t threads = threads_for(rows.count, rows.row_bytes());
-  const auto for_rows = [&](auto&& multiply) {
+  // in_thread() gives a thread's multiply(row, out).
+  const auto for_rows = [&](auto&& in_thread) {
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      auto multiply = in_thread();
       float out[N];
       const int64_t last = rows.count * end / threads;
       for (int64_t r = rows.count * begin / threads; r < last; ++r) {
@@ -64,25 +67,30 @@ void dot_rows(const Weight& weight, const float* x, float* y) {
 #if defined(__AVX512VNNI__) && defined(CPU_CAPABILITY_AVX512)
   if (!weight.groups.scale) {
     const DotTokens tokens(x, N, weight.inputs, rows.has_low());
-    return for_rows([&](int64_t r, float* out) {
-      const RowView row(rows, r, true), next(rows, std::min(r + 2, rows.count - 1), true);
-      tokens.multiply<N>(row, next, rows.blocks(), out);
+    return for_rows([&] {
+      return [&](int64_t r, float* out) {
+        const RowView row(rows, r, true), next(rows, std::min(r + 2, rows.count - 1), true);
+        tokens.multiply<N>(row, next, rows.blocks(), out);
+      };
     });
   }
 #endif
-  for_rows([&](int64_t r, float* out) {
-    std::vector<float> row(weight.inputs);
-    expand_row<float>(rows, weight.groups, weight.row_dim, r, 0, rows.blocks(), true, row.data());
-    dot_expanded<N>(row.data(), x, weight.inputs, out);
+  for_rows([&] {
+    return [&, row = std::vector<float>(weight.inputs)](int64_t r, float* out) mutable {
+      expand_row<float>(
+          rows, weight.groups, weight.row_dim, r, 0, rows.blocks(), true, row.data());
+      dot_expanded<N>(row.data(), x, weight.inputs, out);
+    };
   });
 }
 
 // Output-major rows, for up to max_tokens tokens.
 template <typename T>
 void dot(const Weight& weight, const T* x, int64_t tokens, const T* bias, T* y) {
-  std::vector<float> wide(x, x + tokens * weight.inputs), products(tokens * weight.outputs);
+  const std::vector<float> wide(x, x + tokens * weight.inputs);
+  const std::unique_ptr<float[]> products(new float[tokens * weight.outputs]);
   dispatch_tokens(tokens, [&](auto count) {
-    dot_rows<decltype(count)::value>(weight, wide.data(), products.data());
+    dot_rows<decltype(count)::value>(weight, wide.data(), products.get());
   });
   at::parallel_for(0, weight.outputs, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < tokens; ++n) {
@@ -94,8 +102,11 @@ void dot(const Weight& weight, const T* x, int64_t tokens, const T* bias, T* y) 
   });
 }
 
-// Memory of this thread for `count` values. It is kept: fresh pages take as long as the values do.
+// Memory for `count` values, this thread's own. It is kept, as fresh pages take as long as the values
+// do; not where autograd may keep the values themselves.
 Tensor scratch(int64_t count, const at::TensorOptions& options) {
+  if (c10::GradMode::is_enabled()) return at::empty({count}, options);
+  const c10::InferenceMode normal_tensor(false);
   thread_local Tensor kept;
   const int64_t bytes = count * static_cast<int64_t>(options.dtype().itemsize());
   if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, options.dtype(at::kByte));
