@@ -19,6 +19,7 @@ namespace popc {
 
 constexpr int64_t chunk_blocks = 4, chunk_lanes = chunk_blocks * block_dwords;
 constexpr int64_t chunk_values = chunk_blocks * block_values;
+constexpr int64_t chunk_bytes = chunk_blocks * plane_bytes;  // of a plane
 constexpr int64_t factor_blocks = 16;  // factors are made for as many at a time
 constexpr int quad_rows = 4;           // that products are added up of in one instruction
 constexpr int group_rows = 16;
@@ -60,12 +61,6 @@ struct RowGroup {
   PlaneSums sums;
 };
 
-C10_ALWAYS_INLINE void prefetch_line(const uint8_t* from) {
-#if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(from, 0, 2);
-#endif
-}
-
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -100,11 +95,13 @@ class RowAdder {
       for (int64_t n = 0; n < tokens; ++n) {
         make_factors(group, n, first, factors[n], group.sums.token(n).corrections);
       }
-      for (int r = 0; r < next.count; ++r) prefetch_line(next.rows[r].scales + scale_bytes * first);
+      for (int r = 0; r < next.count; ++r) {
+        prefetch_bytes(next.rows[r].scales + scale_bytes * first, scale_bytes * factor_blocks);
+      }
       const int64_t last = std::min(first + factor_blocks, group.blocks);
       for (int64_t k = first; k < last; k += chunk_blocks) {
         for (int r = 0; next.has_low && r < next.count; ++r) {
-          prefetch_line(next.rows[r].low + plane_bytes * k);
+          prefetch_bytes(next.rows[r].low + plane_bytes * k, chunk_bytes);
         }
         if (group.has_low) {
           add_chunk<true>(group, next, k, factors, k - first, tokens);
@@ -215,7 +212,7 @@ class RowAdder {
     const __m512i mask15 = _mm512_set1_epi8(15);
     __m512i high[quad_rows];
     unroll<quad_rows>([&](auto r) POPC_INLINE {
-      prefetch_line(next[r].high + offset);
+      prefetch_bytes(next[r].high + offset, chunk_bytes);
       high[r] = _mm512_maskz_loadu_epi32(mask, rows[r].high + offset);
     });
     if constexpr (has_low) {
@@ -301,7 +298,7 @@ class RowAdder {
   static void add(const RowGroup& group, const RowGroup& next, int64_t tokens) {
     for (int64_t k = 0; k < group.blocks; k += chunk_blocks) {
       for (int r = 0; r < group.count; ++r) {
-        prefetch_line(next.rows[r].high + plane_bytes * k);
+        prefetch_bytes(next.rows[r].high + plane_bytes * k, chunk_bytes);
         add_chunk(group, r, tokens, k, std::min(chunk_blocks, group.blocks - k));
       }
     }
@@ -313,8 +310,7 @@ class RowAdder {
   static void add_chunk(
       const RowGroup& group, int r, int64_t tokens, int64_t first, int64_t blocks) {
     const PlaneRow& row = group.rows[r];
-    constexpr int64_t size = chunk_blocks * plane_bytes;
-    uint8_t high[size] = {}, low[size] = {};
+    uint8_t high[chunk_bytes] = {}, low[chunk_bytes] = {};
     std::memcpy(high, row.high + plane_bytes * first, plane_bytes * blocks);
     if (group.has_low) std::memcpy(low, row.low + plane_bytes * first, plane_bytes * blocks);
     float scales[chunk_lanes] = {};
