@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import popc
 from popc import sessions
 from popc.analysis.plan import InputRecord, Plan, RegionRecord
-from popc.compat import pytree
+from popc.compat import is_traceable_wrapper_subclass, pytree
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
 from popc.ops import dequantize
@@ -321,8 +321,7 @@ def _is_pruned_at_once(region: RegionRecord, config: Config) -> bool:
 
 def is_quantized(model: nn.Module, config: Config) -> bool:
     """Whether products are with quantised weights: popc's own, or those that the model has."""
-    subclasses = (type(p) not in (nn.Parameter, Tensor) for p in model.parameters())
-    return config.weights is not None or any(subclasses)
+    return config.weights is not None or any(map(is_traceable_wrapper_subclass, model.parameters()))
 
 
 def tolerance_of(dtype: torch.dtype, quantized: bool) -> float:

@@ -20,7 +20,13 @@ from popc.analysis.plan import Plan
 from popc.compat import cache_keyword
 from popc.config import Config
 from popc.testing.dequantized import Dequantized, Readings
-from popc.testing.equivalence import is_quantized, relative, rounding, tolerance_of
+from popc.testing.equivalence import (
+    TOLERANCE,
+    is_quantized,
+    relative,
+    rounding,
+    tolerance_of,
+)
 from popc.testing.masked_inputs import MaskedInputs
 from popc.testing.oracle import MaskedAnywhere
 
@@ -180,6 +186,7 @@ def session_machine(
         tolerance: relative to an output's largest value.
     """
     dtype, quantized = next(model.parameters()).dtype, is_quantized(model, config)
+    held_to = dtype if dtype in TOLERANCE else torch.float32
     example = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
     compiled = popc.compile(model, config)
     if config.weights is not None:
@@ -196,7 +203,7 @@ def session_machine(
         "readings": {key: readings for key, readings in by_grade.items() if readings},
         "keyword": cache_keyword(model.forward),
         "vocabulary": vocabulary,
-        "tolerance": tolerance or tolerance_of(dtype, quantized),
-        "rounding": rounding(dtype, quantized),
+        "tolerance": tolerance or tolerance_of(held_to, quantized),
+        "rounding": rounding(held_to, quantized),
     }
     return type("Sessions", (_Sessions,), under_test)
