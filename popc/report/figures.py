@@ -42,7 +42,7 @@ class Point:
     @property
     def kind(self) -> str:
         """The policy, and the weights where they are quantised."""
-        return self.policy if self.weights is None else f"{self.policy}, {self.weights}"
+        return _kind(self.policy, self.weights)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Figures:
                 policy, batch, context, speedup, saved, limit, rate = (run[key] for key in _RUN)
                 if policy is not None:
                     figures = sized(batch, context), saved, speedup, limit, rate["median"]
-                    kind = ", ".join(filter(None, (policy, run.get("weights"))))
+                    kind = _kind(policy, run.get("weights"))
                     self.speeds.append(Speed(name, kind, run["sparsity"], *figures))
             return
         policy, sparsity, read, perplexity, dense, agreement, windows = (
@@ -127,6 +127,10 @@ class Figures:
         for peer, quality in scored:
             bits, rise, agreement = (float(quality[key]) for key in _PEER)
             self.peers.append(Peer(name, peer, bits, rise, agreement, windows))
+
+
+def _kind(policy: str, weights: str | None) -> str:
+    return ", ".join(filter(None, (policy, weights)))
 
 
 def _take(option: str, path: Path, writers: str, add: Callable[[Any], None]) -> None:
