@@ -20,6 +20,7 @@ from popc.analysis.findings import Findings
 from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan
 from popc.analysis.unwrap import Unwrapping
+from popc.codegen import generate_code
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, PassError, PopcWarning
 from popc.log import log_graph, logger
@@ -132,8 +133,7 @@ def _rewritten(
     unwrapping = captured.unwrapping
     if not rewritten.matches and not unwrapping:
         return None
-    inputs = [*captured.inputs, *rewritten.inputs]
-    run = run_stage("generate code", codegen, captured.gm, inputs, work.measures)
+    run = run_stage("generate code", codegen.of_rewritten, captured, work.measures)
     if not rewritten.bindings:
         return (lambda *args: run(*unwrapping(args))) if unwrapping else run
     variants = None
@@ -189,22 +189,52 @@ class _Codegen:
     config: Config
     mode: str | None
 
-    def __call__(
-        self, graph: fx.GraphModule, inputs: Sequence[Any], measures: bool = False
-    ) -> CompiledFunction:
-        """``measures``: whether it is the graph of a prompt, which takes statistics."""
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledFunction:
+        """Of the graph that Dynamo gave."""
         if self.config.codegen == "eager":
             return Interpreted(graph)
-        if graph is not self.gm:
-            compat.keep_inputs(graph, self.gm, is_written)
-        inductor = {**compat.mode_options(self.mode), **self.config.inductor}
+        return self._inductor(graph, inputs, self._options())
+
+    def of_rewritten(self, captured: Captured, measures: bool) -> CompiledFunction:
+        """Of the graph that passes have rewritten; ``measures``: it is that of a prompt."""
+        graph = captured.gm
+        if self.config.codegen == "eager":
+            return Interpreted(graph)
+        options = self._options()
         if measures:
             # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
-            inductor["triton.cudagraphs"] = False
+            options["triton.cudagraphs"] = False
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        on_cpu = all(map(_is_on_cpu, (node.meta["val"] for node in placeholders)))
+
+        def compiler(
+            piece: fx.GraphModule, inputs: Sequence[Any], *, calls: int, whole: bool
+        ) -> CompiledFunction:
+            if whole:
+                compat.keep_inputs(piece, self.gm, is_written)
+            # Called often, its kernels take less time than Python takes to call them.
+            often = {"cpp_wrapper": True} if calls > 1 and on_cpu and not measures else {}
+            return self._inductor(piece, inputs, {**often, **options})
+
+        if options.get("triton.cudagraphs"):  # a step is recorded as one
+            inputs = [node.meta["val"] for node in placeholders]
+            return compiler(graph, inputs, calls=1, whole=True)
+        return generate_code(graph, placeholders[len(captured.inputs) :], compiler)
+
+    def _options(self) -> dict[str, Any]:
+        return {**compat.mode_options(self.mode), **self.config.inductor}
+
+    def _inductor(
+        self, graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
+    ) -> CompiledFunction:
         # Inductor's own key has the graph and its options; of the rest of Config nothing reaches
         # the code, so that thresholds of another sparsity find it again. What does is how popc's
         # ops and passes are written.
-        return compat.inductor(graph, inputs, inductor, f"popc {version.sources_digest()}")
+        return compat.inductor(graph, inputs, options, f"popc {version.sources_digest()}")
+
+
+def _is_on_cpu(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from tests.helpers import private_names
 
 LAYERS = """
 errors log version files plots compat stages ops quant policies config analysis planning sessions
-passes runtime backend
+passes codegen runtime backend
 compiled_model api models tools bench report harness testing cli
 """.split()
 ROOT = Path(popc.__file__).parent

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from popc.compat import pytree
+
 
 def writes_first(node: fx.Node) -> bool:
     """Whether ``node`` writes to its first argument."""
@@ -24,6 +26,25 @@ def writes(node: fx.Node) -> bool:
         return False
     schema = getattr(node.target, "_schema", None)
     return bool(schema.is_mutable) if schema is not None else not _is_symbolic(node)
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that ``node`` may write to: of what tells nothing of that, all."""
+    if not writes(node):
+        return []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.all_input_nodes
+    given = {
+        **dict(zip((a.name for a in schema.arguments), node.args, strict=False)),
+        **node.kwargs,
+    }
+    written = [
+        given.get(argument.name)
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node)]
 
 
 def is_mutable(node: fx.Node) -> bool:

@@ -82,6 +82,16 @@ def replace(node: fx.Node, made: fx.Node) -> None:
     made.graph.erase_node(made)
 
 
+def following(*nodes: fx.Node) -> fx.Node:
+    """The first node after all of ``nodes`` that is no input: what is written before it can read
+    them."""
+    order = {node: i for i, node in enumerate(nodes[0].graph.nodes)}
+    node = max(nodes, key=order.__getitem__).next
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
 def map_arguments(
     args: Any, kwargs: Any, change: Callable[[fx.Node], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

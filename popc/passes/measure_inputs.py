@@ -16,9 +16,9 @@ from popc import ops
 from popc.analysis.capture import Captured
 from popc.analysis.input_groups import InputGroup
 from popc.analysis.propagation import shape
-from popc.analysis.tokens import Mask, rows_of
+from popc.analysis.tokens import Mask, mask_of, rows_of
 from popc.passes.base import UNCHANGED, Binding, Call, PassResult
-from popc.passes.builder import GraphBuilder, add_input, append_outputs, finish
+from popc.passes.builder import GraphBuilder, add_input, append_outputs, finish, following
 from popc.passes.experts import expert_of_rows, flat_input
 from popc.passes.padding import valid_rows_node
 from popc.passes.region_binding import InputGroupBinding
@@ -71,7 +71,6 @@ def append_statistics(captured: Captured, groups: Sequence[InputGroup], scope: s
     calls before, float64 ``[S, Σ(2K + 1)]``, group by group.
     """
     graph = captured.gm.graph
-    output = graph.output_node()
     norms = add_scale(captured, groups)
     lead = 1 if scope == "batch" else _sequences(groups[0].x)
     with captured.fake_mode:
@@ -82,8 +81,10 @@ def append_statistics(captured: Captured, groups: Sequence[InputGroup], scope: s
     memo: dict[Mask, fx.Node] = {}
     done = 0
     for group, (start, stop) in zip(groups, segment_offsets(groups), strict=True):
-        valid = valid_rows_node(captured, group.x, output, memo)
-        with graph.inserting_before(output):
+        # Right where x is: nothing has to be kept until the end, and layers stay alike.
+        place = following(group.x, *_read_for(group, graph))
+        valid = valid_rows_node(captured, group.x, place, memo)
+        with graph.inserting_before(place):
             builder = GraphBuilder(captured, group.x)
             norm = builder.call(aten.slice.Tensor, norms, 0, start, stop)
             known = builder.call(aten.slice.Tensor, before_in, 1, done, done + 2 * group.width + 1)
@@ -91,6 +92,13 @@ def append_statistics(captured: Captured, groups: Sequence[InputGroup], scope: s
             measure = _measure_experts if group.experts else _measure
             append_outputs(captured, *measure(builder, group, norm, valid, known, scope))
     finish(captured)
+
+
+def _read_for(group: InputGroup, graph: fx.Graph) -> list[fx.Node]:
+    """What else is read to measure a group."""
+    mask = mask_of(group.x, graph)
+    masks = [] if mask is None else [mask.node]
+    return masks if not group.experts else [*masks, group.linears[0].node]
 
 
 def _measure(

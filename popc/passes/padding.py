@@ -12,7 +12,7 @@ from popc.analysis.labels import same_size
 from popc.analysis.propagation import shape
 from popc.analysis.rules.traits import Trait, has
 from popc.analysis.tokens import Mask, mask_of, rows_of, valid_tokens
-from popc.passes.builder import GraphBuilder
+from popc.passes.builder import GraphBuilder, following
 
 aten = torch.ops.aten
 
@@ -22,17 +22,18 @@ def valid_rows_node(
 ) -> fx.Node | None:
     """Bool, of the rank of ``hidden`` with size 1 in its channel dim; None: all rows are valid.
 
-    Nodes go before ``before``; ``memo`` holds the node of each mask's valid tokens.
+    Nodes go before ``before``; ``memo`` holds the node of each mask's valid tokens, right after it.
     """
     graph = captured.gm.graph
     mask, rows = mask_of(hidden, graph), rows_of(hidden)
     order = {node: i for i, node in enumerate(graph.nodes)}
     if mask is None or rows is None or order[mask.node] > order[before]:
         return None
-    with graph.inserting_before(before):
-        if mask not in memo:
+    if mask not in memo:
+        with graph.inserting_before(following(mask.node)):
             validity = partial(valid_tokens, hides=mask.hides)
             memo[mask] = GraphBuilder(captured, mask.node).splice(validity, mask.node)
+    with graph.inserting_before(before):
         builder = GraphBuilder(captured, hidden)
         valid = memo[mask]
         if not same_size(shape(valid)[0], shape(rows.grid)[0]):  # one mask for all sequences
