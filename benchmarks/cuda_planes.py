@@ -104,7 +104,7 @@ def graded_step(
     def call(rows: Tensor, n: int, k: int) -> Tensor:
         if alone:
             return op(inputs[k], rows, None, None, n, 2, None, *norms[k], limit)
-        return op(inputs[k], [rows], [None], [None], [n], [2], [None], *norms[k], limit)[0]
+        return op(inputs[k], [rows], [None], [None], [n], [2], [None], *norms[k], limit)
 
     return lambda: [call(rows, n, k) for rows, (n, k) in zip(packed, sizes, strict=True)]
 

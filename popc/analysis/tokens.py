@@ -88,6 +88,9 @@ def _same_rows(node: fx.Node) -> list[tuple[fx.Node, bool]]:
     first = node.args[0]
     if has(node, Trait.RESHAPE):
         assert isinstance(first, fx.Node)
+        joined = first.args[0] if has(first, Trait.SLICE) else first
+        if has(joined, Trait.FLAT):
+            return [(joined.args[0], False)]  # type: ignore[union-attr, list-item]
         kept = same_size(shape(first)[-1], shape(node)[-1])
         return [(first, True)] if kept and len(shape(first)) >= 2 else []
     if has(node, Trait.ROW_CHOICE):

@@ -33,6 +33,7 @@ from popc.ops.select import select_units
 from popc.ops.threshold import count_active_channels, threshold_linear, threshold_linears
 
 __all__ = [
+    "FLAT_LINEARS",
     "LINEARS",
     "additive_mask",
     "attend",
@@ -81,12 +82,14 @@ def select_kernel(op: Any, x: Tensor, weight: Tensor) -> Any:
 
 
 _NAMES = (
-    *("gather_linear", "gather_experts", "threshold_linear", "threshold_linears"),
-    *("graded_linears", "quantized_linear", "triton_graded_linear", "triton_quantized_linear"),
+    *("gather_linear", "gather_experts", "threshold_linear"),
+    *("quantized_linear", "triton_graded_linear", "triton_quantized_linear"),
     *("gather_quantized", "quantized_experts", "graded_experts"),
     *("triton_gather_linear", "triton_gather_experts", "triton_threshold_linear"),
 )
-# What passes put in the place of linears; the first argument of each is x.
+# What passes put in the place of linears that gives all outputs in one dim, linear after linear.
+FLAT_LINEARS: tuple[Any, ...] = (threshold_linears, graded_linears)
+# What else they put there; the first argument of each is x.
 LINEARS: tuple[Any, ...] = tuple(
     getattr(torch.ops.popc, name).default for name in _NAMES if hasattr(torch.ops.popc, name)
 )

@@ -6,12 +6,12 @@
   planes)``: ``popc::gather_experts`` on a stack of weights ``[E, N, K]``, ``packed [E, R, bytes]``.
   Of the planes no more is read than those of experts that a row of x is routed to. ``full`` may be
   None where there are no lists.
-- ``popc::graded_experts(x, packed, scale, zero, expert, norm, low_norm, threshold, outputs, planes,
-  group, channel)``: as ``popc::graded_linears``, a linear for each row of ``x [S, K]``: that of its
-  expert, ``expert[s]``, whose scales begin at ``channel + expert[s] · K``. There are no centers,
-  and one threshold for all. ``packed [E, K, bytes]``.
-- ``popc::count_expert_grades(x, expert, norm, low_norm, threshold, group, channel) -> int64 [2]``:
-  how many channels' high and low planes a row of x reads, on average.
+- ``popc::graded_experts(x, packed, scale, zero, expert, norm, low_norm, threshold, outputs,
+  planes)``: as ``popc::graded_linears``, a linear for each row of ``x [S, K]``: that of its expert,
+  ``expert[s]``. ``norm`` and ``low_norm`` are float32 ``[E · K]``, expert after expert. There are
+  no centers, and one threshold for all. ``packed [E, K, bytes]``.
+- ``popc::count_expert_grades(x, expert, norm, low_norm, threshold) -> int64 [2]``: how many
+  channels' high and low planes a row of x reads, on average.
 
 ``packed``, ``scale`` and ``zero`` are as in :mod:`popc.ops.planes`, lists as in
 :mod:`popc.ops.gather`, thresholds and their scales as in :mod:`popc.ops.quantized`.
@@ -45,7 +45,7 @@ _SCHEMAS = {
     ),
     "graded_experts": (
         f"(Tensor x, {_WEIGHT}, Tensor expert, Tensor norm, Tensor low_norm, Tensor threshold,"
-        " int outputs, int planes, int group=0, int channel=0) -> Tensor"
+        " int outputs, int planes) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -54,8 +54,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"popc::{_name}_reference", _schema)
 torch.library.define(
     "popc::count_expert_grades",
-    "(Tensor x, Tensor expert, Tensor norm, Tensor low_norm, Tensor threshold, int group=0,"
-    " int channel=0) -> Tensor",
+    "(Tensor x, Tensor expert, Tensor norm, Tensor low_norm, Tensor threshold) -> Tensor",
 )
 
 gather_quantized = torch.ops.popc.gather_quantized.default
@@ -161,40 +160,40 @@ def _graded_experts(
     threshold: Tensor,
     outputs: int,
     planes: int,
-    group: int = 0,
-    channel: int = 0,
 ) -> Tensor:
     y = x.new_zeros((x.shape[0], outputs))
-    limit = _limit(threshold, group)
+    _check_limit(threshold)
+    norms, low_norms = (_of_experts(part, x.shape[1], len(packed)) for part in (norm, low_norm))
     for e, chosen in _by_expert(expert):
         weight = [[None if part is None else part[e]] for part in (packed, scale, zero)]
-        shared = norm, low_norm, limit, None, None, 0, channel + e * x.shape[1]
-        (of_expert,) = graded_linears(x[chosen], *weight, [outputs], [planes], [None], *shared)
-        y.index_copy_(0, chosen, of_expert)
+        shared = norms[e], low_norms[e], threshold
+        of_expert = graded_linears(x[chosen], *weight, [outputs], [planes], [None], *shared)
+        y.index_copy_(0, chosen, of_expert.view(-1, outputs))
     return y
 
 
-def _limit(threshold: Tensor, group: int) -> Tensor:
-    """A group's threshold, ``[1]``."""
-    limit = threshold[group] if threshold.dim() > 1 else threshold
-    if limit.numel() != 1:
-        raise ValueError(f"experts take one threshold for all rows, not {limit.numel()}")
-    return limit
+def _check_limit(threshold: Tensor) -> None:
+    if threshold.numel() != 1:
+        raise ValueError(f"experts take one threshold for all rows, not {threshold.numel()}")
+
+
+def _of_experts(scales: Tensor, inputs: int, experts: int) -> Tensor:
+    """Scales ``[E · K]`` as ``[E, K]``."""
+    if tuple(scales.shape) != (experts * inputs,):
+        raise ValueError(f"scales {tuple(scales.shape)} of {experts} experts with {inputs} inputs")
+    return scales.view(experts, inputs)
 
 
 def _count_expert_grades(
-    x: Tensor,
-    expert: Tensor,
-    norm: Tensor,
-    low_norm: Tensor,
-    threshold: Tensor,
-    group: int = 0,
-    channel: int = 0,
+    x: Tensor, expert: Tensor, norm: Tensor, low_norm: Tensor, threshold: Tensor
 ) -> Tensor:
     total = torch.zeros(2, dtype=torch.int64, device=x.device)
-    limit, width = _limit(threshold, group), x.shape[1]
+    _check_limit(threshold)
+    width = x.shape[1]
+    experts = norm.numel() // max(1, width)
+    norms, low_norms = (_of_experts(part, width, experts) for part in (norm, low_norm))
     for row, e in zip(x.split(1), expert.tolist(), strict=True):
-        total += count_grades(row, norm, low_norm, limit, None, 0, channel + e * width)
+        total += count_grades(row, norms[e], low_norms[e], threshold)
     return torch.round(total / max(1, len(x))).long()
 
 

@@ -6,15 +6,14 @@
 - ``popc::quantized_linear(x, packed, scale, zero, bias, outputs, row_dim, planes)``:
   ``x [..., K] -> [..., N]``, all planes of all rows.
 - ``popc::graded_linears(x, packed, scales, zeros, outputs, planes, biases, norm, low_norm,
-  threshold, center, base, group, channel, output)``: linears that share x and are stored
-  channel-major. Of channel c a token reads nothing, the high plane or both: the high plane where
-  ``|x_c - center_c| · norm_c > threshold``, and where that holds and ``|x_c - center_c| ·
-  low_norm_c > threshold``, the low plane too. A NaN counts as read. What is not read counts as its
-  center. Else as ``popc::threshold_linears``: ``norm`` and ``low_norm`` are float32 ``[ΣK]``, and
-  this op's part of what it is given begins at ``group``, ``channel`` and ``output``. A weight of
-  one plane has no low one. Each token has grades of its own.
-- ``popc::count_grades(x, norm, low_norm, threshold, center, group, channel) -> int64 [2]``: how
-  many channels' high and low planes are read for at least one token.
+  threshold, center, base) -> [T · ΣN]``: linears that share x and are stored channel-major. Of
+  channel c a token reads nothing, the high plane or both: the high plane where ``|x_c - center_c| ·
+  norm_c > threshold``, and where that holds and ``|x_c - center_c| · low_norm_c > threshold``, the
+  low plane too. A NaN counts as read. What is not read counts as its center. Else as
+  ``popc::threshold_linears``; ``norm`` and ``low_norm`` are float32 ``[K]``. A weight of one plane
+  has no low one. Each token has grades of its own.
+- ``popc::count_grades(x, norm, low_norm, threshold, center) -> int64 [2]``: how many channels' high
+  and low planes are read for at least one token.
 
 The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """
@@ -22,6 +21,7 @@ The implementations here are plain ATen and serve every device; they are the ref
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from popc.ops import planes as fmt
-from popc.ops.threshold import centered_by, group_parts, is_counted, to_rows
+from popc.ops.threshold import centered_by, check_parts, is_counted, join_outputs, to_rows
 
 _WEIGHT = "Tensor packed, Tensor? scale, Tensor? zero"
 _STRIDES = (torch.Tag.needs_fixed_stride_order,)
@@ -43,7 +43,7 @@ torch.library.define("popc::quantized_linear", _LINEAR, tags=_STRIDES)
 _GRADED = (
     "(Tensor x, Tensor[] packed, Tensor?[] scales, Tensor?[] zeros, int[] outputs, int[] planes, "
     "Tensor?[] biases, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None, "
-    "Tensor? base=None, int group=0, int channel=0, int output=0) -> Tensor[]"
+    "Tensor? base=None) -> Tensor"
 )
 torch.library.define("popc::graded_linears", _GRADED, tags=_STRIDES)
 # The same in plain ATen, for kernels that fall back on it.
@@ -52,8 +52,7 @@ torch.library.define("popc::quantized_linear_reference", _LINEAR)
 torch.library.define("popc::graded_linears_reference", _GRADED)
 torch.library.define(
     "popc::count_grades",
-    "(Tensor x, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None, "
-    "int group=0, int channel=0) -> Tensor",
+    "(Tensor x, Tensor norm, Tensor low_norm, Tensor threshold, Tensor? center=None) -> Tensor",
 )
 
 quantize = torch.ops.popc.quantize.default
@@ -96,17 +95,16 @@ def _graded_linears(
     threshold: Tensor,
     center: Tensor | None = None,
     base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
-) -> list[Tensor]:
+) -> Tensor:
     lengths = list(map(len, (packed, scales, zeros, outputs, planes, biases)))
     if not all(lengths) or len(set(lengths)) > 1:
         raise ValueError(f"popc::graded_linears: lists of {lengths} do not go together")
-    rows, high, low = _grades(x, norm, low_norm, threshold, center, group, channel)
+    check_parts(x, [norm, low_norm], threshold, center, sum(outputs), base)
+    rows, high, low = _grades(x, norm, low_norm, threshold, center)
+    bases = [None] * len(outputs) if base is None else base.split(list(outputs), 1)
     results = []
-    weights = zip(packed, scales, zeros, outputs, planes, biases, strict=True)
-    for plane_rows, scale, zero, size, count, bias in weights:
+    weights = zip(packed, scales, zeros, outputs, planes, biases, bases, strict=True)
+    for plane_rows, scale, zero, size, count, bias, part in weights:
         shape = (size, x.shape[-1])
         both = fmt.unpack(plane_rows, scale, zero, shape, 1, count, rows.dtype)
         if count == 1:
@@ -117,40 +115,25 @@ def _graded_linears(
             y = y + linear(torch.where(high & ~low, rows, 0.0), coarse)
         if bias is not None:
             y = y + bias
-        if base is not None:
-            y = y + to_rows(base.narrow(1, output, size), y)
+        if part is not None:
+            y = y + to_rows(part, y)
         results.append(y.to(x.dtype))
-        output += size
-    return results
+    return join_outputs(results)
 
 
 def _grades(
-    x: Tensor,
-    norm: Tensor,
-    low_norm: Tensor,
-    threshold: Tensor,
-    center: Tensor | None,
-    group: int,
-    channel: int,
+    x: Tensor, norm: Tensor, low_norm: Tensor, threshold: Tensor, center: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x less its center, and which of its channels' high and low planes are read, by token."""
-    parts = group_parts(x, 0, norm, threshold, center, None, group, channel, 0)
-    norm, limits, center, _ = parts
     rows = centered_by(x.to(_wide(x.dtype)), center)
-    low_norm = low_norm.narrow(0, channel, x.shape[-1])
-    return rows, is_counted(rows, norm, limits), is_counted(rows, low_norm, limits)
+    return rows, is_counted(rows, norm, threshold), is_counted(rows, low_norm, threshold)
 
 
 def _count_grades(
-    x: Tensor,
-    norm: Tensor,
-    low_norm: Tensor,
-    threshold: Tensor,
-    center: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
+    x: Tensor, norm: Tensor, low_norm: Tensor, threshold: Tensor, center: Tensor | None = None
 ) -> Tensor:
-    _, high, low = _grades(x, norm, low_norm, threshold, center, group, channel)
+    check_parts(x, [norm, low_norm], threshold, center)
+    _, high, low = _grades(x, norm, low_norm, threshold, center)
     return torch.stack([read.flatten(0, -2).any(0).sum() for read in (high, high & low)])
 
 
@@ -213,8 +196,8 @@ def _graded_linears_fake(
     outputs: Sequence[int],
     *others: Any,
     **named: Any,
-) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], size)) for size in outputs]
+) -> Tensor:
+    return x.new_empty(prod(x.shape[:-1]) * sum(outputs))
 
 
 @torch.library.register_fake("popc::count_grades")

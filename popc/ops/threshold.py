@@ -9,20 +9,20 @@ and ``base`` float32 ``[S, N]``, S being 1 or B, are what a channel is taken to 
 count, and what the weight makes of that. What is read of the weight is what at least one token of
 the batch counts; each token has its own channels, so its result does not depend on the batch that
 it is in. It is TEAL's magnitude pruning (arXiv 2408.14690, section 4) with Wanda's score (arXiv
-2306.11695, equation 1). Center and base are arguments, not ops around it, as they are parts of long
-tensors: Inductor would make a kernel for each offset, layer by layer.
+2306.11695, equation 1).
 
-A graph holds the norms, thresholds, centers and bases of all its linears in four tensors. Ops are
-given these whole, and where their own part begins: ``norm [ΣK]`` and ``center [S, ΣK]`` from
-``channel`` on, ``base [S, ΣN]`` from ``output`` on, ``threshold [G, S]`` at ``group``. Parts made
-in the graph would take Inductor's wrapper 0.7 to 1.6 us each, at each token.
+A graph holds the norms, thresholds, centers and bases of all its linears in four tensors, and
+slices them for each op. So ops take no offsets, which would differ by layer: layers that are alike
+share their code. Rows of ``center`` and ``base`` may lie apart, as parts of longer ones do.
 
-``popc::threshold_linears(x, weights, biases, norm, threshold, out_dims, center, base)``: the same
-for linears that share x and what counts of it; in ``base`` one linear's part follows the other's. A
-kernel chooses the channels once, and reads them in all the weights together.
+``popc::threshold_linears(x, weights, biases, norm, threshold, out_dims, center, base) ->
+[T · ΣN]``: the same for linears that share x ``[..., K]``, of T tokens, and what counts of it. The
+outputs of one linear, ``[..., N]`` and contiguous, follow those of the other; so do the parts of
+``base [S, ΣN]``. It is one tensor as Inductor's C++ wrapper calls an op that returns a list through
+Python. A kernel chooses the channels once, and reads them in all the weights together.
 
-``popc::count_active_channels(x, norm, threshold, center) -> int64 []``, parts of these likewise:
-how many channels count for at least one token.
+``popc::count_active_channels(x, norm, threshold, center) -> int64 []``: how many channels count for
+at least one token.
 
 The implementations here are plain ATen and serve every device; they are the reference for kernels.
 """
@@ -30,29 +30,28 @@ The implementations here are plain ATen and serve every device; they are the ref
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_OFFSETS = "int group=0, int channel=0, int output=0"
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor norm, Tensor threshold, int out_dim, "
-    f"Tensor? center=None, Tensor? base=None, {_OFFSETS}) -> Tensor"
+    "Tensor? center=None, Tensor? base=None) -> Tensor"
 )
 torch.library.define("popc::threshold_linear", _SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 torch.library.define("popc::threshold_linear_reference", _SCHEMA)
 torch.library.define(
     "popc::threshold_linears",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor norm, Tensor threshold, int[] out_dims, "
-    f"Tensor? center=None, Tensor? base=None, {_OFFSETS}) -> Tensor[]",
+    "Tensor? center=None, Tensor? base=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 torch.library.define(
     "popc::count_active_channels",
-    "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None, int group=0, int channel=0) "
-    "-> Tensor",
+    "(Tensor x, Tensor norm, Tensor threshold, Tensor? center=None) -> Tensor",
 )
 
 threshold_linear = torch.ops.popc.threshold_linear.default
@@ -76,23 +75,33 @@ def to_rows(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(*([-1] * (like.dim() > 1)), *([1] * (like.dim() - 2)), values.shape[-1])
 
 
-def group_parts(
+def check_parts(
     x: Tensor,
-    outputs: int,
-    norm: Tensor,
+    norms: Sequence[Tensor],
     threshold: Tensor,
     center: Tensor | None,
-    base: Tensor | None,
-    group: int,
-    channel: int,
-    output: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The parts of norms, thresholds, centers and bases that one linear of ``outputs`` reads."""
-    width = x.shape[-1]
-    norm = norm.narrow(0, channel, width)
-    center = None if center is None else center.narrow(1, channel, width)
-    base = None if base is None else base.narrow(1, output, outputs)
-    return norm, threshold[group] if threshold.dim() > 1 else threshold, center, base
+    outputs: int = 0,
+    base: Tensor | None = None,
+) -> None:
+    """That norms, thresholds, centers and bases fit x and so many outputs.
+
+    Raises:
+        ValueError: they are not.
+    """
+    inputs = x.shape[-1]
+    for norm in norms:
+        if tuple(norm.shape) != (inputs,):
+            raise ValueError(f"x has {tuple(x.shape)} channels, norm {tuple(norm.shape)}")
+    if threshold.dim() > 1:
+        raise ValueError(f"thresholds {tuple(threshold.shape)} do not fit x {tuple(x.shape)}")
+    for name, values, size in (("center", center, inputs), ("base", base, outputs)):
+        if values is not None and (values.dim() != 2 or values.shape[1] != size):
+            raise ValueError(f"{name} must be [1 or B, {size}], not {tuple(values.shape)}")
+
+
+def join_outputs(outputs: Sequence[Tensor]) -> Tensor:
+    """What linears give, ``[..., N]`` each, in one dim."""
+    return torch.cat([y.flatten() for y in outputs])
 
 
 def _threshold_linear(
@@ -104,13 +113,8 @@ def _threshold_linear(
     out_dim: int,
     center: Tensor | None = None,
     base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
 ) -> Tensor:
-    norm, threshold, center, base = group_parts(
-        x, weight.shape[out_dim], norm, threshold, center, base, group, channel, output
-    )
+    check_parts(x, [norm], threshold, center, weight.shape[out_dim], base)
     centered = centered_by(x, center)
     kept = torch.where(is_counted(centered, norm, threshold), centered, 0.0).to(x.dtype)
     y = linear(kept, weight if out_dim == 0 else weight.t(), bias)
@@ -126,31 +130,27 @@ def _threshold_linears(
     out_dims: Sequence[int],
     center: Tensor | None = None,
     base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
-) -> list[Tensor]:
+) -> Tensor:
     lengths = len(weights), len(biases), len(out_dims)
     if not all(lengths) or len(set(lengths)) > 1:
         counts = "{} weights, {} biases and {} out_dims".format(*lengths)
         raise ValueError(f"popc::threshold_linears: {counts} do not go together")
-    results = []
-    for weight, bias, out_dim in zip(weights, biases, out_dims, strict=True):
-        parts = center, base, group, channel, output
-        results.append(_threshold_linear(x, weight, bias, norm, threshold, out_dim, *parts))
-        output += weight.shape[out_dim]
-    return results
+    outputs = [weight.shape[dim] for weight, dim in zip(weights, out_dims, strict=True)]
+    check_parts(x, [norm], threshold, center, sum(outputs), base)
+    bases = [None] * len(outputs) if base is None else base.split(outputs, 1)
+    linears = zip(weights, biases, out_dims, bases, strict=True)
+    return join_outputs(
+        [
+            _threshold_linear(x, weight, bias, norm, threshold, out_dim, center, part)
+            for weight, bias, out_dim, part in linears
+        ]
+    )
 
 
 def _count_active_channels(
-    x: Tensor,
-    norm: Tensor,
-    threshold: Tensor,
-    center: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
+    x: Tensor, norm: Tensor, threshold: Tensor, center: Tensor | None = None
 ) -> Tensor:
-    norm, threshold, center, _ = group_parts(x, 0, norm, threshold, center, None, group, channel, 0)
+    check_parts(x, [norm], threshold, center)
     counted = is_counted(centered_by(x, center), norm, threshold)
     return counted.flatten(0, -2).any(0).sum()
 
@@ -187,9 +187,9 @@ def _threshold_linears_fake(
     out_dims: Sequence[int],
     *others: Any,
     **named: Any,
-) -> list[Tensor]:
-    pairs = zip(weights, out_dims, strict=True)
-    return [x.new_empty((*x.shape[:-1], weight.shape[dim])) for weight, dim in pairs]
+) -> Tensor:
+    outputs = [weight.shape[dim] for weight, dim in zip(weights, out_dims, strict=True)]
+    return x.new_empty(prod(x.shape[:-1]) * sum(outputs))
 
 
 @torch.library.register_fake("popc::count_active_channels")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from popc.ops.threshold import group_parts
+from popc.ops.threshold import check_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens that meet a tile of the weight at once; tensor cores take no fewer.
@@ -114,14 +114,9 @@ def launch_threshold(
     out_dim: int,
     center: Tensor | None = None,
     base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
 ) -> Tensor:
     """``threshold_linear`` by two kernels that the caller has made ready to launch."""
-    norm, threshold, center, base = group_parts(
-        x, weight.shape[out_dim], norm, threshold, center, base, group, channel, output
-    )
+    check_parts(x, [norm], threshold, center, weight.shape[out_dim], base)
     batched = threshold.numel() > 1 or any(v is not None and v.shape[0] > 1 for v in (center, base))
     lead = (x.shape[0], prod(x.shape[1:-1])) if batched else (1, prod(x.shape[:-1]))
     y = _launch(
@@ -257,9 +252,6 @@ if available():
         out_dim: int,
         center: Tensor | None = None,
         base: Tensor | None = None,
-        group: int = 0,
-        channel: int = 0,
-        output: int = 0,
     ) -> Tensor:
         """``popc::threshold_linear`` in Triton."""
         return launch_threshold(
@@ -273,9 +265,6 @@ if available():
             out_dim,
             center,
             base,
-            group,
-            channel,
-            output,
         )
 
     @triton_op("popc::triton_gather_experts", mutates_args=())

@@ -1,7 +1,7 @@
 """Linears on quantised weights on CUDA, in Triton; popc.ops.quantized says what they compute.
 
 ``popc::triton_graded_linear`` is ``popc::graded_linears`` of one linear, with single tensors for
-lists. ``popc::triton_quantized_linear`` has the arguments and answers of
+lists, and gives ``[..., N]``. ``popc::triton_quantized_linear`` has the arguments and answers of
 ``popc::quantized_linear``; for more than :data:`MOST_TOKENS` it dequantises the weight and leaves
 the product to ATen. As with the ops of :mod:`popc.ops.triton_gather`, Inductor sees through them,
 nothing waits for the device, no shape depends on data, and sums are in a fixed order.
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from popc.ops import planes as fmt
-from popc.ops.threshold import group_parts
+from popc.ops.threshold import check_parts
 from popc.ops.triton_gather import BLOCK_M, DTYPES, available
 
 # More are worth writing the weight's values for, once.
@@ -58,15 +58,9 @@ def launch_graded(
     threshold: Tensor,
     center: Tensor | None = None,
     base: Tensor | None = None,
-    group: int = 0,
-    channel: int = 0,
-    output: int = 0,
 ) -> Tensor:
     """``triton_graded_linear`` by a kernel that the caller has made ready to launch."""
-    norm, threshold, center, base = group_parts(
-        x, outputs, norm, threshold, center, base, group, channel, output
-    )
-    low_norm = low_norm.narrow(0, channel, x.shape[-1])
+    check_parts(x, [norm, low_norm], threshold, center, outputs, base)
     grades = norm, low_norm, threshold.reshape(-1), center, base
     return _launch_by_input(kernel, x, packed, scale, zero, outputs, planes, bias, *grades)
 
@@ -268,9 +262,6 @@ if available():
         threshold: Tensor,
         center: Tensor | None = None,
         base: Tensor | None = None,
-        group: int = 0,
-        channel: int = 0,
-        output: int = 0,
     ) -> Tensor:
         """``popc::graded_linears`` of one linear in Triton."""
         return launch_graded(
@@ -287,9 +278,6 @@ if available():
             threshold,
             center,
             base,
-            group,
-            channel,
-            output,
         )
 
     @triton_op("popc::triton_quantized_linear", mutates_args=())

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from functools import partial, reduce
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -144,56 +146,74 @@ def rewrite_linears(
     thresholds_in = add_input(captured, "popc_threshold", thresholds)
     center_in = add_input(captured, "popc_center", centers)
     base_in = add_input(captured, "popc_base", bases)
-    fed = _Fed(norms, low_norms, thresholds_in, center_in, base_in)
+    inputs = norms, low_norms, thresholds_in, center_in
     position = {node: i for i, node in enumerate(graph.nodes)}
     writes = [i for node, i in position.items() if writes_first(node)]
     done = 0
     read: list[fx.Node] = []
-    for i, (group, (start, _)) in enumerate(zip(groups, segment_offsets(groups), strict=True)):
-        if counting:
-            with graph.inserting_before(group.linears[0].node):
-                builder = GraphBuilder(captured, group.linears[0].node)
-                read.append(_count(builder, group, fed, i, start))
+    for i, (group, channels) in enumerate(zip(groups, segment_offsets(groups), strict=True)):
+        with graph.inserting_before(group.linears[0].node):
+            builder = GraphBuilder(captured, group.linears[0].node)
+            fed = _parts_of(builder, group, inputs, i, channels)
+            if counting:
+                read.append(_count(builder, group, fed, by_grade))
         if group.experts:
             for linear in group.linears:
-                _read_experts(captured, linear, fed, i, start)
+                _read_experts(captured, linear, fed)
             continue
         for linears in _joinable(group, position, writes):
             with graph.inserting_before(linears[0].node):
                 builder = GraphBuilder(captured, linears[0].node)
+                start, done = done, done + sum(linear.outputs for linear in linears)
+                base = builder.call(aten.slice.Tensor, base_in, 1, start, done)
                 rewrite = _read_by_grade if group.is_quantized else _rewrite_group
-                rewrite(builder, group.x, linears, fed, (i, start, done))
-            done += sum(linear.outputs for linear in linears)
+                rewrite(builder, group.x, linears, fed, base)
     if counting:
         append_output(captured, aten.stack.default, read)
     finish(captured)
 
 
 class _Fed(NamedTuple):
-    """The inputs of :func:`rewrite_linears`, of all groups."""
+    """A group's parts of the inputs of :func:`rewrite_linears`.
+
+    All of its ops read these. What ``None`` stands for the group has not: low planes, or centers.
+    """
 
     norm: fx.Node
     low_norm: fx.Node | None
     threshold: fx.Node
-    center: fx.Node
-    base: fx.Node
+    center: fx.Node | None
 
 
-def _count(
-    builder: GraphBuilder, group: InputGroup, fed: _Fed, number: int, channel: int
-) -> fx.Node:
-    """What a group reads; of the shape that all groups of the graph have."""
-    scales = fed.norm, fed.low_norm
+def _parts_of(
+    builder: GraphBuilder,
+    group: InputGroup,
+    inputs: tuple[fx.Node, fx.Node | None, fx.Node, fx.Node],
+    number: int,
+    channels: tuple[int, int],
+) -> _Fed:
+    """The parts of a group, of this number and from one channel to the other."""
+    norms, low_norms, thresholds, centers = inputs
+    norm = builder.call(aten.slice.Tensor, norms, 0, *channels)
+    low_norm = center = None
+    if group.is_quantized:
+        low_norm = builder.call(aten.slice.Tensor, low_norms, 0, *channels)
+    threshold = builder.call(aten.select.int, thresholds, 0, number)
+    if not group.experts:
+        center = builder.call(aten.slice.Tensor, centers, 1, *channels)
+    return _Fed(norm, low_norm, threshold, center)
+
+
+def _count(builder: GraphBuilder, group: InputGroup, fed: _Fed, by_grade: bool) -> fx.Node:
+    """What a group reads; ``by_grade``: of both planes, as some group of the graph has them."""
+    norm, low_norm, threshold, center = fed
     if group.experts:
         rows = _rows_of_experts(builder, group.linears[0])
-        return builder.call(count_expert_grades, *rows, *scales, fed.threshold, number, channel)
+        return builder.call(count_expert_grades, *rows, norm, low_norm, threshold)
     if group.is_quantized:
-        return builder.call(
-            count_grades, group.x, *scales, fed.threshold, fed.center, number, channel
-        )
-    where = fed.norm, fed.threshold, fed.center, number, channel
-    count = builder.call(count_active_channels, group.x, *where)
-    return count if fed.low_norm is None else builder.call(aten.stack.default, [count, count])
+        return builder.call(count_grades, group.x, norm, low_norm, threshold, center)
+    count = builder.call(count_active_channels, group.x, norm, threshold, center)
+    return builder.call(aten.stack.default, [count, count]) if by_grade else count
 
 
 def _rows_of_experts(builder: GraphBuilder, linear: Linear) -> tuple[fx.Node, fx.Node]:
@@ -201,24 +221,19 @@ def _rows_of_experts(builder: GraphBuilder, linear: Linear) -> tuple[fx.Node, fx
     return flat_input(builder, linear), expert_of_rows(builder, linear)
 
 
-def _read_experts(captured: Captured, linear: Linear, fed: _Fed, number: int, channel: int) -> None:
+def _read_experts(captured: Captured, linear: Linear, fed: _Fed) -> None:
     """Of each row's expert, what ``linear`` reads by the threshold of its group."""
     packed, scale, zero, _, _, planes = linear.weight.node.args[:6]
     with captured.gm.graph.inserting_before(linear.node):
         builder = GraphBuilder(captured, linear.node)
         x, expert = _rows_of_experts(builder, linear)
         weight = packed, scale, zero, expert, fed.norm, fed.low_norm, fed.threshold
-        sizes = linear.outputs, planes, number, channel
-        y = builder.call(graded_experts, x, *weight, *sizes)
+        y = builder.call(graded_experts, x, *weight, linear.outputs, planes)
         replace(linear.node, shaped_output(builder, linear, y))
 
 
 def _read_by_grade(
-    builder: GraphBuilder,
-    x: fx.Node,
-    linears: Sequence[Linear],
-    fed: _Fed,
-    offsets: tuple[int, int, int],
+    builder: GraphBuilder, x: fx.Node, linears: Sequence[Linear], fed: _Fed, base: fx.Node
 ) -> None:
     """As :func:`_rewrite_group`, of quantised weights."""
     if len(linears) == 1:
@@ -227,7 +242,7 @@ def _read_by_grade(
         op = select_kernel(graded_linears, x.meta["val"], packed.meta["val"])  # type: ignore[union-attr]
         if op != graded_linears:
             weight = packed, scale, zero, linear.outputs, planes, linear.bias
-            builder.change(linear.node, op, x, *weight, *fed, *offsets)
+            builder.change(linear.node, op, x, *weight, *fed, base)
             return
     stored = [linear.weight.node.args for linear in linears]
     packed, scales, zeros = ([args[i] for args in stored] for i in range(3))
@@ -235,40 +250,54 @@ def _read_by_grade(
     planes = [args[5] for args in stored]
     biases = [linear.bias for linear in linears]
     weights = packed, scales, zeros, outputs, planes, biases
-    results = builder.call(graded_linears, x, *weights, *fed, *offsets)
-    for i, linear in enumerate(linears):
-        builder.change(linear.node, operator.getitem, results, i)
+    _give_parts(builder, builder.call(graded_linears, x, *weights, *fed, base), x, linears)
 
 
 def _rewrite_group(
-    builder: GraphBuilder,
-    x: fx.Node,
-    linears: Sequence[Linear],
-    fed: _Fed,
-    offsets: tuple[int, int, int],
+    builder: GraphBuilder, x: fx.Node, linears: Sequence[Linear], fed: _Fed, base: fx.Node
 ) -> None:
     """``linears`` become one op, which stands where the first of them is.
 
     Args:
-        offsets: where the group's part of ``fed`` begins: its number, first channel and first
-            output.
+        base: float32 ``[S, ΣN]``, of these linears.
     """
-    norm, _, threshold, center, base = fed
+    norm, _, threshold, center = fed
     if len(linears) == 1:
         (linear,) = linears
         weight = linear.weight
         op = select_kernel(threshold_linear, x.meta["val"], weight.node.meta["val"])
         inputs = (x, weight.node, linear.bias, norm, threshold, weight.out_dim)
-        builder.change(linear.node, op, *inputs, center, base, *offsets)
+        builder.change(linear.node, op, *inputs, center, base)
         return
     weights = [linear.weight.node for linear in linears]
     biases = [linear.bias for linear in linears]
     out_dims = [linear.weight.out_dim for linear in linears]
-    results = builder.call(
-        threshold_linears, x, weights, biases, norm, threshold, out_dims, center, base, *offsets
-    )
-    for i, linear in enumerate(linears):
-        builder.change(linear.node, operator.getitem, results, i)
+    y = builder.call(threshold_linears, x, weights, biases, norm, threshold, out_dims, center, base)
+    _give_parts(builder, y, x, linears)
+
+
+def _give_parts(builder: GraphBuilder, y: fx.Node, x: fx.Node, linears: Sequence[Linear]) -> None:
+    """Each linear becomes a view of its part of ``y [T · ΣN]``, linear after linear."""
+    lead = [builder.size(x, dim) for dim in range(len(shape(x)) - 1)]
+    parts = [y]
+    if len(linears) > 1:
+        tokens = reduce(partial(_product, builder), lead, 1)
+        stops = accumulate((linear.outputs for linear in linears), initial=0)
+        bounds = pairwise([_product(builder, tokens, stop) for stop in stops])
+        parts = [builder.call(aten.slice.Tensor, y, 0, *bound) for bound in bounds]
+    for linear, part in zip(linears, parts, strict=True):
+        builder.change(linear.node, aten.view.default, part, [*lead, linear.outputs])
+
+
+def _product(builder: GraphBuilder, a: Any, b: Any) -> Any:
+    """Of two sizes, each a number or a node."""
+    if isinstance(a, int):
+        a, b = b, a
+    if isinstance(a, int):
+        return a * b
+    if isinstance(b, int) and b < 2:
+        return a if b else 0
+    return builder.call(operator.mul, a, b)
 
 
 def _joinable(

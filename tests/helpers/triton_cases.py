@@ -252,9 +252,12 @@ def check(case: Case, linear: Callable[..., Tensor], experts: Callable[..., Tens
     return f"off by {float(error.max()):.2e}" if (error > 0).any() else ""
 
 
-def among(values: Tensor | None, before: int, after: int = 2) -> Tensor | None:
-    """``values`` in longer rows, from ``before`` on; NaN stand around."""
-    return values if values is None else pad(values, (before, after), value=float("nan"))
+def part_among(values: Tensor | None, before: int, after: int = 2) -> Tensor | None:
+    """``values`` as parts of longer rows, from ``before`` on; NaN stand around."""
+    if values is None:
+        return None
+    longer = pad(values, (before, after), value=float("nan"))
+    return longer.narrow(-1, before, values.shape[-1])
 
 
 def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
@@ -286,10 +289,9 @@ def check_threshold(case: Case, op: Callable[..., Tensor]) -> str:
     if tokens.shape[0] > 0 and unread.all():
         return "a case in which nothing is read"
     stored = _stored(weight.masked_fill(unread, float("nan")), case)
-    # As parts of what a graph holds, from channel 3 and output 5 on.
-    norm, center, base = among(norm, 3), among(center, 3), among(base, 5)
-    limits = among(limits[:, None], 1).t()
-    rest = bias, norm, limits, case.out_dim, center, base, 1, 3, 5
+    # As parts of what a graph holds.
+    norm, center, base = part_among(norm, 3), part_among(center, 3), part_among(base, 5)
+    rest = bias, norm, part_among(limits, 1), case.out_dim, center, base
     y = op(x, stored, *rest)
     if y.shape != (*case.lead, case.outputs) or y.dtype != dtype:
         return f"{y.dtype} {tuple(y.shape)}"

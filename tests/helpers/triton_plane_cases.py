@@ -31,7 +31,7 @@ from tests.helpers.triton_cases import (
     INTERPRETED,
     _Launched,
     _mend_interpreter,
-    among,
+    part_among,
 )
 
 
@@ -171,21 +171,18 @@ def _spoiled(packed: Tensor, case: Case, high: Tensor, low: Tensor) -> Tensor:
 
 
 def _parts(case: Case) -> dict[str, Any]:
-    """Norms, thresholds, centers and bases as parts of what a graph holds, and where they begin."""
+    """Norms, thresholds, centers and bases as parts of what a graph holds."""
     center = base = None
     if case.centered:
         center = torch.randn(case.thresholds, case.inputs) / 2
         base = torch.randn(case.thresholds, case.outputs)
     limits = torch.rand(case.thresholds) + 0.3
     return {
-        "norm": among(torch.rand(case.inputs) + 0.7, 3),
-        "low_norm": among(torch.rand(case.inputs) * 0.6 + 0.1, 3),
-        "threshold": among(limits[:, None], 1).t(),
-        "center": among(center, 3),
-        "base": among(base, 5),
-        "group": 1,
-        "channel": 3,
-        "output": 5,
+        "norm": part_among(torch.rand(case.inputs) + 0.7, 3),
+        "low_norm": part_among(torch.rand(case.inputs) * 0.6 + 0.1, 3),
+        "threshold": part_among(limits, 1),
+        "center": part_among(center, 3),
+        "base": part_among(base, 5),
     }
 
 
@@ -198,10 +195,9 @@ def _reads(x: Tensor, parts: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         else x.double().view(0, 1, x.shape[-1])
     )
     if parts["center"] is not None:
-        rows = rows - parts["center"][:, 3 : 3 + x.shape[-1]].double()[:, None]
-    limit = parts["threshold"][1].view(-1, 1, 1)
-    norm, low_norm = (parts[name][3 : 3 + x.shape[-1]] for name in ("norm", "low_norm"))
-    high, low = (rows.float().abs() * n > limit for n in (norm, low_norm))
+        rows = rows - parts["center"].double()[:, None]
+    limit = parts["threshold"].view(-1, 1, 1)
+    high, low = (rows.float().abs() * parts[name] > limit for name in ("norm", "low_norm"))
     rows = rows * high
     return rows.flatten(0, 1), high.flatten(0, 1).any(0), (high & low).flatten(0, 1).any(0)
 
@@ -224,12 +220,13 @@ def check(case: Case, graded: Callable[..., Tensor], dense: Callable[..., Tensor
     else:
         parts = _parts(case)
         listed = [scale], [zero], [case.outputs], [case.planes], [bias]
-        (expected,) = graded_linears(x.double(), [packed], *listed, **parts)
+        expected = graded_linears(x.double(), [packed], *listed, **parts)
+        expected = expected.view(*case.lead, case.outputs)
         rows, high, low = _reads(x, parts)
         if rows.shape[0] > 0 and case.inputs > 1 and not (high.any() and (~low).any()):
             return "a case in which all is read, or nothing"
         size = (rows.abs() @ values.abs().T).view(expected.shape)
-        size += 0 if parts["base"] is None else parts["base"][:, 5:-2].abs().max()
+        size += 0 if parts["base"] is None else parts["base"].abs().max()
         rest = case.outputs, case.planes, bias
         op = lambda x, packed: graded(x, packed, scale, zero, *rest, *parts.values())  # noqa: E731
         seen = _spoiled(packed, case, high, low)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from popc import ops
 from popc.ops.measure import BINS, SAMPLE, _centers, _measure_inputs, _sum_squares
+from tests.helpers.checks import outputs_of
 from tests.helpers.profiles import examples
-from tests.helpers.triton_cases import among
+from tests.helpers.triton_cases import part_among
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SIZES = st.integers(0, 40) | st.sampled_from([63, 64, 65, 257])
@@ -98,10 +99,10 @@ def test_gather_experts(data: st.DataObject, dtype: torch.dtype, out_dim: int) -
     close(y, expected, dtype)
 
 
-def among_others(data: st.DataObject, *tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
-    """The last dims as parts of longer ones, NaN around them; and where they begin."""
+def among_others(data: st.DataObject, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The last dims as parts of longer ones, with NaN around them."""
     before, after = (data.draw(st.integers(0, 3)) for _ in range(2))
-    return [among(values, before, after) for values in tensors], before
+    return [part_among(values, before, after) for values in tensors]
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)), st.integers(0, 1))
@@ -124,16 +125,13 @@ def test_threshold_linear(data: st.DataObject, dtype: torch.dtype, out_dim: int)
         moved = (x.float() - center[:, None]).to(dtype)
     kept = (x.float() - (0 if center is None else center[:, None])).abs() * norm
     kept = kept > limit.view(-1, 1, 1)
-    (norms, centers), channel = among_others(data, norm, center)
-    (bases,), output = among_others(data, base)
-    (limits,), group = among_others(data, limit[:, None])
-    args = x, weight, bias, norms, limits.t(), out_dim, centers, bases
-    y = ops.threshold_linear(*args, group, channel, output)
+    norms, centers, bases, limits = among_others(data, norm, center, base, limit)
+    y = ops.threshold_linear(x, weight, bias, norms, limits, out_dim, centers, bases)
     weights = weight.double().mT if out_dim == 0 else weight.double()
     expected = (moved.double() * kept) @ weights + added.double().view(-1, 1, outputs)
     close(y, expected + (0 if bias is None else bias.double()), dtype)
     read = kept.flatten(0, 1).any(0).sum()
-    assert ops.count_active_channels(x, norms, limits.t(), centers, group, channel) == read
+    assert ops.count_active_channels(x, norms, limits, centers) == read
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))
@@ -158,11 +156,9 @@ def test_threshold_linears(data: st.DataObject, dtype: torch.dtype) -> None:
         center = data.draw(tensors(rows, inputs, dtype=torch.float32))
         base = data.draw(tensors(rows, sum(outputs), dtype=torch.float32))
         parts = list(base.split(outputs, -1))
-    (norms, centers), channel = among_others(data, norm, center)
-    (bases,), output = among_others(data, base)
-    (limits,), group = among_others(data, limit[:, None])
-    args = x, weights, biases, norms, limits.t(), out_dims, centers, bases
-    got = ops.threshold_linears(*args, group, channel, output)
+    norms, centers, bases, limits = among_others(data, norm, center, base, limit)
+    together = ops.threshold_linears(x, weights, biases, norms, limits, out_dims, centers, bases)
+    got = outputs_of(together, x, outputs)
     for y, weight, bias, out_dim, part in zip(got, weights, biases, out_dims, parts, strict=True):
         alone = ops.threshold_linear(x, weight, bias, norm, limit, out_dim, center, part)
         close(y, alone.double(), dtype)

@@ -99,11 +99,11 @@ def test_graded_experts(planes: int, apart: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = held(E, row_dim=1, planes=planes, apart=apart)
     x, expert = torch.randn(6, K).to(dtype), torch.tensor([0, 3, 3, 1, 0, 3])
-    norm, low_norm = torch.rand(2 + E * K), torch.rand(2 + E * K) / 2
-    threshold = torch.tensor([[9.0], [0.3]])
-    args = x, *weight, expert, norm, low_norm, threshold, N, planes, 1, 2
+    norm, low_norm = torch.rand(2 + E * K)[2:], torch.rand(E * K) / 2
+    threshold = torch.tensor([0.3])
+    args = x, *weight, expert, norm, low_norm, threshold, N, planes
     y = graded_experts(*args)
-    each = (part[2:].view(E, K)[expert] for part in (norm, low_norm))
+    each = (part.view(E, K)[expert] for part in (norm, low_norm))
     high, low = (x.float().abs() * part > 0.3 for part in each)
     both = values(weight, 1, planes)[expert]
     coarse = values(weight, 1, planes, 4)[expert] if planes == 2 else both
@@ -113,9 +113,13 @@ def test_graded_experts(planes: int, apart: bool, dtype: torch.dtype) -> None:
     tolerance = {"rtol": 1e-3, "atol": 2e-3} if exact else {"rtol": 2e-2, "atol": 5e-2}
     torch.testing.assert_close(y.float(), expected, **tolerance)
     opcheck(graded_experts, args, test_utils=CHECKS)
-    counts = count_expert_grades(x, expert, norm, low_norm, threshold, 1, 2)
+    counts = count_expert_grades(x, expert, norm, low_norm, threshold)
     mean = [read.sum(1).float().mean() for read in (high, high & low)]
     assert counts.tolist() == [round(float(value)) for value in mean]
-    for threshold in (torch.full((6,), 0.3), torch.full((2, 6), 0.3)):
+    for limits in (torch.full((6,), 0.3), torch.full((2, 6), 0.3)):
         with pytest.raises((ValueError, RuntimeError), match="one threshold for all rows"):
-            graded_experts(x, *weight, expert, norm, low_norm, threshold, N, planes)
+            graded_experts(x, *weight, expert, norm, low_norm, limits, N, planes)
+    for op in (graded_experts, torch.ops.popc.graded_experts_reference):
+        for scales in ((norm[1:], low_norm), (norm, low_norm[:K]), (norm.view(E, K), low_norm)):
+            with pytest.raises(ValueError):
+                op(x, *weight, expert, *scales, threshold, N, planes)

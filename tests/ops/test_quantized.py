@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from popc import ops
 from popc.ops import planes as fmt
 from popc.ops import quantized as references
+from tests.helpers.checks import outputs_of
 
 CHECKS = "test_schema", "test_faketensor"
 K, OUTPUTS = 70, (40, 33)
@@ -67,9 +68,7 @@ def test_fakes_of_the_format() -> None:
 
 
 class Graded:
-    """Two linears that share x, and where the thresholds stand among those of a graph."""
-
-    group, channel, output = 1, 5, 3
+    """Two linears that share x; centers and bases are parts of longer rows."""
 
     def __init__(self, tokens: int, planes: tuple[int, int], apart: bool) -> None:
         torch.manual_seed(tokens)
@@ -78,32 +77,34 @@ class Graded:
             stored(size, 1, count, apart) for size, count in zip(OUTPUTS, planes, strict=True)
         ]
         self.x = torch.randn(tokens, K)
-        self.norm = torch.rand(self.channel + K + 2) + 0.5
+        self.norm = torch.rand(K) + 0.5
         self.low_norm = self.norm * torch.rand_like(self.norm)
-        self.threshold = torch.tensor([[9.0], [0.7]])
-        self.center = torch.randn(1, self.channel + K + 1) / 4
-        self.base = torch.randn(1, self.output + sum(OUTPUTS) + 1)
+        self.threshold = torch.tensor([0.7])
+        self.center = (torch.randn(1, K + 6) / 4)[:, 5:-1]
+        self.base = torch.randn(1, sum(OUTPUTS) + 4)[:, 3:-1]
         self.biases = [None, torch.randn(OUTPUTS[1])]
 
     def args(self) -> tuple[Any, ...]:
         packed, scales, zeros = (list(part) for part in zip(*self.weights, strict=True))
         lists = packed, scales, zeros, list(OUTPUTS), list(self.planes), self.biases
         rest = self.norm, self.low_norm, self.threshold, self.center, self.base
-        return (self.x, *lists, *rest, self.group, self.channel, self.output)
+        return (self.x, *lists, *rest)
+
+    def outputs(self, op: Any) -> list[Tensor]:
+        """Of each linear."""
+        return outputs_of(op(*self.args()), self.x, OUTPUTS)
 
     def grades(self) -> tuple[Tensor, Tensor]:
         """By token and channel: whether the high plane is read, and the low one."""
-        own = slice(self.channel, self.channel + K)
-        score = (self.x - self.center[0, own]).abs()
-        limit = self.threshold[self.group]
-        high = ~(score * self.norm[own] <= limit)
-        return high, high & ~(score * self.low_norm[own] <= limit)
+        score = (self.x - self.center[0]).abs()
+        high = ~(score * self.norm <= self.threshold)
+        return high, high & ~(score * self.low_norm <= self.threshold)
 
     def expected(self) -> list[Tensor]:
         """Channel by channel."""
         high, low = self.grades()
-        centered = self.x - self.center[0, self.channel : self.channel + K]
-        outputs, start = [], self.output
+        centered = self.x - self.center[0]
+        outputs, start = [], 0
         for i, (size, weight) in enumerate(zip(OUTPUTS, self.weights, strict=True)):
             fine = values(weight, size, 1, self.planes[i])
             coarse = values(weight, size, 1, self.planes[i], bits=4)
@@ -125,9 +126,9 @@ def test_graded_linears(tokens: int, planes: tuple[int, int], apart: bool) -> No
     high, low = case.grades()
     assert 0.2 < high.float().mean() < 0.8 and 0.1 < low.float().mean() < high.float().mean()
     expected = case.expected()
-    for got, exact in zip(references._graded_linears(*case.args()), expected, strict=True):
+    for got, exact in zip(case.outputs(references._graded_linears), expected, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=2e-3)
-    for got, exact in zip(ops.graded_linears(*case.args()), expected, strict=True):
+    for got, exact in zip(case.outputs(ops.graded_linears), expected, strict=True):
         close(got, exact)
     opcheck(ops.graded_linears, case.args(), test_utils=CHECKS)
 
@@ -135,7 +136,7 @@ def test_graded_linears(tokens: int, planes: tuple[int, int], apart: bool) -> No
 def test_count_grades() -> None:
     case = Graded(3, (2, 2), False)
     high, low = case.grades()
-    parts = case.x, case.norm, case.low_norm, case.threshold, case.center, 1, case.channel
+    parts = case.x, case.norm, case.low_norm, case.threshold, case.center
     assert ops.count_grades(*parts).tolist() == [high.any(0).sum(), low.any(0).sum()]
     opcheck(ops.count_grades, parts, test_utils=CHECKS)
 
@@ -144,41 +145,41 @@ def test_count_grades() -> None:
 def test_extremes(op: Any) -> None:
     """A negative threshold reads all, an infinite one nothing; a NaN is read, and shows."""
     case = Graded(2, (2, 2), False)
-    base = [case.base[:, 3:43], case.base[:, 43:76] + case.biases[1]]
+    base = [case.base[:, :40], case.base[:, 40:] + case.biases[1]]
     case.threshold.fill_(torch.inf)
-    for got, expected in zip(op(*case.args()), base, strict=True):
+    for got, expected in zip(case.outputs(op), base, strict=True):
         close(got, expected.expand_as(got))
     case.x[0, 4] = torch.nan
-    first, _ = op(*case.args())
+    first, _ = case.outputs(op)
     assert first[0].isnan().all() and first[1].isfinite().all()
     case.x[0, 4] = 1.0
     case.threshold.fill_(-1.0)
-    centered = case.x - case.center[:, case.channel : case.channel + K]
-    for got, weight, size, more in zip(op(*case.args()), case.weights, OUTPUTS, base, strict=True):
+    centered = case.x - case.center
+    for got, weight, size, more in zip(case.outputs(op), case.weights, OUTPUTS, base, strict=True):
         close(got, linear(centered, values(weight, size, 1, 2)) + more)
 
 
 @pytest.mark.parametrize("op", [references._graded_linears, ops.graded_linears])
 def test_a_token_has_grades_of_its_own(op: Any) -> None:
     case = Graded(5, (2, 2), False)
-    together = op(*case.args())
+    together = case.outputs(op)
     rows = case.x
     for token in range(5):
         case.x = rows[token : token + 1]
-        for alone, all_ in zip(op(*case.args()), together, strict=True):
+        for alone, all_ in zip(case.outputs(op), together, strict=True):
             torch.testing.assert_close(alone[0], all_[token], rtol=1e-3, atol=2e-3)
 
 
 def test_thresholds_of_sequences() -> None:
-    """``threshold [G, S]`` for ``x [S, T, K]``: each sequence has its own."""
+    """``threshold [S]`` for ``x [S, T, K]``: each sequence has its own."""
     case = Graded(4, (2, 2), False)
     case.x = case.x.view(2, 2, K)
-    case.threshold = torch.tensor([[9.0, 9.0], [0.4, 1.1]])
-    together = references._graded_linears(*case.args())
+    case.threshold = torch.tensor([0.4, 1.1])
+    together = case.outputs(references._graded_linears)
     for sequence in range(2):
         one = Graded(4, (2, 2), False)
         one.x = one.x[2 * sequence :][:2]
-        one.threshold = case.threshold[:, sequence : sequence + 1]
+        one.threshold = case.threshold[sequence : sequence + 1]
         for got, expected in zip(together, one.expected(), strict=True):
             torch.testing.assert_close(got[sequence], expected, rtol=1e-3, atol=2e-3)
 

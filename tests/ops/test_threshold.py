@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from popc.ops import native, threshold_linear, threshold_linears
-from popc.ops.threshold import _threshold_linear
+from popc.ops.threshold import _threshold_linear, _threshold_linears
+from tests.helpers.checks import outputs_of
 from tests.helpers.oracle import relative
 
 
@@ -43,11 +44,28 @@ def test_wide_linears_of_one_input_are_read_together(dtype, batch: int) -> None:
     x, norm = torch.randn(batch, 1, 37, generator=make).to(dtype), torch.ones(37)
     weights = [torch.randn(37, n, generator=make).to(dtype).t() for n in (7001, 799)]
     base, limit = torch.randn(1, 7800, generator=make), torch.tensor([0.5])
-    outputs = threshold_linears(x, weights, [None, None], norm, limit, [0, 0], None, base)
+    y = threshold_linears(x, weights, [None, None], norm, limit, [0, 0], None, base)
     kept = x.float().where(x.abs() > 0.5, 0.0)
+    outputs = outputs_of(y, x, [7001, 799])
     for y, weight, part in zip(outputs, weights, base.split([7001, 799], 1), strict=True):
         expected = kept @ weight.float().t() + part
         assert relative(y, expected) < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_rows_may_be_parts_of_longer_ones() -> None:
+    """As the pass slices centers and bases; of few tokens, and of more than a kernel takes."""
+    make = torch.Generator().manual_seed(0)
+    weights = [torch.randn(72, n, generator=make).t() for n in (40, 8)]
+    norm, limit = torch.rand(80, generator=make)[5:77], torch.rand(2, generator=make)
+    center = torch.randn(2, 90, generator=make)[:, 7:79]
+    base = torch.randn(2, 60, generator=make)[:, 3:51]
+    for length in (1, 3, 9):
+        x = torch.randn(2, length, 72, generator=make)
+        rest = [None, None], norm, limit, [0, 0], center, base
+        y = threshold_linears(x, weights, *rest)
+        torch.testing.assert_close(y, _threshold_linears(x, weights, *rest))
+        assert y.shape == (x.shape[0] * length * 48,)
 
 
 def test_a_line_that_is_not_read_counts_for_nothing() -> None:
@@ -70,15 +88,15 @@ def test_a_line_that_is_not_read_counts_for_nothing() -> None:
         {"center": torch.ones(3, 72)},
         {"base": torch.ones(1, 40, dtype=torch.float64)},
         {"x": torch.ones(2, 1, 70)},
-        {"channel": 1},
-        {"channel": -1},
-        {"norm": torch.ones(80), "channel": 9},
-        {"group": 1},
-        {"group": -1, "threshold": torch.ones(2, 1)},
+        {"norm": torch.ones(73)},
+        {"norm": torch.ones(1)},
+        {"norm": torch.ones(1, 72)},
+        {"threshold": torch.ones(2, 1)},
         {"threshold": torch.ones(2, 3)},
-        {"center": torch.ones(1, 80), "norm": torch.ones(90), "channel": 9},
-        {"base": torch.ones(1, 41), "output": 2},
-        {"base": torch.ones(1, 41), "output": -1},
+        {"center": torch.ones(1, 73)},
+        {"center": torch.ones(72)},
+        {"base": torch.ones(1, 41)},
+        {"base": torch.ones(3, 40)},
     ],
 )
 def test_bad_arguments_are_refused(bad: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from popc.analysis.rules import joins as join
 from popc.analysis.rules import reductions as mix
 from popc.analysis.rules import views as to
 from popc.analysis.rules.traits import Trait, declare
-from popc.ops import LINEARS, attend
+from popc.ops import FLAT_LINEARS, LINEARS, attend
 
 aten = torch.ops.aten
 
@@ -143,6 +143,7 @@ _line("addbmm", mix.addbmm, Trait.PRODUCT)
 _line("einsum", mix.einsum, _STACKS)
 _line("linear", mix.linear, Trait.LINEAR | _ROWWISE)
 _line(LINEARS, None, Trait.LINEAR | _ROWWISE)  # what passes put in the place of linears
+_line(FLAT_LINEARS, None, Trait.LINEAR | Trait.FLAT)
 _line("scaled_dot_product_attention", mix.attention, Trait.ATTENTION)
 _line([torch.ops.higher_order.flex_attention], mix.flex_attention, Trait.ATTENTION)
 _line([attend], None, Trait.ATTENTION)  # what a pass makes of attentions of one token

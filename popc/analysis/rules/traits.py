@@ -42,6 +42,7 @@ class Trait(enum.Flag):
     ROW_CHOICE = enum.auto()  # done to a mask ``[rows, 1]``, it gives the mask of the output's rows
     SOFTMAX = enum.auto()
     LINEAR = enum.auto()  # x Wᵀ, with x first
+    FLAT = enum.auto()  # that of several weights, in one dim: x's rows for one, then for the next
     PRODUCT = enum.auto()  # sums of products of two inputs
     MATMUL = enum.auto()  # a product of the first two arguments, matrices or stacks of them
     BATCHED = enum.auto()  # a product that keeps the leading dims of both inputs

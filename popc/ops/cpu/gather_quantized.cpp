@@ -45,21 +45,21 @@ Tensor quantized_linear(const Tensor& x, const Weight& weight, const MaybeTensor
 
 Tensor graded_linear(
     const Tensor& x, const Weight& weight, const MaybeTensor& bias, const Tensor& norm,
-    const Tensor& low_norm, const Tensor& threshold, int64_t channel) {
+    const Tensor& low_norm, const Tensor& threshold) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("popc::graded_linears", "")
-          .typed<std::vector<Tensor>(
+          .typed<Tensor(
               const Tensor&, at::TensorList, const c10::List<MaybeTensor>&,
               const c10::List<MaybeTensor>&, at::IntArrayRef, at::IntArrayRef,
               const c10::List<MaybeTensor>&, const Tensor&, const Tensor&, const Tensor&,
-              const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, int64_t)>();
+              const MaybeTensor&, const MaybeTensor&)>();
   const auto one = [](const MaybeTensor& value) { return c10::List<MaybeTensor>({value}); };
   return op
       .call(
           x, weight.packed, one(weight.scale), one(weight.zero), weight.outputs, weight.planes,
-          one(bias), norm, low_norm, threshold, std::nullopt, std::nullopt, 0, channel, 0)
-      .front();
+          one(bias), norm, low_norm, threshold, std::nullopt, std::nullopt)
+      .view(output_sizes(x, weight.outputs));
 }
 
 Tensor run_reference(
@@ -92,7 +92,7 @@ Tensor listed_columns(
   const Tensor listed =
       at::zeros(x.sizes(), x.options()).scatter_add_(-1, index, x.gather(-1, index));
   const Tensor ones = at::ones({x.size(-1)}, x.options().dtype(at::kFloat));
-  return graded_linear(listed, weight, bias, ones, ones, at::zeros({1}, ones.options()), 0);
+  return graded_linear(listed, weight, bias, ones, ones, at::zeros({1}, ones.options()));
 }
 
 // The listed rows of an output-major weight, side by side.
@@ -229,19 +229,28 @@ Tensor quantized_experts(
 Tensor graded_experts(
     const Tensor& x, const Tensor& packed, const MaybeTensor& scale, const MaybeTensor& zero,
     const Tensor& expert, const Tensor& norm, const Tensor& low_norm, const Tensor& threshold,
-    int64_t outputs, int64_t planes, int64_t group, int64_t channel) {
+    int64_t outputs, int64_t planes) {
   constexpr const char* op = "popc::graded_experts";
   TORCH_CHECK_VALUE(
-      threshold.dim() < 2 || (group >= 0 && group < threshold.size(0)), op, ": thresholds ",
-      threshold.sizes(), " have no group ", group);
-  const Tensor limit = threshold.dim() > 1 ? threshold.select(0, group) : threshold;
-  TORCH_CHECK_VALUE(
-      limit.numel() == 1, op, ": experts take one threshold for all rows, not ", limit.numel());
+      threshold.dim() <= 1 && threshold.numel() == 1, op,
+      ": experts take one threshold for all rows, not ", threshold.sizes());
+  const auto check_scales = [&](const char* name, const Tensor& scales) {
+    TORCH_CHECK_VALUE(
+        packed.dim() == 3 && x.dim() == 2 && scales.dim() == 1 &&
+            scales.numel() == packed.size(0) * x.size(1),
+        op, ": ", name, " ", scales.sizes(), " does not fit x ", x.sizes(), " and packed ",
+        packed.sizes());
+  };
+  check_scales("norm", norm);
+  check_scales("low_norm", low_norm);
   return for_each_expert(
       op, x, {packed, scale, zero, outputs, 1, planes}, expert,
       [&](const Routing&, const Run& run, const Tensor& own, const Weight& weight) {
-        const int64_t start = channel + run.expert * x.size(1);
-        return graded_linear(own, weight, std::nullopt, norm, low_norm, limit, start);
+        const auto of_expert = [&](const Tensor& scales) {
+          return scales.narrow(0, run.expert * x.size(1), x.size(1));
+        };
+        return graded_linear(
+            own, weight, std::nullopt, of_expert(norm), of_expert(low_norm), threshold);
       });
 }
 

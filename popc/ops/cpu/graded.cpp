@@ -118,13 +118,15 @@ constexpr int64_t grade_grain = 1 << 13;  // a thread's least share, in values
 // For the tokens from `first` on, as many as `grades` has.
 template <typename T>
 Grades grade_tokens(
-    const Request& request, const T* x, int64_t first, int64_t tokens, const float* limits,
+    const Request& request, const T* x, int64_t first, int64_t tokens,
     const SequenceRows& centers) {
   const ChannelInputs& shared = request.shared;
-  const int64_t inputs = shared.inputs(), limit_count = shared.limit_count();
+  const int64_t inputs = shared.inputs();
   const int64_t sequence_tokens = shared.tokens() / shared.sequences();
-  const float* norm = shared.norm.const_data_ptr<float>() + shared.channel;
-  const float* low_norm = request.low_norm.const_data_ptr<float>() + shared.channel;
+  const float* norm = shared.norm.const_data_ptr<float>();
+  const float* low_norm = request.low_norm.const_data_ptr<float>();
+  const float* limits = shared.threshold.const_data_ptr<float>();
+  const int64_t limit_count = shared.threshold.numel();
   Grades grades(tokens, inputs);
   at::parallel_for(0, inputs, 1 + grade_grain / tokens, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < tokens; ++n) {
@@ -162,12 +164,13 @@ void check(const Request& request) {
 // Holds what the pointers of plane_gemv()'s outputs point to.
 struct Prepared {
   ScaleTensors scales;
-  Tensor bias, y;
+  Tensor bias;
 };
 
+// The outputs of the weights in one dim, one after the other. Tensors of `request` are contiguous.
 template <typename T>
-std::vector<Tensor> run_kernel(
-    const Request& request, const Tensor& x, const float* limits, const SequenceRows& centers,
+Tensor run_kernel(
+    const Request& request, int64_t all_outputs, const SequenceRows& centers,
     const SequenceRows& bases) {
   const ChannelInputs& shared = request.shared;
   const int64_t inputs = shared.inputs(), all_tokens = shared.tokens();
@@ -176,9 +179,10 @@ std::vector<Tensor> run_kernel(
   for (const Weight& weight : request.weights) {
     prepared.push_back(
         {ScaleTensors(op_name, weight.scale, weight.zero, weight.outputs, inputs),
-         weight.bias ? weight.bias->contiguous() : Tensor(),
-         at::empty(output_sizes(x, weight.outputs), x.options())});
+         weight.bias ? weight.bias->contiguous() : Tensor()});
   }
+  Tensor y = at::empty({all_tokens * all_outputs}, shared.x.options());
+  T* start = y.data_ptr<T>();
   for (int64_t first = 0; first < all_tokens; first += max_tokens) {
     const int64_t tokens = std::min(max_tokens, all_tokens - first);
     const auto base_at = [&](int64_t offset) {
@@ -188,7 +192,7 @@ std::vector<Tensor> run_kernel(
       };
     };
     const Grades grades =
-        grade_tokens<T>(request, x.const_data_ptr<T>(), first, tokens, limits, centers);
+        grade_tokens<T>(request, shared.x.const_data_ptr<T>(), first, tokens, centers);
     std::vector<PlaneOutput<T>> outputs;
     for (size_t i = 0; i < prepared.size(); ++i) {
       const Weight& weight = request.weights[i];
@@ -196,21 +200,18 @@ std::vector<Tensor> run_kernel(
       outputs.push_back(
           {plane_rows(op_name, weight.packed, inputs, weight.outputs, weight.planes, !weight.scale),
            tensors.scales.groups(), weight.bias ? tensors.bias.template const_data_ptr<T>() : nullptr,
-           base_at(weight.offset), tensors.y.template data_ptr<T>() + first * weight.outputs});
+           base_at(weight.offset), start + all_tokens * weight.offset + first * weight.outputs});
     }
     plane_gemv<T>(grades.reads(), outputs);
   }
-  std::vector<Tensor> results;
-  for (const Prepared& tensors : prepared) results.push_back(tensors.y);
-  return results;
+  return y;
 }
 
-std::vector<Tensor> graded_linears(
+Tensor graded_linears(
     const Tensor& x, at::TensorList packed, const c10::List<MaybeTensor>& scales,
     const c10::List<MaybeTensor>& zeros, at::IntArrayRef outputs, at::IntArrayRef planes,
     const c10::List<MaybeTensor>& biases, const Tensor& norm, const Tensor& low_norm,
-    const Tensor& threshold, const MaybeTensor& center, const MaybeTensor& base, int64_t group,
-    int64_t channel, int64_t output) {
+    const Tensor& threshold, const MaybeTensor& center, const MaybeTensor& base) {
   const size_t count = packed.size();
   TORCH_CHECK_VALUE(
       count > 0 && scales.size() == count && zeros.size() == count && outputs.size() == count &&
@@ -218,7 +219,7 @@ std::vector<Tensor> graded_linears(
       op_name, ": lists of ", count, " packed, ", scales.size(), " scales, ", zeros.size(),
       " zeros, ", outputs.size(), " outputs, ", planes.size(), " planes and ", biases.size(),
       " biases do not go together");
-  Request request{{x, norm, threshold, center, base, group, channel, output}, low_norm, {}};
+  Request request{{x, norm, threshold, center, base}, low_norm, {}};
   int64_t all_outputs = 0;
   for (size_t i = 0; i < count; ++i) {
     request.weights.push_back(
@@ -229,31 +230,30 @@ std::vector<Tensor> graded_linears(
   check(request);
   const ChannelInputs& shared = request.shared;
   const int64_t sequences = shared.sequences(), inputs = shared.inputs();
-  const SequenceRows centers(op_name, "center", center, channel, inputs, sequences);
-  const SequenceRows bases(op_name, "base", base, output, all_outputs, sequences);
+  const SequenceRows centers(op_name, "center", center, inputs, sequences);
+  const SequenceRows bases(op_name, "base", base, all_outputs, sequences);
   if (!is_supported_dtype(x.scalar_type()) || x.numel() == 0) {
     static auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("popc::graded_linears_reference", "")
-            .typed<std::vector<Tensor>(
+            .typed<Tensor(
                 const Tensor&, at::TensorList, const c10::List<MaybeTensor>&,
                 const c10::List<MaybeTensor>&, at::IntArrayRef, at::IntArrayRef,
                 const c10::List<MaybeTensor>&, const Tensor&, const Tensor&, const Tensor&,
-                const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, int64_t)>();
+                const MaybeTensor&, const MaybeTensor&)>();
     return op.call(
-        x, packed, scales, zeros, outputs, planes, biases, norm, low_norm, threshold, center, base,
-        group, channel, output);
+        x, packed, scales, zeros, outputs, planes, biases, norm, low_norm, threshold, center,
+        base);
   }
   const Tensor x_values = x.contiguous(), norms = norm.contiguous();
   const Tensor low_norms = low_norm.contiguous(), limits = threshold.contiguous();
   const Request contiguous{
-      {x_values, norms, limits, center, base, group, channel, output}, low_norms, request.weights};
-  const float* own_limits = limits.const_data_ptr<float>() + group * shared.limit_count();
-  std::vector<Tensor> results;
+      {x_values, norms, limits, center, base}, low_norms, request.weights};
+  Tensor y;
   dispatch_dtype(x.scalar_type(), [&](auto zero) {
-    results = run_kernel<decltype(zero)>(contiguous, x_values, own_limits, centers, bases);
+    y = run_kernel<decltype(zero)>(contiguous, all_outputs, centers, bases);
   });
-  return results;
+  return y;
 }
 
 }  // namespace

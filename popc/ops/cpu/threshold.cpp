@@ -5,6 +5,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -105,6 +106,12 @@ void check(const ChannelInputs& shared, const std::vector<Linear>& linears) {
   }
 }
 
+// A linear's part of the bases.
+MaybeTensor base_of(const ChannelInputs& shared, const Linear& linear) {
+  if (!shared.base) return std::nullopt;
+  return shared.base->narrow(1, linear.offset, linear.outputs());
+}
+
 // For dtypes and layouts that sparse_gemv.h does not support.
 std::vector<Tensor> run_reference(const ChannelInputs& shared, const std::vector<Linear>& linears) {
   static auto op =
@@ -112,22 +119,22 @@ std::vector<Tensor> run_reference(const ChannelInputs& shared, const std::vector
           .findSchemaOrThrow("popc::threshold_linear_reference", "")
           .typed<Tensor(
               const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-              int64_t, const MaybeTensor&, const MaybeTensor&, int64_t, int64_t, int64_t)>();
+              int64_t, const MaybeTensor&, const MaybeTensor&)>();
   std::vector<Tensor> results;
   for (const Linear& linear : linears) {
     results.push_back(op.call(
         shared.x, linear.weight, linear.bias, shared.norm, shared.threshold, linear.out_dim,
-        shared.center, shared.base, shared.group, shared.channel, shared.output + linear.offset));
+        shared.center, base_of(shared, linear)));
   }
   return results;
 }
 
-// All linears over the listed columns of the thresholded x, in one pass; nothing where a weight is
-// output-major, or there are too many tokens.
+// All linears over the listed columns of the thresholded x, in one pass, into memory of `sizes`, one
+// linear after the other; nothing where a weight is output-major, or there are too many tokens.
 template <typename T>
-std::vector<Tensor> run_axpy(
+Tensor run_axpy(
     const ChannelInputs& shared, const Tensor& x, const std::vector<int64_t>& columns,
-    const SequenceRows& bases, const std::vector<Linear>& linears) {
+    const SequenceRows& bases, const std::vector<Linear>& linears, at::IntArrayRef sizes) {
   const int64_t inputs = shared.inputs(), tokens = shared.tokens();
   const int64_t sequence_tokens = tokens / shared.sequences();
   if (tokens > max_tokens) return {};
@@ -137,20 +144,24 @@ std::vector<Tensor> run_axpy(
       return base ? base + offset : nullptr;
     };
   };
-  std::vector<Tensor> results, biases;
-  std::vector<AxpyOutput<T, decltype(base_at(0))>> outputs;
+  std::vector<WeightRows<T>> weights;
   for (const Linear& linear : linears) {
-    const WeightRows<T> weight = weight_rows<T>(linear.weight, linear.out_dim);
-    if (weight.output_major) return {};
+    weights.push_back(weight_rows<T>(linear.weight, linear.out_dim));
+    if (weights.back().output_major) return {};
+  }
+  Tensor y = at::empty(sizes, x.options());
+  std::vector<Tensor> biases;
+  std::vector<AxpyOutput<T, decltype(base_at(0))>> outputs;
+  for (size_t i = 0; i < linears.size(); ++i) {
+    const Linear& linear = linears[i];
     if (linear.bias) biases.push_back(linear.bias->contiguous());
-    results.push_back(at::empty(output_sizes(x, linear.outputs()), x.options()));
     outputs.push_back(
-        {weight, linear.bias ? biases.back().const_data_ptr<T>() : nullptr,
-         base_at(linear.offset), results.back().data_ptr<T>()});
+        {weights[i], linear.bias ? biases.back().const_data_ptr<T>() : nullptr,
+         base_at(linear.offset), y.data_ptr<T>() + tokens * linear.offset});
   }
   const IndexList list(columns.data(), columns.size(), inputs, "columns");
   axpy_gemv(x.const_data_ptr<T>(), inputs, tokens, list, outputs);
-  return results;
+  return y;
 }
 
 // Linear by linear over all of the thresholded x, where a list of columns would save no bytes.
@@ -160,17 +171,23 @@ std::vector<Tensor> run_dense(
   for (const Linear& linear : linears) {
     results.push_back(gather_linear(
         x, linear.weight, linear.bias, std::nullopt, std::nullopt, linear.out_dim));
-    if (shared.base) {
-      const Tensor base =
-          shared.base->narrow(1, shared.output + linear.offset, linear.outputs());
-      results.back().view({base.size(0), -1, linear.outputs()}).add_(base.unsqueeze(1));
+    if (const MaybeTensor base = base_of(shared, linear)) {
+      results.back().view({base->size(0), -1, linear.outputs()}).add_(base->unsqueeze(1));
     }
   }
   return results;
 }
 
+// The output of one linear as it is, or those of several in one dim, one after the other.
+Tensor joined(const std::vector<Tensor>& results, bool is_flat) {
+  if (!is_flat) return results.front();
+  std::vector<Tensor> parts;
+  for (const Tensor& result : results) parts.push_back(result.reshape({-1}));
+  return at::cat(parts);
+}
+
 // Thresholds x once, then reads the passing columns of all weights together.
-std::vector<Tensor> run(const ChannelInputs& shared, std::vector<Linear> linears) {
+Tensor run(const ChannelInputs& shared, std::vector<Linear> linears, bool is_flat) {
   check(shared, linears);
   int64_t outputs = 0;
   bool supported = shared.x.numel() > 0;
@@ -181,39 +198,36 @@ std::vector<Tensor> run(const ChannelInputs& shared, std::vector<Linear> linears
         supported && linear.weight.numel() > 0 && is_supported(shared.x, linear.weight);
   }
   const int64_t inputs = shared.inputs(), sequences = shared.sequences();
-  const SequenceRows centers(
-      op_name, "center", shared.center, shared.channel, inputs, sequences);
-  const SequenceRows bases(op_name, "base", shared.base, shared.output, outputs, sequences);
-  if (!supported) return run_reference(shared, linears);
+  const SequenceRows centers(op_name, "center", shared.center, inputs, sequences);
+  const SequenceRows bases(op_name, "base", shared.base, outputs, sequences);
+  if (!supported) return joined(run_reference(shared, linears), is_flat);
   const Tensor x = shared.x.contiguous(), norms = shared.norm.contiguous();
   const Tensor limits = shared.threshold.contiguous();
-  const int64_t tokens = shared.tokens(), limit_count = shared.limit_count();
-  Tensor thresholded = at::empty(x.sizes(), x.options());
-  std::vector<Tensor> results;
+  const int64_t tokens = shared.tokens();
+  const auto sizes =
+      is_flat ? std::vector<int64_t>{tokens * outputs} : output_sizes(x, outputs);
+  Tensor thresholded = at::empty(x.sizes(), x.options()), y;
   dispatch_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto columns = threshold_and_compact<T>(
-        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>() + shared.channel,
-        limits.const_data_ptr<float>() + shared.group * limit_count, limit_count, centers,
-        tokens / sequences, thresholded.data_ptr<T>());
-    results = run_axpy<T>(shared, thresholded, columns, bases, linears);
+        x.const_data_ptr<T>(), tokens, inputs, norms.const_data_ptr<float>(),
+        limits.const_data_ptr<float>(), limits.numel(), centers, tokens / sequences,
+        thresholded.data_ptr<T>());
+    y = run_axpy<T>(shared, thresholded, columns, bases, linears, sizes);
   });
-  return results.empty() ? run_dense(shared, thresholded, linears) : results;
+  return y.defined() ? y : joined(run_dense(shared, thresholded, linears), is_flat);
 }
 
 Tensor threshold_linear(
     const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& norm,
-    const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base,
-    int64_t group, int64_t channel, int64_t output) {
-  const ChannelInputs shared{x, norm, threshold, center, base, group, channel, output};
-  return run(shared, {{weight, bias, out_dim}}).front();
+    const Tensor& threshold, int64_t out_dim, const MaybeTensor& center, const MaybeTensor& base) {
+  return run({x, norm, threshold, center, base}, {{weight, bias, out_dim}}, false);
 }
 
-std::vector<Tensor> threshold_linears(
+Tensor threshold_linears(
     const Tensor& x, at::TensorList weights, const c10::List<MaybeTensor>& biases,
     const Tensor& norm, const Tensor& threshold, at::IntArrayRef out_dims,
-    const MaybeTensor& center, const MaybeTensor& base, int64_t group, int64_t channel,
-    int64_t output) {
+    const MaybeTensor& center, const MaybeTensor& base) {
   TORCH_CHECK_VALUE(
       !weights.empty() && weights.size() == biases.size() && weights.size() == out_dims.size(),
       "popc::threshold_linears: ", weights.size(), " weights, ", biases.size(), " biases and ",
@@ -222,7 +236,7 @@ std::vector<Tensor> threshold_linears(
   for (size_t i = 0; i < weights.size(); ++i) {
     linears.push_back({weights[i], biases.get(i), out_dims[i]});
   }
-  return run({x, norm, threshold, center, base, group, channel, output}, linears);
+  return run({x, norm, threshold, center, base}, linears, true);
 }
 
 }  // namespace
