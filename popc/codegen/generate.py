@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 from popc.codegen.outline import Outline, outline
@@ -35,21 +36,37 @@ def generate_code(gm: fx.GraphModule, fed: Collection[fx.Node], compiler: Compil
     """
     parts = hoist_parts(gm, fed)
     pieces = outline(gm)
-    if pieces is None:
+    code = _compiled(pieces, compiler) if pieces is not None else None
+    if pieces is None or code is None:
         run = compiler(gm, _fake_inputs(gm), calls=1, whole=True)
     else:
-        run = Program(gm, pieces, _compiled(pieces, compiler))
+        run = Program(gm, pieces, code)
     return _WithParts(run, Parts(parts)) if parts else run
 
 
-def _compiled(pieces: Outline, compiler: Compiler) -> list[Compiled]:
+def _compiled(pieces: Outline, compiler: Compiler) -> list[Compiled] | None:
+    """Code of each piece; None if one holds for the sizes of one of its calls alone."""
     code = []
     for i, piece in enumerate(pieces.pieces):
         calls = pieces.repetitions(i)
         logger.info("code of %d ops, called %d times", len(piece.graph.nodes), calls)
         log_graph(f"piece {i}, called {calls} times", piece)
-        code.append(compiler(piece, _fake_inputs(piece), calls=calls, whole=False))
+        inputs = _fake_inputs(piece)
+        before = len(_guards(inputs))
+        code.append(compiler(piece, inputs, calls=calls, whole=False))
+        if any(guard.expr.free_symbols & pieces.own_sizes[i] for guard in _guards(inputs)[before:]):
+            logger.info("its layers are compiled as a whole: the code asks for certain sizes")
+            return None
     return code
+
+
+def _guards(inputs: Sequence[Any]) -> Sequence[Any]:
+    """What code that was made of ``inputs`` asks of their symbolic sizes, so far."""
+    for value in inputs:
+        for size in (value, *getattr(value, "shape", ())):
+            if isinstance(size, torch.SymInt):
+                return list(size.node.shape_env.guards)
+    return []
 
 
 def _fake_inputs(gm: fx.GraphModule) -> list[Any]:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from popc.analysis.mutation import views_first, written_by
-from popc.codegen.repeats import Stretch, find_repeats, value_kind
-from popc.compat import pytree
+from popc.codegen.kinds import Correspondence, symbols_of, told_by, value_kind
+from popc.codegen.repeats import Stretch, find_repeats
 
 # An input of a piece: what it is in each of its calls.
 Column = tuple[fx.Node, ...]
@@ -36,10 +35,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Outline:
-    """The pieces of a graph, and the calls of them that compute what it does."""
+    """The pieces of a graph, and the calls of them that compute what it does.
+
+    Attributes:
+        own_sizes: of each piece, the symbols of its first call that are others in other calls.
+    """
 
     pieces: Sequence[fx.GraphModule]
     calls: Sequence[Call]
+    own_sizes: Sequence[set[Any]]
 
     def repetitions(self, piece: int) -> int:
         """How often a piece is called."""
@@ -91,16 +95,18 @@ class _Cutter:
         self._check_writes()
         pieces: list[fx.GraphModule] = []
         calls: list[Call] = []
+        own_sizes = []
         for stretch in self.stretches:
             numbers = range(len(calls), len(calls) + stretch.count)
-            columns = self._columns(numbers)
+            columns, symbols = self._columns(numbers)
+            own_sizes.append({s for call in symbols for s in call.symbols if call.of(s) != s})
             results = self._results(numbers)
             pieces.append(self._piece(numbers, columns, results))
             for i, number in enumerate(numbers):
                 own = self._of_call(number)
                 inputs = tuple(column[i] for column in columns)
                 calls.append(Call(len(pieces) - 1, inputs, tuple(own[j] for j in results)))
-        return Outline(pieces, calls)
+        return Outline(pieces, calls, own_sizes)
 
     def _of_call(self, number: int) -> Sequence[fx.Node]:
         start, stop = self.ranges[number]
@@ -116,20 +122,21 @@ class _Cutter:
                 if base in self.place and self.place[base][0] != self.place[node][0]:
                     raise CannotShare(f"{node} writes to {base}, of another piece")
 
-    def _columns(self, numbers: range) -> list[Column]:
-        """The inputs of a piece."""
+    def _columns(self, numbers: range) -> tuple[list[Column], list[Correspondence]]:
+        """The inputs of a piece, and for each of its calls what sizes are called in it."""
         columns: dict[Column, None] = {}
         for nodes in zip(*map(self._of_call, numbers), strict=True):
             for sources in zip(*map(_read_by, nodes), strict=True):
                 if not self._is_internal(numbers, sources):
                     columns.setdefault(sources)
-        for column in self._missing_symbols(numbers, list(columns)):
-            columns.setdefault(column)
         for column in columns:
             if len({value_kind(source.meta.get("val")) for source in column}) > 1:
                 raise CannotShare(f"{column[0]} is of another kind in other layers")
+        symbols = self._correspondences(numbers, list(columns))
+        for column in self._missing_symbols(numbers, list(columns), symbols):
+            columns.setdefault(column)
         self._check_aliases(list(columns))
-        return list(columns)
+        return list(columns), symbols
 
     def _is_internal(self, numbers: range, sources: Column) -> bool:
         """Whether each call has made what it reads there by itself, at the same place."""
@@ -151,17 +158,31 @@ class _Cutter:
         if len(patterns) > 1:
             raise CannotShare("inputs share memory in some layers and not in others")
 
-    def _missing_symbols(self, numbers: range, columns: Sequence[Column]) -> Iterator[Column]:
+    def _correspondences(self, numbers: range, columns: Sequence[Column]) -> list[Correspondence]:
+        """Of each call, what the first one's symbols are in it."""
+        found = []
+        for i, number in enumerate(numbers):
+            symbols = Correspondence()
+            inputs = [(column[0], column[i]) for column in columns]
+            own = zip(self._of_call(numbers[0]), self._of_call(number), strict=True)
+            for first, node in (*inputs, *own):
+                if not symbols.extend(first.meta.get("val"), node.meta.get("val")):
+                    raise CannotShare(f"{node} is of another size than {first}")
+            found.append(symbols)
+        return found
+
+    def _missing_symbols(
+        self, numbers: range, columns: Sequence[Column], calls: Sequence[Correspondence]
+    ) -> Iterator[Column]:
         """Nodes for the symbols that no size of an input tells."""
-        used = {s for node in self._of_call(numbers[0]) for s in _symbols_in(node.meta.get("val"))}
-        known = set()
-        for column in columns:
-            known |= _told_by(column[0].meta.get("val"))
+        own = self._of_call(numbers[0])
+        used = {symbol for node in own for symbol in symbols_of(node.meta.get("val"))}
+        known = {symbol for c in columns for symbol in told_by(c[0].meta.get("val"))}
         for symbol in sorted(used - known, key=str):
-            node = self.symbols.get(symbol)
-            if node is None or self.place.get(node, (-1, 0))[0] >= numbers[0]:
+            nodes = [self.symbols.get(call.of(symbol)) for call in calls]
+            if any(n is None or self.place.get(n, (-1, 0))[0] >= numbers[0] for n in nodes):
                 raise CannotShare(f"no input tells {symbol}")
-            yield (node,) * len(numbers)
+            yield tuple(node for node in nodes if node is not None)
 
     def _results(self, numbers: range) -> list[int]:
         """The places of what others read of a piece, in any of its calls."""
@@ -234,19 +255,6 @@ def _symbols(graph: fx.Graph) -> dict[Any, fx.Node]:
     """Of each symbol, the first node whose value it is."""
     found: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        for symbol in _told_by(node.meta.get("val"), sizes=False):
+        for symbol in told_by(node.meta.get("val"), sizes=False):
             found.setdefault(symbol, node)
     return found
-
-
-def _symbols_in(value: Any) -> set[Any]:
-    leaves = pytree.tree_leaves(value)
-    sized = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return {s for leaf in leaves if isinstance(leaf, sized) for s in free_symbols(leaf)}
-
-
-def _told_by(value: Any, sizes: bool = True) -> set[Any]:
-    """The symbols that are this value, or one of its sizes."""
-    parts = [value, *(getattr(value, "shape", ()) if sizes else ())]
-    symbols = [part.node.expr for part in parts if hasattr(part, "node")]
-    return {symbol for symbol in symbols if getattr(symbol, "is_Symbol", False)}

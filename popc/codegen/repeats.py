@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import fx
 
+from popc.codegen.kinds import value_kind
 from popc.compat import pytree
 
 # What is repeated less often, or is shorter, costs more to call than it saves to compile.
@@ -40,16 +39,6 @@ def find_repeats(nodes: Sequence[fx.Node]) -> list[Stretch]:
     """``nodes`` cut into stretches, all of them in order, some of which are repeated."""
     kinds = _numbered([_kind(node) for node in nodes])
     return _cut(nodes, kinds, 0, len(nodes))
-
-
-def value_kind(value: Any) -> Hashable:
-    """What code depends on of a value that it is given: all but what the value holds."""
-    if isinstance(value, torch.Tensor):
-        layout = tuple(map(str, (*value.shape, *value.stride(), value.storage_offset())))
-        return value.dtype, str(value.device), value.dim(), layout, value.requires_grad
-    if isinstance(value, tuple | list):
-        return tuple(map(value_kind, value))
-    return type(value), str(value)
 
 
 def _kind(node: fx.Node) -> Hashable:

@@ -170,3 +170,34 @@ def test_short_stretches_are_not_worth_a_call(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(repeats, "MIN_NODES", 2)
     cut = outline(gm)
     assert cut is not None and max(map(cut.repetitions, range(len(cut.pieces)))) == 6
+
+
+def test_layers_with_sizes_of_their_own() -> None:
+    def model(x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        caches = []
+        for cache, w in zip(states[:6], states[6:], strict=True):
+            caches.append(torch.cat((cache, x)))
+            x = layer(x, w) + caches[-1].sum(0)
+        return (x, *caches)
+
+    # Sizes that differ have symbols of their own.
+    caches = [torch.randn(5 + i, 4) for i in range(6)]
+    gm = traced(model, torch.randn(2, 4), *caches, *W, symbolic=True)
+    program, count = in_pieces(gm)
+    cut = outline(gm)
+    assert count == 1 and cut is not None and len(cut.own_sizes[0]) == 1
+    inputs = torch.randn(2, 4), *(torch.randn(9 - i, 4) for i in range(6)), *W
+    for one, other in zip(program(*inputs), model(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_whose_sizes_go_together_otherwise_are_left_whole() -> None:
+    def model(x: Tensor, *states: Tensor) -> tuple[Tensor]:
+        for one, other, w in zip(states[:6], states[6:12], states[12:], strict=True):
+            x = layer(x, w) + one.sum() + torch.cat((one, other)).sum()
+        return (x,)
+
+    ones = [torch.randn(5 if i == 0 else 10 + i, 4) for i in range(6)]
+    twos = [torch.randn(5 if i == 0 else 20 + i, 4) for i in range(6)]
+    gm = traced(model, torch.randn(2, 4), *ones, *twos, *W, symbolic=True)
+    assert outline(gm) is None
