@@ -18,8 +18,8 @@ share their code. Rows of ``center`` and ``base`` may lie apart, as parts of lon
 ``popc::threshold_linears(x, weights, biases, norm, threshold, out_dims, center, base) ->
 [T · ΣN]``: the same for linears that share x ``[..., K]``, of T tokens, and what counts of it. The
 outputs of one linear, ``[..., N]`` and contiguous, follow those of the other; so do the parts of
-``base [S, ΣN]``. It is one tensor as Inductor's C++ wrapper calls an op that returns a list through
-Python. A kernel chooses the channels once, and reads them in all the weights together.
+``base [S, ΣN]``. They are one tensor because Inductor's C++ wrapper calls an op that returns a list
+through Python. A kernel chooses the channels once, and reads them in all the weights together.
 
 ``popc::count_active_channels(x, norm, threshold, center) -> int64 []``: how many channels count for
 at least one token.

@@ -176,7 +176,8 @@ def rewrite_linears(
 class _Fed(NamedTuple):
     """A group's parts of the inputs of :func:`rewrite_linears`.
 
-    All of its ops read these. What ``None`` stands for the group has not: low planes, or centers.
+    All of its ops read these. ``low_norm`` is None unless its weights are quantised, ``center`` for
+    experts.
     """
 
     norm: fx.Node
@@ -192,7 +193,12 @@ def _parts_of(
     number: int,
     channels: tuple[int, int],
 ) -> _Fed:
-    """The parts of a group, of this number and from one channel to the other."""
+    """The parts of the ``number``-th group, made at ``builder``'s place.
+
+    Args:
+        inputs: norms, low norms, thresholds and centers of all groups.
+        channels: where the group's start and stop.
+    """
     norms, low_norms, thresholds, centers = inputs
     norm = builder.call(aten.slice.Tensor, norms, 0, *channels)
     low_norm = center = None
@@ -205,7 +211,7 @@ def _parts_of(
 
 
 def _count(builder: GraphBuilder, group: InputGroup, fed: _Fed, by_grade: bool) -> fx.Node:
-    """What a group reads; ``by_grade``: of both planes, as some group of the graph has them."""
+    """What a group reads; ``by_grade``: as int64 ``[2]``, where others of the graph are."""
     norm, low_norm, threshold, center = fed
     if group.experts:
         rows = _rows_of_experts(builder, group.linears[0])
