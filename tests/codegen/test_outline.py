@@ -191,7 +191,7 @@ def test_layers_with_sizes_of_their_own() -> None:
         assert torch.equal(one, other)
 
 
-def test_layers_whose_sizes_go_together_otherwise_are_left_whole() -> None:
+def test_a_layer_whose_sizes_go_together_otherwise_is_another() -> None:
     def model(x: Tensor, *states: Tensor) -> tuple[Tensor]:
         for one, other, w in zip(states[:6], states[6:12], states[12:], strict=True):
             x = layer(x, w) + one.sum() + torch.cat((one, other)).sum()
@@ -200,4 +200,8 @@ def test_layers_whose_sizes_go_together_otherwise_are_left_whole() -> None:
     ones = [torch.randn(5 if i == 0 else 10 + i, 4) for i in range(6)]
     twos = [torch.randn(5 if i == 0 else 20 + i, 4) for i in range(6)]
     gm = traced(model, torch.randn(2, 4), *ones, *twos, *W, symbolic=True)
-    assert outline(gm) is None
+    program, _ = in_pieces(gm)
+    cut = outline(gm)
+    assert cut is not None and list(map(cut.repetitions, range(2))) == [1, 5]
+    inputs = torch.randn(2, 4), *ones, *twos, *W
+    assert torch.equal(program(*inputs)[0], model(*inputs)[0])
