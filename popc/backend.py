@@ -205,16 +205,16 @@ class _Codegen:
             # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
             options["triton.cudagraphs"] = False
         placeholders = graph.graph.find_nodes(op="placeholder")
-        on_cpu = all(map(_is_on_cpu, (node.meta["val"] for node in placeholders)))
 
         def compiler(
             piece: fx.GraphModule, inputs: Sequence[Any], *, calls: int, whole: bool
         ) -> CompiledFunction:
             if whole:
                 compat.keep_inputs(piece, self.gm, is_written)
-            # Called often, its kernels take less time than Python takes to call them.
-            often = {"cpp_wrapper": True} if calls > 1 and on_cpu and not measures else {}
-            return self._inductor(piece, inputs, {**often, **options})
+            # A decode step's kernels take less time than Python takes to call them.
+            in_cpp = calls > 1 and not measures and compat.fits_cpp_wrapper(piece)
+            wrapper = {"cpp_wrapper": True} if in_cpp else {}
+            return self._inductor(piece, inputs, {**wrapper, **options})
 
         if options.get("triton.cudagraphs"):  # a step is recorded as one
             inputs = [node.meta["val"] for node in placeholders]
@@ -231,10 +231,6 @@ class _Codegen:
         # the code, so that thresholds of another sparsity find it again. What does is how popc's
         # ops and passes are written.
         return compat.inductor(graph, inputs, options, f"popc {version.sources_digest()}")
-
-
-def _is_on_cpu(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:

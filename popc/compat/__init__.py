@@ -10,6 +10,7 @@ aliases.
 from __future__ import annotations
 
 from popc.compat.codegen import (
+    fits_cpp_wrapper,
     inductor,
     inductor_cache,
     is_held_by_module,
@@ -67,6 +68,7 @@ __all__ = [
     "compile_alone",
     "dynamo_fake_mode",
     "fakify",
+    "fits_cpp_wrapper",
     "graph_break",
     "graph_breaks",
     "grouped_mm",

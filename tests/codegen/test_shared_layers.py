@@ -81,7 +81,17 @@ CONFIG = {
 
 
 @pytest.mark.parametrize(("weights", "cache"), [(None, None), ("int8", "static")])
-def test_a_model_compiled_in_pieces(weights: str | None, cache: str | None, watch: Watch) -> None:
+def test_a_model_compiled_in_pieces(
+    weights: str | None, cache: str | None, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_cpp: list[bool] = []  # of each piece
+
+    def inductor(self: Any, graph: fx.GraphModule, inputs: Sequence[Any], options: Any) -> Any:
+        in_cpp.append(options.get("cpp_wrapper", False))
+        return plain_inductor(self, graph, inputs, options)
+
+    plain_inductor = backend._Codegen._inductor
+    monkeypatch.setattr(backend._Codegen, "_inductor", inductor)
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
@@ -101,6 +111,8 @@ def test_a_model_compiled_in_pieces(weights: str | None, cache: str | None, watc
     options: dict[str, Any] = {"weights": weights, "sparsity": 0.3}
     tokens, logits = generated(popc.compile(model, **options))
     assert watch.graphs and set(watch.graphs) == {4}
+    # Of each graph three pieces; of a decode step the layer.
+    assert len(in_cpp) == 3 * len(watch.graphs) and any(in_cpp) and not all(in_cpp)
     torch._dynamo.reset()
     expected_tokens, expected = generated(popc.compile(model, codegen="eager", **options))
     assert torch.equal(tokens, expected_tokens)
