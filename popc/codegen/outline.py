@@ -116,6 +116,8 @@ class _Cutter:
         """A piece may write to what it made and to inputs of the graph: what another piece made
         and returns need not be where that one had it."""
         for node in self.nodes:
+            if node.is_impure() and not hasattr(node.target, "_schema"):
+                raise CannotShare(f"{node} changes a state, such as autocast's, for those after it")
             for source in written_by(node):
                 base = self.base[source]
                 self.written.add(base)
@@ -190,6 +192,8 @@ class _Cutter:
         for number in numbers:
             for i, node in enumerate(self._of_call(number)):
                 if any(self.place.get(user, (-1, 0))[0] != number for user in node.users):
+                    if isinstance(node.meta.get("val"), tuple | list):
+                        raise CannotShare(f"{node} gives several values, read by another piece")
                     used.add(i)
         return sorted(used)
 

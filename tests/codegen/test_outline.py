@@ -137,6 +137,20 @@ def test_what_one_piece_made_no_other_writes_to() -> None:
     assert outline(traced(model, torch.randn(3, 4), *W)) is None
 
 
+def test_states_that_hold_for_what_follows() -> None:
+    def model(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
+        for w in weights:
+            x = layer(x, w)
+        return (x,)
+
+    gm = traced(model, torch.randn(3, 4), *W)
+    assert outline(gm) is not None
+    first = next(node for node in gm.graph.nodes if node.op == "call_function")
+    with gm.graph.inserting_before(first):
+        gm.graph.call_function(torch._C._set_grad_enabled, (False,))
+    assert outline(gm) is None
+
+
 def test_nothing_is_kept_longer_than_it_is_read() -> None:
     def model(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
         for w in weights:
