@@ -20,7 +20,7 @@ from popc.analysis.findings import Findings
 from popc.analysis.mutation import is_written
 from popc.analysis.plan import Plan
 from popc.analysis.unwrap import Unwrapping
-from popc.codegen import generate_code
+from popc.codegen import fits_cpp_wrapper, generate_code
 from popc.config import Config
 from popc.errors import ConfigError, GraphError, PassError, PopcWarning
 from popc.log import log_graph, logger
@@ -212,7 +212,7 @@ class _Codegen:
             if whole:
                 compat.keep_inputs(piece, self.gm, is_written)
             # A decode step's kernels take less time than Python takes to call them.
-            in_cpp = calls > 1 and not measures and compat.fits_cpp_wrapper(piece)
+            in_cpp = calls > 1 and not measures and fits_cpp_wrapper(piece)
             wrapper = {"cpp_wrapper": True} if in_cpp else {}
             return self._inductor(piece, inputs, {**wrapper, **options})
 

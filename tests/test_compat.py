@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from popc import compat
 from tests.helpers import canaries, private_names
@@ -237,13 +234,3 @@ def test_a_dead_canary_says_what_breaks() -> None:
     for canary, message in ((gone, "is gone: nothing works"), (other, "renamed.*: caches are mi")):
         with pytest.raises(pytest.fail.Exception, match=message):
             look_at(canary)
-
-
-def test_what_inductor_wraps_in_cpp() -> None:
-    def traced(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.GraphModule:
-        return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
-
-    x = torch.ones(4)
-    assert compat.fits_cpp_wrapper(traced(lambda x: x.split(2)[0].sin() + x.shape[0], x))
-    assert not compat.fits_cpp_wrapper(traced(lambda x: torch._foreach_add([x], 1)[0], x))
-    assert not compat.fits_cpp_wrapper(traced(lambda x: x.sin(), x.to("meta")))

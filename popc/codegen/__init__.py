@@ -1,5 +1,5 @@
 """Code of a rewritten graph: layers that are alike are compiled once, the rest in pieces beside."""
 
-from popc.codegen.generate import Compiler, generate_code
+from popc.codegen.generate import Compiler, fits_cpp_wrapper, generate_code
 
-__all__ = ["Compiler", "generate_code"]
+__all__ = ["Compiler", "fits_cpp_wrapper", "generate_code"]

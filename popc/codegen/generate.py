@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -67,6 +68,26 @@ def _guards(inputs: Sequence[Any]) -> Sequence[Any]:
             if isinstance(size, torch.SymInt):
                 return list(size.node.shape_env.guards)
     return []
+
+
+def fits_cpp_wrapper(gm: fx.GraphModule) -> bool:
+    """Whether Inductor's ``cpp_wrapper`` is safe for a graph: on CPUs, of ATen's and custom ops.
+
+    In torch 2.13 it reads a result that is a list of one tensor as that tensor, and crashes.
+    """
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            return False
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None and isinstance(value, torch.Tensor | tuple | list):
+            return False
+        for result in () if schema is None else schema.returns:
+            if isinstance(result.type, torch.ListType) and result.alias_info is None:
+                return False
+    return True
 
 
 def _fake_inputs(gm: fx.GraphModule) -> list[Any]:

@@ -10,7 +10,6 @@ aliases.
 from __future__ import annotations
 
 from popc.compat.codegen import (
-    fits_cpp_wrapper,
     inductor,
     inductor_cache,
     is_held_by_module,
@@ -68,7 +67,6 @@ __all__ = [
     "compile_alone",
     "dynamo_fake_mode",
     "fakify",
-    "fits_cpp_wrapper",
     "graph_break",
     "graph_breaks",
     "grouped_mm",

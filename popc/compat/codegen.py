@@ -6,7 +6,6 @@ Seen working on torch 2.11 - 2.13.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,26 +29,6 @@ def inductor(
         return compile_fx(  # type: ignore[return-value]
             gm, list(inputs), config_patches=dict(options) or None
         )
-
-
-def fits_cpp_wrapper(gm: fx.GraphModule) -> bool:
-    """Whether Inductor's ``cpp_wrapper`` is safe for a graph: on CPUs, of ATen's and custom ops.
-
-    In torch 2.13 it reads a result that is a list of one tensor as that tensor, and crashes.
-    """
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-            return False
-        if node.op != "call_function" or node.target is operator.getitem:
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is None and isinstance(value, torch.Tensor | tuple | list):
-            return False
-        for result in () if schema is None else schema.returns:
-            if isinstance(result.type, torch.ListType) and result.alias_info is None:
-                return False
-    return True
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

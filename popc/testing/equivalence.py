@@ -18,7 +18,7 @@ from popc.analysis.plan import InputRecord, Plan, RegionRecord
 from popc.compat import is_traceable_wrapper_subclass, pytree
 from popc.config import Config
 from popc.errors import ConfigError, ModelError, PopcError
-from popc.ops import dequantize
+from popc.ops import FLAT_LINEARS, dequantize, graded_linears
 from popc.planning.budget_solver import resolve
 from popc.runtime import interpreter
 from popc.testing.dequantized import Dequantized
@@ -295,10 +295,8 @@ class _Products:
     def see(self, node: fx.Node, args: Sequence[Any], value: Any) -> None:
         if node.target is dequantize:
             return
-        several = [arg for arg in args if isinstance(arg, list | tuple)]
-        if isinstance(value, list | tuple):  # an op on several weights has an output for each
-            weights = next((arg for arg in several if len(arg) == len(value)), ())
-            pairs = list(zip(weights, value, strict=False))
+        if node.target in FLAT_LINEARS:
+            pairs = list(zip(args[1], _each_output(node, args, value), strict=True))
         else:
             pairs = [(arg, value) for arg in args]
         for weight, out in pairs:
@@ -308,6 +306,16 @@ class _Products:
             if out.is_floating_point() and not is_view:
                 for owner, number in self.uses.of(self.plain.get(weight.data_ptr(), weight)):
                     self.seen[-1].setdefault((owner.key, number), out.detach().clone())
+
+
+def _each_output(node: fx.Node, args: Sequence[Any], value: Tensor) -> Sequence[Tensor]:
+    """What each linear of an op on several gives, flat."""
+    if node.target is graded_linears:
+        sizes = list(args[4])
+    else:
+        sizes = [weight.shape[dim] for weight, dim in zip(args[1], args[5], strict=True)]
+    tokens = value.numel() // sum(sizes)
+    return value.split([tokens * size for size in sizes])
 
 
 def _is_pruned_at_once(region: RegionRecord, config: Config) -> bool:
