@@ -38,13 +38,19 @@ def symbols_of(value: Any) -> set[sympy.Symbol]:
     return {s for leaf in pytree.tree_leaves(value) for e in _sizes(leaf) for s in e.free_symbols}
 
 
-def told_by(value: Any, sizes: bool = True) -> set[sympy.Symbol]:
-    """The symbols that are this value, or, with ``sizes``, one of its sizes."""
+def told_by(value: Any) -> set[sympy.Symbol]:
+    """The symbols that code finds in an input of this value: its sizes, or what it is.
+
+    A number that is known to equal another has two symbols: code binds the first, and uses the
+    second. So it tells neither.
+    """
     if isinstance(value, torch.Tensor):
-        found = map(_expr, value.shape if sizes else ())
-    else:
-        found = map(_expr, [value] if isinstance(value, SYMBOLIC) else [])
-    return {expr for expr in found if isinstance(expr, sympy.Symbol)}
+        return {size for size in map(_expr, value.shape) if isinstance(size, sympy.Symbol)}
+    expr = _expr(value) if isinstance(value, SYMBOLIC) else None
+    if not isinstance(expr, sympy.Symbol):
+        return set()
+    equal = value.node.shape_env.replacements.values()
+    return set() if any(expr in other.free_symbols for other in equal) else {expr}
 
 
 class Correspondence:

@@ -256,9 +256,11 @@ def _bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def _symbols(graph: fx.Graph) -> dict[Any, fx.Node]:
-    """Of each symbol, the first node whose value it is."""
+    """Of each symbol, the first input or number of the graph that tells it."""
     found: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        for symbol in told_by(node.meta.get("val"), sizes=False):
-            found.setdefault(symbol, node)
+        value = node.meta.get("val")
+        if node.op == "placeholder" or not isinstance(value, torch.Tensor):
+            for symbol in told_by(value):
+                found.setdefault(symbol, node)
     return found
