@@ -133,7 +133,9 @@ def _rewritten(
     unwrapping = captured.unwrapping
     if not rewritten.matches and not unwrapping:
         return None
-    run = run_stage("generate code", codegen.of_rewritten, captured, work.measures)
+    run = run_stage(
+        "generate code", codegen.of_rewritten, captured.gm, rewritten.inputs, work.measures
+    )
     if not rewritten.bindings:
         return (lambda *args: run(*unwrapping(args))) if unwrapping else run
     variants = None
@@ -195,16 +197,21 @@ class _Codegen:
             return Interpreted(graph)
         return self._inductor(graph, inputs, self._options())
 
-    def of_rewritten(self, captured: Captured, measures: bool) -> CompiledFunction:
-        """Of the graph that passes have rewritten; ``measures``: it is that of a prompt."""
-        graph = captured.gm
+    def of_rewritten(
+        self, graph: fx.GraphModule, fed: Sequence[fx.Node], measures: bool
+    ) -> CompiledFunction:
+        """Of the graph that passes have rewritten.
+
+        Args:
+            fed: the inputs that passes have added.
+            measures: whether it is that of a prompt.
+        """
         if self.config.codegen == "eager":
             return Interpreted(graph)
         options = self._options()
         if measures:
             # CUDA graphs of prompts gain nothing, and each length is recorded on its own.
             options["triton.cudagraphs"] = False
-        placeholders = graph.graph.find_nodes(op="placeholder")
 
         def compiler(
             piece: fx.GraphModule, inputs: Sequence[Any], *, calls: int, whole: bool
@@ -217,9 +224,9 @@ class _Codegen:
             return self._inductor(piece, inputs, {**wrapper, **options})
 
         if options.get("triton.cudagraphs"):  # a step is recorded as one
-            inputs = [node.meta["val"] for node in placeholders]
+            inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
             return compiler(graph, inputs, calls=1, whole=True)
-        return generate_code(graph, placeholders[len(captured.inputs) :], compiler)
+        return generate_code(graph, fed, compiler)
 
     def _options(self) -> dict[str, Any]:
         return {**compat.mode_options(self.mode), **self.config.inductor}

@@ -50,7 +50,7 @@ class Captured:
     these ``wrapped`` are no plain tensors: quantised, or spread over devices. Of a tensor subclass
     what reads it is in the graph as the program has it, not as ATen ops: see :class:`_Program`.
     ``quantized`` says how those of popc's own are stored, by the placeholder of what they hold, and
-    ``unwrapping`` makes the graph's inputs of Dynamo's; ``inputs`` are such inputs, real or fake.
+    ``unwrapping`` makes the graph's inputs of Dynamo's.
     ``runnable`` is False where the graph can be read but not run: values of the trace are in it.
     ``breaks_off``: the model goes on in another graph, as Dynamo broke this one here.
     ``number`` is this capture's alone.
@@ -63,7 +63,6 @@ class Captured:
     wrapped: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     quantized: dict[fx.Node, Stored] = field(default_factory=dict)
     unwrapping: Unwrapping = field(default_factory=Unwrapping)
-    inputs: list[Any] = field(default_factory=list)
     breaks_off: bool = False
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -145,9 +144,7 @@ def _trace(
     constants = [getattr(gm, n.target) for n in gm.graph.nodes if n.op == "get_attr"]
     runnable = not any(map(compat.is_trace_only, constants))
     stored = {node: real.stored for node, real in quantized.items()}
-    return Captured(
-        gm, parameters, mode, runnable, wrapped, stored, unwrapping, list(unwrapping(reals))
-    )
+    return Captured(gm, parameters, mode, runnable, wrapped, stored, unwrapping)
 
 
 class _Program(fx.Interpreter):

@@ -100,16 +100,22 @@ def views_first(node: fx.Node) -> bool:
     return node.target is getitem or _first_alias(node) is not None
 
 
-def depends_on(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that ``nodes`` depend on, by arguments or by what was written to them before."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
+def bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Of each node, the one whose memory its value may be in."""
     base: dict[fx.Node, fx.Node] = {}
-    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         first = node.args[0] if node.args and views_first(node) else node
         base[node] = base.get(first, node) if isinstance(first, fx.Node) else node
-        if writes_first(node):
-            writers[base[node]].append(node)
+    return base
+
+
+def depends_on(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that ``nodes`` depend on, by arguments or by what was written to them before."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    base = bases(graph)
+    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in filter(writes_first, graph.nodes):
+        writers[base[node]].append(node)
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from popc.analysis.mutation import views_first, written_by
+from popc.analysis.mutation import bases, written_by
 from popc.codegen.kinds import Correspondence, symbols_of, told_by, value_kind
 from popc.codegen.repeats import Stretch, find_repeats
+from popc.log import logger
 
 # An input of a piece: what it is in each of its calls.
 Column = tuple[fx.Node, ...]
@@ -62,7 +63,8 @@ def outline(gm: fx.GraphModule) -> Outline | None:
         return None
     try:
         return _Cutter(gm, nodes, stretches).outline()
-    except CannotShare:
+    except CannotShare as reason:
+        logger.info("layers are not shared: %s", reason)
         return None
 
 
@@ -86,7 +88,7 @@ class _Cutter:
                 for i in range(stretch.length):
                     self.place[nodes[start + i]] = len(self.ranges), i
                 self.ranges.append((start, start + stretch.length))
-        self.base = _bases(gm.graph)
+        self.base = bases(gm.graph)
         self.written: set[fx.Node] = set()  # of bases
         self.symbols = _symbols(gm.graph)
 
@@ -153,8 +155,8 @@ class _Cutter:
         patterns = set()
         for inputs in zip(*columns, strict=True):
             written = [node for node in inputs if self.base[node] in self.written]
-            bases = [self.base[node] for node in written]
-            patterns.add(tuple(map(bases.index, bases)))
+            memory = [self.base[node] for node in written]
+            patterns.add(tuple(map(memory.index, memory)))
             if len(set(written)) < len(written):
                 raise CannotShare("a layer is given the same twice, and writes to it")
         if len(patterns) > 1:
@@ -244,15 +246,6 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
     fx.map_arg(node.args, note)
     fx.map_arg(node.kwargs, note)
     return read
-
-
-def _bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Of each node, the one whose memory its value may be in."""
-    base: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        first = node.args[0] if node.args and views_first(node) else node
-        base[node] = base.get(first, node) if isinstance(first, fx.Node) else node
-    return base
 
 
 def _symbols(graph: fx.Graph) -> dict[Any, fx.Node]:

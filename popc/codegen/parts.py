@@ -7,6 +7,7 @@ and layers whose parts stand at other offsets are the same code.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Parts:
         """Of a call with ``args``, in order."""
         sources = [args[i] for i in self._sources]
         before, made = self._known
-        if len(before) != len(sources) or any(map(_differ, before, sources)):
+        if len(before) != len(sources) or any(map(operator.is_not, before, sources)):
             made = [part.take(args[part.index], *part.args) for part in self._parts]
             self._known = sources, made  # replaced as a whole: other threads may read it
         return made
@@ -73,10 +74,6 @@ def hoist_parts(gm: fx.GraphModule, fed: Collection[fx.Node]) -> list[Part]:
     if parts:
         gm.recompile()
     return parts
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return one is not other
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import fx
 
 from popc.analysis.capture import Captured
 from popc.log import log_graph, logger
@@ -53,12 +53,12 @@ class Rewritten:
     Attributes:
         matches: by the names of passes, at how many places each rewrote it; none where it did not.
         bindings: of those that added inputs or outputs, in the order in which they stand there.
-        inputs: fake values of the inputs that were added.
+        inputs: those that were added.
     """
 
     matches: dict[str, int] = field(default_factory=dict)
     bindings: list[Binding[Any]] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: list[fx.Node] = field(default_factory=list)
 
 
 def rewrite(captured: Captured, work: RewritePlan) -> Rewritten:
@@ -75,8 +75,7 @@ def rewrite(captured: Captured, work: RewritePlan) -> Rewritten:
         if matches:
             done.matches[name] = matches
             log_graph(f"after {name}", captured.gm)
-    added = graph.find_nodes(op="placeholder")[before:]
-    done.inputs = [node.meta["val"] for node in added]
+    done.inputs = graph.find_nodes(op="placeholder")[before:]
     logger.info(
         "%d regions and %d inputs of linears, %d refusals; passes: %s",
         len(work.findings.regions),

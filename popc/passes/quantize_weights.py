@@ -147,7 +147,7 @@ def _dequantize(captured: Captured, parameter: fx.Node, weight: QuantizedTensor)
     position = placeholders.index(parameter)
     stored, packed = weight.stored, weight.packed
     captured.unwrapping = captured.unwrapping.with_weights([position])
-    captured.parameters[parameter] = captured.inputs[position] = packed
+    captured.parameters[parameter] = packed
     captured.quantized[parameter] = stored
     users = list(parameter.users)
     parameter.meta["val"] = compat.fakify(captured.fake_mode, packed)

@@ -137,13 +137,14 @@ def test_what_one_piece_made_no_other_writes_to() -> None:
     assert outline(traced(model, torch.randn(3, 4), *W)) is None
 
 
-def test_states_that_hold_for_what_follows() -> None:
-    def model(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
-        for w in weights:
-            x = layer(x, w)
-        return (x,)
+def stack(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
+    for w in weights:
+        x = layer(x, w)
+    return (x,)
 
-    gm = traced(model, torch.randn(3, 4), *W)
+
+def test_states_that_hold_for_what_follows() -> None:
+    gm = traced(stack, torch.randn(3, 4), *W)
     assert outline(gm) is not None
     first = next(node for node in gm.graph.nodes if node.op == "call_function")
     with gm.graph.inserting_before(first):
@@ -152,12 +153,7 @@ def test_states_that_hold_for_what_follows() -> None:
 
 
 def test_nothing_is_kept_longer_than_it_is_read() -> None:
-    def model(x: Tensor, *weights: Tensor) -> tuple[Tensor]:
-        for w in weights:
-            x = layer(x, w)
-        return (x,)
-
-    gm = traced(model, torch.randn(3, 4), *W)
+    gm = traced(stack, torch.randn(3, 4), *W)
     cut = outline(gm)
     assert cut is not None and [cut.repetitions(i) for i in range(len(cut.pieces))] == [6]
     alive: list[int] = []
